@@ -1,0 +1,92 @@
+"""Veneer: low-rank adaptation for frozen models.
+
+The names below are imported when they are first used: `import veneer` costs milliseconds and does not load torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "LoRA": "veneer.core.spec",
+    **dict.fromkeys(
+        (
+            "activate",
+            "adapters",
+            "attach",
+            "check_alive",
+            "detach",
+            "disabled",
+            "routed",
+            "summary",
+            "unmerge",
+        ),
+        "veneer.core.model",
+    ),
+    "merge": "veneer.core.model",
+    "save": "veneer.ckpt.peft",
+    "load": "veneer.ckpt.peft",
+    "merge_to_disk": "veneer.ckpt.stream",
+    "train": "veneer.train.loop",
+    "recommend": "veneer.advise.recommend",
+    "estimate_memory": "veneer.advise.memory",
+    "prove": "veneer.prove",
+}
+
+__all__ = [
+    "LoRA",
+    "__version__",
+    "activate",
+    "adapters",
+    "attach",
+    "check_alive",
+    "detach",
+    "disabled",
+    "estimate_memory",
+    "load",
+    "merge",
+    "merge_to_disk",
+    "prove",
+    "recommend",
+    "routed",
+    "save",
+    "summary",
+    "train",
+    "unmerge",
+]
+
+if TYPE_CHECKING:
+    from veneer.advise.memory import estimate_memory
+    from veneer.advise.recommend import recommend
+    from veneer.ckpt.peft import load, save
+    from veneer.ckpt.stream import merge_to_disk
+    from veneer.core.model import (
+        activate,
+        adapters,
+        attach,
+        check_alive,
+        detach,
+        disabled,
+        merge,
+        routed,
+        summary,
+        unmerge,
+    )
+    from veneer.core.spec import LoRA
+    from veneer.prove import prove
+    from veneer.train.loop import train
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'veneer' has no attribute {name!r}")
+    value = getattr(import_module(_HOME[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

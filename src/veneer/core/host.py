@@ -1,0 +1,375 @@
+"""Putting adapters on a layer by changing its class.
+
+The layer stays the same object under the same name, with its own weights in it; only its class becomes a subclass
+that knows about adapters. So every base key keeps its name, `isinstance(m, nn.Linear)` still holds, a quantised layer
+keeps its own forward, and taking the last adapter away gives the very layer back that was there.
+
+    call mode    the layer is called:            forward = base + what the active adapters change
+    read mode    its weight is read by others:   `layer.weight` is a property that gives the combined weight
+    whole        the module is trained whole:    forward runs the adapter's own copy of the module
+
+All layers of a model share one `Active`, so switching adapters is one assignment however large the model is.
+"""
+
+from __future__ import annotations
+
+import copy
+import weakref
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from veneer.core.combine import Add, Combine
+from veneer.core.delta import Delta, Lora
+from veneer.core.lowrank import low_rank_linear
+from veneer.core.op import Op, op_for, op_of
+from veneer.core.weight import is_plain, read_weight
+from veneer.errors import StateError, TargetError
+
+__all__ = ["Active", "Adapted", "Adapter", "Readable", "Whole", "adapted_class", "host", "original_class", "release"]
+
+NORMS = (nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm)
+
+
+@dataclass
+class Active:
+    """Which adapters act now; one for a model, shared by its layers.
+
+    `mix` holds the weights of `names`: None for all 1, (n,) for a weighted sum, (batch, n) to route each row on its
+    own, where a row of zeros is the base.
+    """
+
+    names: tuple[str, ...] = ()
+    mix: Tensor | None = None
+    rows: tuple[Tensor, ...] = ()  # for a routed batch: the rows in which names[i] acts
+    pending: weakref.WeakSet[Any] = field(default_factory=weakref.WeakSet)  # checkpointed forwards without backward
+
+    def change(self, names: tuple[str, ...], mix: Tensor | None = None) -> None:
+        """Switch. Refused while a checkpointed forward waits for its backward, which would run the new adapters."""
+        if self.pending:
+            raise StateError(
+                "the active adapters cannot change now: a forward under gradient checkpointing still waits for its "
+                "backward, which runs the layers again and would run other adapters",
+                fix="call backward() before switching, inside the `with` block where there is one",
+            )
+        self.names, self.mix = names, mix
+        self.rows = tuple(column.nonzero()[:, 0] for column in mix.T) if mix is not None and mix.ndim == 2 else ()
+
+    @contextmanager
+    def changed(self, names: tuple[str, ...], mix: Tensor | None = None) -> Iterator[None]:
+        before = self.names, self.mix
+        self.change(names, mix)
+        try:
+            yield
+        except BaseException:
+            self.pending.clear()  # the forward that failed has no backward to protect
+            raise
+        finally:
+            self.change(*before)
+
+    def weights(self) -> list[Tensor | float]:
+        return [1.0] * len(self.names) if self.mix is None else list(self.mix.unbind(-1))
+
+    def watch_checkpoint(self) -> None:
+        """Remember a checkpointed forward until autograd drops it, whether or not the caller keeps the loss."""
+        hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
+        if hooks is not None and hooks[1].__module__ == "torch.utils.checkpoint" and not _in_backward():
+            self.pending.add(hooks[1])
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"names": self.names, "mix": self.mix}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__()  # type: ignore[misc]
+        self.change(state["names"], state["mix"])
+
+
+def _in_backward() -> bool:
+    return torch._C._current_graph_task_id() != -1
+
+
+class Adapter(nn.Module):
+    """One adapter on one layer: what is learned, how it joins the base, and a change of the bias where asked for."""
+
+    def __init__(self, delta: Delta | None, combine: Combine | None, bias: nn.Parameter | None = None) -> None:
+        super().__init__()
+        self.delta = delta
+        self.combine = combine
+        self.bias = bias
+        self._quick = type(delta) is Lora and type(combine) is Add and bias is None
+
+    def change(self, host: nn.Module, op: Op | None, x: Tensor, y: Tensor) -> Tensor:
+        """What this adapter adds to the base's output y."""
+        if self.combine is None:
+            return _per_channel(host, op, self.bias).to(y.dtype)  # type: ignore[arg-type]
+        change = self.combine.change(host, op, self.delta, x, y)  # type: ignore[arg-type]
+        return change if self.bias is None else change + _per_channel(host, op, self.bias).to(y.dtype)
+
+    def weight(self, w: Tensor) -> Tensor:
+        """The combined weight matrix for a base matrix w."""
+        return w if self.combine is None else self.combine.weight(w, self.delta)  # type: ignore[arg-type]
+
+
+def _per_channel(host: nn.Module, op: Op | None, v: Tensor) -> Tensor:
+    if op is not None:
+        return op.per_channel(host, v)
+    channels_first = isinstance(host, NORMS) and not isinstance(host, nn.LayerNorm)
+    return v.view(1, -1, *[1] * (_spatial(host))) if channels_first else v
+
+
+def _spatial(norm: nn.Module) -> int:
+    """How many axes follow the channels; BatchNorm1d also takes (batch, channels), where broadcasting does the rest."""
+    name = type(norm).__name__
+    return next((n for n in (1, 2, 3) if f"{n}d" in name), 0)
+
+
+class Hosted:
+    """What all hosts share: their adapters by name, and pickling of a class that no module holds."""
+
+    active: Active
+    slots: dict[str, Any]  # the very dict inside self.lora, so that forward does not pay for nn.Module's lookups
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        plain = original_class(type(self))
+        return _rebuild, (type(self).__mro__[1], plain), self.__dict__
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        twin = memo[id(self)] = type(self).__new__(type(self))
+        twin.__dict__.update({key: copy.deepcopy(value, memo) for key, value in self.__dict__.items()})
+        twin.__dict__["slots"] = twin.__dict__["_modules"]["lora"]._modules
+        return twin
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        nn.Module.__setstate__(self, state)  # type: ignore[arg-type]
+        self.__dict__["slots"] = self.__dict__["_modules"]["lora"]._modules
+
+    def _base(self, *args: Any, **kwargs: Any) -> Any:
+        """The layer's own forward; one put on the instance (accelerate's hooks) was moved to inner_forward."""
+        inner = self.__dict__.get("inner_forward")
+        return inner(*args, **kwargs) if inner is not None else super().forward(*args, **kwargs)  # type: ignore[misc]
+
+
+class Adapted(Hosted):
+    """Call mode: forward = base + adapters."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        active, slots = self.active, self.slots
+        names = active.names
+        if not names:
+            return self._base(*args, **kwargs)
+        if active.mix is None and len(names) == 1:
+            adapter = slots.get(names[0])
+            if adapter is None:
+                return self._base(*args, **kwargs)
+            x = args[0] if args else next(iter(kwargs.values()))
+            if torch.is_grad_enabled():
+                active.watch_checkpoint()
+            if adapter._quick and self._is_quick(adapter, x):
+                delta = adapter.delta
+                parameters = self._parameters  # type: ignore[attr-defined]
+                return low_rank_linear(x, parameters["weight"], parameters["bias"], *delta.factors(), delta.scale)
+            y = self._base(*args, **kwargs)
+            return y + adapter.change(self, op_for(original_class(type(self))), x, y)
+        return self._mixed(args, kwargs)
+
+    def _is_quick(self, adapter: Adapter, x: Tensor) -> bool:
+        """One plain LoRA on one plain dense Linear: the whole layer is one function."""
+        weight = self.__dict__["_parameters"]["weight"] if self.plain else None
+        return (
+            weight is not None
+            and is_plain(weight)
+            and weight.dtype == x.dtype
+            and not weight.requires_grad
+            and "inner_forward" not in self.__dict__
+            and not (adapter.delta.dropout and adapter.training)  # type: ignore[union-attr]
+            and not torch.is_autocast_enabled(x.device.type)
+        )
+
+    def _mixed(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        """Several adapters: the base once, then the weighted sum of what each would change (a sum on dW)."""
+        active = self.active
+        y = self._base(*args, **kwargs)
+        x = args[0] if args else next(iter(kwargs.values()))
+        op = op_for(original_class(type(self)))
+        if torch.is_grad_enabled():
+            active.watch_checkpoint()
+        if active.rows:
+            return self._routed(op, x, y)
+        total = y
+        for name, weight in zip(active.names, active.weights(), strict=True):
+            if (adapter := self.slots.get(name)) is not None:
+                change = adapter.change(self, op, x, y)
+                total = total + (change if isinstance(weight, float) else change * weight.to(y))
+        return total
+
+    def _routed(self, op: Op | None, x: Tensor, y: Tensor) -> Tensor:
+        """Each row of the batch has its own adapters; only the rows in which one acts meet its factors."""
+        active, total = self.active, y.clone()
+        repeat = _repeats(y.shape[0], active.mix, self)
+        for i, name in enumerate(active.names):
+            adapter, rows = self.slots.get(name), active.rows[i]
+            if adapter is None or not rows.numel():
+                continue
+            weight = active.mix[rows, i]  # type: ignore[index]
+            if repeat > 1:
+                rows = (rows[:, None] * repeat + torch.arange(repeat, device=rows.device)).flatten()
+                weight = weight.repeat_interleave(repeat)
+            change = adapter.change(self, op, x[rows], y[rows]).expand_as(y[rows])
+            weight = weight.to(y).view(-1, *[1] * (y.ndim - 1))
+            total = total.index_add(0, rows, change * weight)
+        return total
+
+
+def _repeats(batch: int, mix: Tensor | None, layer: nn.Module) -> int:
+    """Rows of the layer's input for each routed row: beams, or time folded into the batch, repeat a row in place."""
+    routed = mix.shape[0]  # type: ignore[union-attr]
+    if batch % routed:
+        raise StateError(
+            f"{routed} rows are routed, but {original_class(type(layer)).__name__} gets a batch of {batch}",
+            fix="give routed() one adapter for each row of the batch",
+        )
+    return batch // routed
+
+
+class Readable(Hosted):
+    """Read mode: whoever reads `weight` gets W + dW; the stored parameter stays W."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self._base(*args, **kwargs)  # reads self.weight like everybody else
+
+    @property
+    def weight(self) -> Tensor:
+        raw = self.__dict__["_parameters"]["weight"]
+        active = self.active
+        if not active.names or _is_sharded(raw):
+            return raw
+        if active.rows:
+            raise StateError("a layer whose weight is read by other code cannot be routed row by row")
+        op, w = op_of(self), read_weight(self)  # type: ignore[arg-type]
+        matrix = op.to_matrix(self, w)  # type: ignore[arg-type]
+        total = matrix
+        for name, weight in zip(active.names, active.weights(), strict=True):
+            if (adapter := self.slots.get(name)) is not None:
+                total = total + weight * (adapter.weight(matrix) - matrix)
+        return op.to_weight(self, total)  # type: ignore[arg-type]
+
+    @weight.setter
+    def weight(self, value: Any) -> None:
+        self.__dict__["_parameters"]["weight"] = value
+
+    @property
+    def bias(self) -> Tensor | None:
+        bias = self.__dict__["_parameters"]["bias"]
+        for name, weight in zip(self.active.names, self.active.weights(), strict=True):
+            change = getattr(self.slots.get(name), "bias", None)
+            bias = bias if change is None else bias + weight * change
+        return bias
+
+    @bias.setter
+    def bias(self, value: Any) -> None:
+        self.__dict__["_parameters"]["bias"] = value
+
+
+class Whole(Hosted):
+    """A module that an adapter trains whole, in its own copy."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        active = self.active
+        acting = [(n, w) for n, w in zip(active.names, active.weights(), strict=True) if n in self.slots]
+        if not acting:
+            return self._base(*args, **kwargs)
+        if active.rows:
+            return self._routed(args, kwargs)
+        if len(acting) == 1 and isinstance(acting[0][1], float):
+            return self.slots[acting[0][0]](*args, **kwargs)
+        return self._blended(acting, args, kwargs)
+
+    def _blended(self, acting: list[tuple[str, Any]], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Several copies at once: their changes of the weights are summed, as everywhere."""
+        base = {k: v for k, v in self.named_parameters() if not k.startswith("lora.")}  # type: ignore[attr-defined]
+        blend = {
+            key: value + sum(w * (self.slots[n].get_parameter(key) - value) for n, w in acting)
+            for key, value in base.items()
+        }
+        return torch.func.functional_call(self.slots[acting[0][0]], blend, args, kwargs)
+
+    def _routed(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Every row from the copy that its one adapter holds; rows with none, from the base."""
+        active, total = self.active, self._base(*args, **kwargs)
+        if not isinstance(total, Tensor):
+            raise StateError("a module that is trained whole and returns more than a tensor cannot be routed by row")
+        repeat, out = _repeats(total.shape[0], active.mix, self), total.clone()  # type: ignore[arg-type]
+        for i, name in enumerate(active.names):
+            rows = active.rows[i]
+            if name not in self.slots or not rows.numel():
+                continue
+            weight = active.mix[rows, i]  # type: ignore[index]
+            if repeat > 1:
+                rows = (rows[:, None] * repeat + torch.arange(repeat, device=rows.device)).flatten()
+                weight = weight.repeat_interleave(repeat)
+            own = self.slots[name](*(a[rows] if isinstance(a, Tensor) else a for a in args), **kwargs)
+            weight = weight.to(own).view(-1, *[1] * (own.ndim - 1))
+            out = out.index_add(0, rows, (own - total[rows]) * weight)
+        return out
+
+
+@cache
+def adapted_class(mode: type, base: type) -> type:
+    """`base` with adapters: LoRALinear for Linear, LoRALinear4bit for Linear4bit. One class for each base."""
+    prefix = {"Adapted": "LoRA", "Readable": "Read", "Whole": "Whole"}[mode.__name__]
+    namespace = {"__module__": mode.__module__, "plain": base.forward is nn.Linear.forward}
+    return type(f"{prefix}{base.__name__}", (mode, base), namespace)
+
+
+def _rebuild(mode: type, base: type) -> Any:
+    kind = adapted_class(mode, base)
+    return kind.__new__(kind)
+
+
+@cache
+def original_class(kind: type) -> type:
+    """The class a hosted layer had, and gets back."""
+    return kind.__mro__[kind.__mro__.index(Hosted) + 1] if issubclass(kind, Hosted) else kind
+
+
+def host(layer: nn.Module, active: Active, mode: type = Adapted) -> nn.Module:
+    """Make `layer` able to carry adapters. It stays the same object."""
+    if isinstance(layer, Hosted):
+        return layer
+    if "forward" in vars(layer):  # accelerate puts forward on the instance; left there, it would hide ours
+        layer.inner_forward = vars(layer).pop("forward")
+    layer.__class__ = adapted_class(mode, type(layer))
+    lora = nn.ModuleDict()
+    layer.lora = lora
+    layer.__dict__["slots"] = lora._modules
+    layer.__dict__["active"] = active
+    return layer
+
+
+def release(layer: nn.Module) -> None:
+    """Give the layer its own class back, and the forward that somebody had put on the instance."""
+    del layer.lora, layer.slots, layer.active
+    inner = vars(layer).pop("inner_forward", None)
+    layer.__class__ = original_class(type(layer))
+    if inner is not None:
+        layer.forward = inner  # type: ignore[method-assign]
+
+
+def _is_sharded(w: Tensor) -> bool:
+    return hasattr(w, "_local_tensor")
+
+
+def refuse_sharded(layers: Mapping[str, nn.Module]) -> None:
+    """After fully_shard, each rank would draw its own A and no gradient would be reduced: silently wrong."""
+    sharded = [n for n, m in layers.items() if any(_is_sharded(p) for p in m.parameters(recurse=False))]
+    if sharded:
+        raise TargetError(
+            "these layers are already sharded, so gradients of a new adapter would not be reduced across ranks",
+            problems=sharded,
+            fix="attach adapters first, then call fully_shard",
+        )

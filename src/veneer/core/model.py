@@ -1,0 +1,710 @@
+"""Adapters on a whole model: attach, switch, route, merge, take away.
+
+Every change is planned for all layers before the first one is touched, so a call that fails leaves the model as it
+was. What is known about the adapters of a model lives in one `State` on the model itself; it is copied and pickled
+with the model.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from veneer.core.combine import COMBINES, Add
+from veneer.core.delta import DELTAS
+from veneer.core.host import NORMS, Active, Adapted, Adapter, Hosted, Readable, Whole, host, refuse_sharded, release
+from veneer.core.init import INITS, Site, unset
+from veneer.core.op import Op, op_for, op_of
+from veneer.core.registry import near
+from veneer.core.select import select, select_saved
+from veneer.core.spec import LoRA
+from veneer.core.weight import is_plain, read_weight, write_weight
+from veneer.errors import CheckpointError, ConfigError, StateError, TargetError
+
+__all__ = [
+    "Attached",
+    "Merged",
+    "Mixture",
+    "Summary",
+    "activate",
+    "active_of",
+    "adapter_of",
+    "adapters",
+    "attach",
+    "check_alive",
+    "detach",
+    "disabled",
+    "is_merged",
+    "merge",
+    "parameters",
+    "put",
+    "routed",
+    "sites",
+    "spec_of",
+    "summary",
+    "tensors",
+    "unmerge",
+]
+
+Mixture = str | None | Sequence[str] | Mapping[str, float]
+"""One adapter, none, several, or several with weights."""
+
+CHUNK = 1 << 22  # elements merged at a time where the weight is narrower than fp32: 16 MiB of fp32
+
+
+@dataclass
+class Placed:
+    """One adapter of a model: its spec and the layers that carry it, by name."""
+
+    spec: LoRA
+    sites: tuple[str, ...]
+    saved: tuple[str, ...]
+
+
+@dataclass
+class State:
+    """All that a model knows of its adapters."""
+
+    active: Active = field(default_factory=Active)
+    placed: dict[str, Placed] = field(default_factory=dict)
+    hosts: dict[str, nn.Module] = field(default_factory=dict)  # by module name, in the order of attaching
+    trained_before: list[nn.Parameter] = field(default_factory=list)  # required gradients before the first attach
+    merged: Mixture = None
+    resume: tuple[tuple[str, ...], Tensor | None] = ((), None)  # what was active before the merge
+    kept: list[tuple[nn.Module, str, Tensor]] | None = None  # (layer, parameter, base value) for unmerge
+
+
+@dataclass(frozen=True)
+class Attached:
+    """What attach did."""
+
+    name: str
+    sites: tuple[str, ...]
+    saved: tuple[str, ...]
+    trainable: int
+    total: int
+
+    def __str__(self) -> str:
+        whole = f" and {len(self.saved)} whole modules" if self.saved else ""
+        share = 100 * self.trainable / max(self.total, 1)
+        return (
+            f"adapter {self.name!r} on {len(self.sites)} layers{whole}: "
+            f"{self.trainable:,} of {self.total:,} parameters trained ({share:.2f} %)"
+        )
+
+
+@dataclass(frozen=True)
+class Merged:
+    """What merge did: `kept` is the share of dW that survived rounding to the stored type, by layer (1.0 is all)."""
+
+    kept: dict[str, float]
+
+    @property
+    def share(self) -> float:
+        return min(self.kept.values(), default=1.0)
+
+    def __str__(self) -> str:
+        return f"merged into {len(self.kept)} layers; at least {100 * self.share:.1f} % of dW kept"
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Parameters and bytes of a model with adapters."""
+
+    trainable: int
+    total: int
+    adapter_bytes: dict[str, int]
+    sites: dict[str, int]
+
+    def __str__(self) -> str:
+        lines = [f"{self.trainable:,} of {self.total:,} parameters trained ({100 * self.trainable / self.total:.2f} %)"]
+        for name, size in self.adapter_bytes.items():
+            lines.append(f"  {name}: {self.sites[name]} layers, {size / 2**20:.1f} MiB")
+        return "\n".join(lines)
+
+
+# --- finding things -------------------------------------------------------------------------------------------------
+
+
+def _state(model: nn.Module) -> State:
+    """The model's adapters, through wrappers that keep the model in .module (DDP) or ._orig_mod (compile)."""
+    inner = _unwrap(model)
+    state = vars(inner).get("_veneer")
+    if state is None:
+        raise StateError(f"{type(inner).__name__} has no adapter", fix="veneer.attach(model, LoRA(...)) first")
+    return state
+
+
+def _unwrap(model: nn.Module) -> nn.Module:
+    while "_veneer" not in vars(model):
+        inner = vars(model).get("_modules", {}).get("_orig_mod") or vars(model).get("_modules", {}).get("module")
+        if inner is None:
+            break
+        model = inner
+    return model
+
+
+def _placed(model: nn.Module, name: str) -> Placed:
+    placed = _state(model).placed
+    if name not in placed:
+        raise StateError(f"no adapter named {name!r}.{near(name, placed)} There are: {', '.join(placed) or 'none'}.")
+    return placed[name]
+
+
+def adapters(model: nn.Module) -> tuple[str, ...]:
+    """The names of the adapters on `model`, in the order in which they came."""
+    state = vars(_unwrap(model)).get("_veneer")
+    return tuple(state.placed) if state is not None else ()
+
+
+def spec_of(model: nn.Module, name: str = "default") -> LoRA:
+    return _placed(model, name).spec
+
+
+def active_of(model: nn.Module) -> Active:
+    return _state(model).active
+
+
+def is_merged(model: nn.Module) -> bool:
+    state = vars(_unwrap(model)).get("_veneer")
+    return state is not None and state.merged is not None
+
+
+def sites(model: nn.Module, name: str | None = None) -> dict[str, nn.Module]:
+    """The layers that carry adapter `name` (or any), by module name; modules that are trained whole not among them."""
+    state = _state(model)
+    placed = list(state.placed.values()) if name is None else [_placed(model, name)]
+    return {s: state.hosts[s] for p in placed for s in p.sites}
+
+
+def adapter_of(layer: nn.Module, name: str = "default") -> Adapter:
+    return layer.slots[name]  # type: ignore[index, union-attr]
+
+
+def parameters(model: nn.Module, name: str | None = None) -> dict[str, nn.Parameter]:
+    """What training moves: the adapters' parameters by dotted name, copies of whole modules among them."""
+    state = _state(model)
+    names = [name] if name is not None else list(state.placed)
+    return {
+        f"{site}.lora.{n}.{key}": parameter
+        for n in names
+        for site in (*_placed(model, n).sites, *_placed(model, n).saved)
+        for key, parameter in state.hosts[site].slots[n].named_parameters()  # type: ignore[index, union-attr]
+    }
+
+
+# --- attach and detach ----------------------------------------------------------------------------------------------
+
+
+def attach(
+    model: nn.Module,
+    spec: LoRA,
+    name: str = "default",
+    *,
+    dtype: torch.dtype | None = None,
+    init: bool = True,
+    trainable: bool = True,
+) -> Attached:
+    """Put an adapter on `model`, in place, freeze everything else, and make the new adapter the active one.
+
+    The layers keep their names and weights. dtype: the type the adapter is kept and trained in; fp32 on a half
+    precision base unless given (products still run in the base's type). init=False leaves values unset, for whoever
+    loads them next. Raises ConfigError, TargetError or StateError before anything has changed.
+    """
+    state = vars(_unwrap(model)).get("_veneer")
+    model = _unwrap(model)
+    _check_name(name, state)
+    layers, whole = select(model, spec) if spec.targets else {}, select_saved(model, spec)
+    biased = _bias_layers(model, layers, whole, spec)
+    plan = _plan(layers, spec, dtype, init)
+    refuse_sharded({**layers, **whole, **biased})
+    new = {site: _adapter(place, init, spec) for site, place in plan.items()}
+    new |= {site: Adapter(None, None, _bias_change(layer)) for site, layer in biased.items()}
+    copies: dict[str, nn.Module] = {n: _own_copy(module, name) for n, module in whole.items()}
+
+    state = state or _start(model)
+    for site, module in {**new, **copies}.items():
+        layer = layers.get(site) or biased.get(site) or whole[site]
+        host(layer, state.active, Whole if site in whole else _mode(layer))
+        layer.slots[name] = module.requires_grad_(trainable).train(layer.training)  # type: ignore[index, union-attr]
+        state.hosts[site] = layer
+    state.placed[name] = Placed(spec, tuple(new), tuple(copies))
+    state.active.change((name,))
+    trained = sum(p.numel() for m in (*new.values(), *copies.values()) for p in m.parameters())
+    return Attached(name, tuple(new), tuple(copies), trained if trainable else 0, _count(model))
+
+
+def _start(model: nn.Module) -> State:
+    """Freeze the base and give the model its state."""
+    state = State(trained_before=[p for p in model.parameters() if p.requires_grad])
+    for parameter in state.trained_before:
+        parameter.requires_grad_(False)
+    vars(model)["_veneer"] = state
+    return state
+
+
+def _count(model: nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters())
+
+
+def _check_name(name: str, state: State | None) -> None:
+    if not name or "." in name or name in dir(nn.ModuleDict):
+        raise ConfigError(f"{name!r} cannot be an adapter's name", fix="use a short word without dots")
+    if state is None:
+        return
+    if name in state.placed:
+        raise StateError(
+            f"there is already an adapter named {name!r}", fix=f"choose another name, or detach(model, {name!r}) first"
+        )
+    if state.merged is not None:
+        raise StateError("the model is merged, so a new adapter would start from W + dW", fix="unmerge(model) first")
+    if state.active.pending:
+        state.active.change(state.active.names)  # raises, and says why
+
+
+def _plan(layers: Mapping[str, nn.Module], spec: LoRA, dtype: torch.dtype | None, init: bool) -> dict[str, Site]:
+    """A Site for every layer, or one error with everything that stands against it."""
+    plan, problems = {}, []
+    for name, layer in layers.items():
+        own = spec.at(name)
+        if isinstance(layer, Whole):
+            problems.append(f"{name} is trained whole by another adapter")
+            continue
+        op = op_of(layer)
+        problems += [f"{name}: {problem}" for problem in _against(layer, op, own, init)]
+        weight = next(layer.parameters(recurse=False), None)
+        device = weight.device if weight is not None else torch.device("cpu")
+        plan[name] = Site(name, layer, op, own.rank, own.scale, dtype or _adapter_dtype(weight), device)
+    if problems:
+        raise TargetError("this adapter cannot be attached", problems=problems)
+    return plan
+
+
+def _adapter_dtype(weight: Tensor | None) -> torch.dtype:
+    wide = weight is not None and weight.is_floating_point() and weight.dtype.itemsize >= 4
+    return weight.dtype if wide else torch.float32  # type: ignore[union-attr]
+
+
+def _against(layer: nn.Module, op: Op, spec: LoRA, init: bool) -> Iterator[str]:
+    out, n = op.shape(layer)
+    if init and spec.rank > min(out, n):
+        yield f"rank {spec.rank} is above the layer's own rank, at most {min(out, n)} for {out} x {n}"
+    if getattr(layer, "max_norm", None) is not None:
+        yield "an embedding with max_norm rewrites its weight when called, so it cannot be frozen"
+    if _mode(layer) is Readable and spec.dropout:
+        yield "dropout acts on the input, and this layer's weight is read without one; set dropout=0 for it"
+
+
+def _mode(layer: nn.Module) -> type:
+    """nn.MultiheadAttention reads the weight of its out_proj; everything else is called."""
+    kind = Readable if isinstance(layer, nn.modules.linear.NonDynamicallyQuantizableLinear) else Adapted
+    return kind
+
+
+def _adapter(site: Site, init: bool, spec: LoRA) -> Adapter:
+    own = spec.at(site.name)
+    with torch.no_grad():
+        delta = DELTAS[own.delta].create(site, INITS[own.init] if init else unset, own.dropout)
+        combine = COMBINES[own.combine](site, delta)
+    wants_bias = own.bias != "none" and getattr(site.host, "bias", None) is not None
+    return Adapter(delta, combine, _bias_change(site.host) if wants_bias else None)
+
+
+def _bias_change(layer: nn.Module) -> nn.Parameter:
+    bias = layer._parameters["bias"]
+    return nn.Parameter(torch.zeros_like(bias, dtype=_adapter_dtype(bias)))  # type: ignore[arg-type]
+
+
+def _bias_layers(
+    model: nn.Module, layers: Mapping[str, nn.Module], whole: Mapping[str, nn.Module], spec: LoRA
+) -> dict[str, nn.Module]:
+    """For bias="all": the other layers that have a bias and add it to their output."""
+    if spec.bias != "all":
+        return {}
+    found, problems = {}, []
+    for name, module in model.named_modules():
+        if module._parameters.get("bias") is None or name in layers:
+            continue
+        if any(name == w or name.startswith(w + ".") for w in whole) or ".lora." in f".{name}.":
+            continue
+        if op_for(type(module)) is not None or isinstance(module, NORMS):
+            found[name] = module
+        else:
+            problems.append(f"{name}: what {type(module).__name__} does with its bias is not known")
+    if problems:
+        raise TargetError(
+            "bias='all' cannot reach some biases", problems=problems, fix="bias='lora_only', or modules_to_save"
+        )
+    return found
+
+
+def _own_copy(module: nn.Module, name: str) -> nn.Module:
+    """A module's own copy for one adapter: of the base, not of another adapter's copy."""
+    if isinstance(module, Whole):
+        held = dict(module.slots)
+        module.slots.clear()
+        try:
+            twin = copy.deepcopy(module)
+        finally:
+            module.slots.update(held)
+        release(twin)
+        return twin
+    if any(isinstance(m, Hosted) for m in module.modules()):
+        raise TargetError(
+            f"modules_to_save names a module that carries another adapter's layers: {type(module).__name__}",
+            fix=f"attach {name!r} to a model without that adapter, or leave the module out",
+        )
+    return copy.deepcopy(module)
+
+
+def detach(model: nn.Module, name: str | None = None) -> None:
+    """Take adapter `name` (or all) away. The last one gives every layer its own class back.
+
+    On a merged model the merged weights stay: merge and detach together bake an adapter into the base.
+    """
+    state = _state(model)
+    names = list(state.placed) if name is None else [name]
+    doomed = {n: _placed(model, n) for n in names}
+    if state.merged is not None and len(doomed) < len(state.placed):
+        raise StateError(
+            "some adapters would stay on weights that another one was merged into",
+            fix="unmerge(model) first, or detach(model) to bake the merge in and drop all adapters",
+        )
+    keep = tuple(n for n in state.active.names if n not in doomed)
+    state.active.change(keep if len(keep) < len(state.active.names) else state.active.names, None)
+    for n, placed in doomed.items():
+        for site in (*placed.sites, *placed.saved):
+            layer = state.hosts[site]
+            del layer.slots[n]  # type: ignore[union-attr]
+            if not layer.slots:
+                release(layer)
+                del state.hosts[site]
+        del state.placed[n]
+    if not state.placed:
+        for parameter in state.trained_before:
+            parameter.requires_grad_(True)
+        del vars(_unwrap(model))["_veneer"]
+
+
+# --- switching ------------------------------------------------------------------------------------------------------
+
+
+def activate(model: nn.Module, names: Mixture) -> None:
+    """Make one adapter active, several (a sum of dW, weighted if given as a mapping), or None for the base.
+
+    One assignment: the cost does not depend on the model's size or on how many adapters are loaded.
+    """
+    state = _state(model)
+    if state.merged is not None and names is not None:
+        raise StateError(f"{state.merged!r} is merged into the weights", fix="unmerge(model) before switching")
+    state.active.change(*_mixture(model, state, names))
+
+
+def _mixture(model: nn.Module, state: State, names: Mixture) -> tuple[tuple[str, ...], Tensor | None]:
+    if names is None:
+        return (), None
+    if isinstance(names, str):
+        _placed(model, names)
+        return (names,), None
+    for name in names:
+        _placed(model, name)
+    if len(set(names)) < len(names):
+        raise ConfigError(f"an adapter is named twice in {list(names)}", fix='give it a weight: {"a": 2.0}')
+    if not isinstance(names, Mapping):
+        return tuple(names), None
+    return tuple(names), torch.tensor([float(w) for w in names.values()], device=_device(model))
+
+
+def _device(model: nn.Module) -> torch.device:
+    return next((p.device for p in model.parameters()), torch.device("cpu"))
+
+
+@contextmanager
+def disabled(model: nn.Module) -> Iterator[nn.Module]:
+    """The base, bit for bit, for the length of the block."""
+    if is_merged(model):
+        raise StateError("the adapters are merged into the weights", fix="unmerge(model) gives the base back")
+    with _state(model).active.changed(()):
+        yield model
+
+
+@contextmanager
+def routed(model: nn.Module, rows: Sequence[Mixture]) -> Iterator[nn.Module]:
+    """One adapter, None or a mapping of weights for each row of the batch, for the length of the block.
+
+    A batch that is a multiple of `rows` (beams, or time folded into the batch) repeats each row in place.
+    """
+    state = _state(model)
+    if state.merged is not None:
+        raise StateError("a merged model answers every row alike", fix="unmerge(model) first")
+    weights = [_row(model, row) for row in rows]
+    names = tuple(dict.fromkeys(n for row in weights for n in row))
+    mix = torch.tensor([[row.get(n, 0.0) for n in names] for row in weights], device=_device(model))
+    with state.active.changed(names, mix.reshape(len(weights), len(names))):
+        yield model
+
+
+def _row(model: nn.Module, row: Mixture) -> dict[str, float]:
+    if row is None:
+        return {}
+    weights = {row: 1.0} if isinstance(row, str) else row
+    if not isinstance(weights, Mapping):
+        weights = dict.fromkeys(weights, 1.0)
+    for name in weights:
+        _placed(model, name)
+    return {n: float(w) for n, w in weights.items()}
+
+
+# --- merging --------------------------------------------------------------------------------------------------------
+
+
+def merge(model: nn.Module, names: Mixture = None, *, keep_base: bool = True, untie: bool = False) -> Merged:
+    """Write W + dW into the weights, so that the adapted model runs at the base's own speed.
+
+    names: as in activate; the active adapters when None. keep_base: hold the base's weights so that unmerge restores
+    them exactly; without, the extra memory is one layer's and the merge is for good. untie: give a layer whose weight
+    is shared (an embedding tied to the head) a weight of its own instead of refusing.
+
+    Sums are formed in fp32 and rounded once. A narrow type loses part of a small dW; the share kept is reported for
+    each layer, and a loss of more than a tenth is warned about.
+    """
+    state = _state(model)
+    if state.merged is not None:
+        raise StateError(f"{state.merged!r} is merged already", fix="unmerge(model) first")
+    names = names if names is not None else _active_mixture(state)
+    chosen, mix = _mixture(model, state, names)
+    if not chosen:
+        raise StateError("no adapter is active, so there is nothing to merge", fix='merge(model, "name")')
+    weights = [1.0] * len(chosen) if mix is None else mix.tolist()
+    acting = {
+        site: [(layer.slots[n], w) for n, w in zip(chosen, weights, strict=True) if n in layer.slots]  # type: ignore[union-attr, index, operator]
+        for site, layer in state.hosts.items()
+        if any(n in layer.slots for n in chosen)  # type: ignore[union-attr, operator]
+    }
+    _refuse_tied(model, state, acting, untie)
+    _refuse_broken(acting)
+    state.active.change(())
+    state.resume, state.merged, state.kept = (chosen, mix), names, [] if keep_base else None
+    kept = {}
+    with torch.no_grad():
+        for site, adapters_here in acting.items():
+            kept[site] = _merge_layer(state.hosts[site], adapters_here, state.kept)
+    report = Merged(kept)
+    if report.share < 0.9:
+        worst = min(kept, key=kept.__getitem__)
+        dtype = read_weight(state.hosts[worst]).dtype
+        warnings.warn(
+            f"merging kept only {100 * report.share:.0f} % of dW in {worst}: {dtype} is too coarse for a change this "
+            "small. Merge into an fp32 copy of the base, or serve the adapter unmerged.",
+            stacklevel=2,
+        )
+    return report
+
+
+def _active_mixture(state: State) -> Mixture:
+    if state.active.rows:
+        raise StateError("rows are routed one by one, which no single weight can express", fix="leave routed() first")
+    names, mix = state.active.names, state.active.mix
+    return list(names) if mix is None else dict(zip(names, mix.tolist(), strict=True))
+
+
+def _merge_layer(layer: nn.Module, acting: list[tuple[Any, float]], kept: list[Any] | None) -> float:
+    """Merge one layer; returns the share of dW that survived rounding."""
+    if isinstance(layer, Whole):
+        _merge_whole(layer, acting, kept)
+        return 1.0
+    bias = layer._parameters.get("bias")
+    changes = [(adapter.bias, w) for adapter, w in acting if adapter.bias is not None]
+    if changes:
+        _keep(kept, layer, "bias", bias)
+        bias.copy_(bias + sum(w * change for change, w in changes))  # type: ignore[union-attr, operator]
+    acting = [(adapter, w) for adapter, w in acting if adapter.delta is not None]
+    if not acting:
+        return 1.0
+    raw = layer._parameters.get("weight")
+    _keep(kept, layer, "weight", raw if raw is not None else read_weight(layer))
+    plain = raw is not None and is_plain(raw) and all(isinstance(a.combine, Add) for a, _ in acting)
+    if plain and op_of(layer).to_matrix(layer, raw).data_ptr() == raw.data_ptr():  # type: ignore[union-attr]
+        return _merge_rows(op_of(layer).to_matrix(layer, raw), acting)
+    return _merge_dense(layer, acting)
+
+
+def _merge_rows(w: Tensor, acting: list[tuple[Adapter, float]]) -> float:
+    """W += sum of s B A, in place and a few rows at a time, so that no second matrix of W's size is made."""
+    factors = [(a.delta.factors(), a.delta.scale * weight) for a, weight in acting]  # type: ignore[union-attr]
+    if w.dtype in (torch.float32, torch.float64):
+        for (a, b), scale in factors:
+            w.addmm_(b.to(w.dtype), a.to(w.dtype), alpha=scale)
+        return 1.0
+    rows, survived, wanted = max(1, CHUNK // w.shape[1]), 0.0, 0.0
+    for start in range(0, w.shape[0], rows):
+        piece = w[start : start + rows]
+        change = sum(scale * (b[start : start + rows].float() @ a.float()) for (a, b), scale in factors)
+        before = piece.float()
+        piece.copy_(before + change)
+        survived += float(((piece.float() - before) * change).sum())
+        wanted += float((change * change).sum())  # type: ignore[operator]
+    return survived / wanted if wanted else 1.0
+
+
+def _merge_dense(layer: nn.Module, acting: list[tuple[Adapter, float]]) -> float:
+    op = op_of(layer)
+    stored = read_weight(layer)
+    w = op.to_matrix(layer, stored).to(torch.promote_types(stored.dtype, torch.float32))
+    change = sum(weight * (adapter.weight(w) - w) for adapter, weight in acting)
+    write_weight(layer, op.to_weight(layer, w + change).to(stored.dtype))
+    if stored.dtype in (torch.float32, torch.float64):
+        return 1.0
+    now = op.to_matrix(layer, read_weight(layer)).to(w.dtype)
+    wanted = float((change * change).sum())  # type: ignore[operator]
+    return float(((now - w) * change).sum()) / wanted if wanted else 1.0
+
+
+def _merge_whole(layer: nn.Module, acting: list[tuple[nn.Module, float]], kept: list[Any] | None) -> None:
+    mine = {k: v for k, v in layer.state_dict(keep_vars=True).items() if not k.startswith("lora.")}
+    theirs = [(dict(twin.state_dict(keep_vars=True)), w) for twin, w in acting]
+    for key, value in mine.items():
+        owner, _, leaf = key.rpartition(".")
+        _keep(kept, layer.get_submodule(owner), leaf, value)
+        if value.is_floating_point():
+            value.copy_(value + sum(w * (twin[key] - value) for twin, w in theirs))
+        else:
+            value.copy_(theirs[-1][0][key])
+
+
+def _keep(kept: list[Any] | None, layer: nn.Module, leaf: str, value: Tensor | None) -> None:
+    if kept is not None and value is not None:
+        kept.append((layer, leaf, value.detach().clone()))
+
+
+def unmerge(model: nn.Module) -> None:
+    """Give the base's weights back exactly, and the adapters that were merged their activity."""
+    state = _state(model)
+    if state.merged is None:
+        raise StateError("nothing is merged", fix="merge(model) first")
+    if state.kept is None:
+        raise StateError(
+            "the base was not kept when merging", fix="merge(model, ..., keep_base=True), or load the base again"
+        )
+    with torch.no_grad():
+        for layer, leaf, value in state.kept:
+            own = layer._parameters.get(leaf, layer._buffers.get(leaf))
+            write_weight(layer, value) if own is None else own.copy_(value)
+    state.kept, state.merged = None, None
+    state.active.change(*state.resume)
+
+
+def _refuse_broken(acting: Mapping[str, list[tuple[nn.Module, float]]]) -> None:
+    """A NaN in a factor would spread over the whole base; find it before the first weight is written."""
+    broken = [
+        site
+        for site, here in acting.items()
+        if not all(bool(torch.isfinite(p).all()) for module, _ in here for p in module.parameters() if not p.is_meta)
+    ]
+    if broken:
+        raise StateError("these adapters hold NaN or infinite values and were not merged", problems=broken)
+
+
+def _refuse_tied(model: nn.Module, state: State, acting: Mapping[str, Any], untie: bool) -> None:
+    """Merging into a shared weight would change every layer that shares it."""
+    owners: dict[int, list[str]] = {}
+    for name, module in _unwrap(model).named_modules(remove_duplicate=False):
+        for parameter in module._parameters.values():
+            if parameter is not None:
+                owners.setdefault(id(parameter), []).append(name)
+    problems = []
+    for site in acting:
+        layer = state.hosts[site]
+        for leaf, parameter in layer._parameters.items():
+            others = [o for o in owners.get(id(parameter), []) if o != site]
+            if parameter is None or not others:
+                continue
+            if untie:
+                setattr(layer, leaf, nn.Parameter(parameter.detach().clone(), requires_grad=False))
+            else:
+                problems.append(f"{site}.{leaf} is also {', '.join(f'{o}.{leaf}' for o in others)}")
+    if problems:
+        raise StateError(
+            "merging would change layers that the adapter does not belong to, because their weights are tied",
+            problems=problems,
+            fix="merge(model, ..., untie=True) gives the adapted layer its own weight; set "
+            "model.config.tie_word_embeddings = False before saving the model",
+        )
+
+
+# --- looking and checking -------------------------------------------------------------------------------------------
+
+
+def check_alive(model: nn.Module) -> None:
+    """After a backward: every active adapter got a gradient in every layer. Raises naming those without.
+
+    This is what finds a layer whose forward was replaced, whose weight is read without being called, or whose adapter
+    a fused loss passed by.
+    """
+    state = _state(model)
+    silent, zero = [], []
+    for name in state.active.names:
+        for site in (*state.placed[name].sites, *state.placed[name].saved):
+            module = state.hosts[site].slots[name]  # type: ignore[index, union-attr]
+            trained = [p for p in module.parameters() if p.requires_grad]
+            if trained and all(p.grad is None for p in trained):
+                silent.append(f"{site} ({name})")
+            elif trained and not any(p.grad is not None and bool(p.grad.any()) for p in trained):
+                zero.append(f"{site} ({name})")
+    if silent or zero:
+        raise StateError(
+            f"{len(silent) + len(zero)} adapters got no gradient",
+            problems=silent + [f"{z}: only zeros" for z in zero],
+            fix="their layers' forward never ran or does not reach the loss. Something reads the weight directly, "
+            "replaced forward after attach (attach last), or skips these layers",
+        )
+
+
+def summary(model: nn.Module) -> Summary:
+    """Trainable and total parameters, and for each adapter its bytes and layers."""
+    state = _state(model)
+    sizes = {n: sum(p.numel() * p.element_size() for p in parameters(model, n).values()) for n in state.placed}
+    trained = sum(p.numel() for p in _unwrap(model).parameters() if p.requires_grad)
+    return Summary(trained, _count(_unwrap(model)), sizes, {n: len(p.sites) for n, p in state.placed.items()})
+
+
+def tensors(model: nn.Module, name: str = "default") -> dict[tuple[str, str], Tensor]:
+    """What a file must hold of an adapter: (site, field) -> tensor, where a field is a name of the delta or the combine
+    rule (A, B, magnitude), `bias` (the change of the bias) or `saved.<parameter>` of a module that is trained whole."""
+    placed, state = _placed(model, name), _state(model)
+    found: dict[tuple[str, str], Tensor] = {}
+    for site in placed.sites:
+        adapter = adapter_of(state.hosts[site], name)
+        for part in (adapter.delta, adapter.combine):
+            if part is not None:
+                found |= {(site, key): value for key, value in part.state_dict(keep_vars=True).items()}
+        if adapter.bias is not None:
+            found[site, "bias"] = adapter.bias
+    for site in placed.saved:
+        twin = state.hosts[site].slots[name]  # type: ignore[index, union-attr]
+        found |= {(site, f"saved.{key}"): value for key, value in twin.state_dict(keep_vars=True).items()}
+    return found
+
+
+def put(model: nn.Module, name: str, values: Mapping[tuple[str, str], Tensor]) -> None:
+    """Copy values into an adapter. Checks every name and shape first; on any problem nothing is written."""
+    own = tensors(model, name)
+    problems = [f"{site}: the adapter has no {key!r}" for site, key in values.keys() - own.keys()]
+    problems += [f"{site}: no value for {key!r}" for site, key in own.keys() - values.keys()]
+    problems += [
+        f"{site}: {key!r} is {tuple(own[site, key].shape)} here and {tuple(value.shape)} in the values"
+        for (site, key), value in values.items()
+        if (site, key) in own and own[site, key].shape != value.shape
+    ]
+    if problems:
+        raise CheckpointError(f"these values do not fit adapter {name!r}", problems=sorted(problems))
+    with torch.no_grad():
+        for key, value in values.items():
+            own[key].copy_(value)
