@@ -10,19 +10,17 @@ the two together for every layer kind and every delta, so neither is written a s
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from veneer.core.delta import Delta
+from veneer.core.init import Site
+from veneer.core.op import Op
 from veneer.core.registry import Registry
 from veneer.core.weight import read_weight
-
-if TYPE_CHECKING:
-    from veneer.core.delta import Delta
-    from veneer.core.init import Site
-    from veneer.core.op import Op
 
 __all__ = ["COMBINES", "Add", "Combine", "Dora"]
 

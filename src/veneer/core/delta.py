@@ -7,24 +7,21 @@ measured and saved follows from that; a delta that is not a product of two facto
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING, ClassVar
+from collections.abc import Callable
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from veneer.core.init import Site, Start
+from veneer.core.op import Op
 from veneer.core.registry import Registry
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from veneer.core.init import Site, Start
-    from veneer.core.op import Op
 
 __all__ = ["DELTAS", "Delta", "Lora"]
 
-DELTAS: Registry[type[Delta]] = Registry("delta")
+DELTAS: Registry[type["Delta"]] = Registry("delta")
 
 
 class Delta(nn.Module, ABC):

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from functools import cache
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch.nn.functional as F
 from jaxtyping import Float
@@ -25,6 +25,7 @@ from veneer.core.registry import Registry
 __all__ = ["OPS", "Op", "op_for", "op_of"]
 
 
+@runtime_checkable
 class Op(Protocol):
     """One layer kind. All methods take the layer itself as `host`, because strides and groups live there."""
 
