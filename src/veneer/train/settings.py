@@ -486,6 +486,7 @@ def _from_file(file: str | Path | None, problems: list[str]) -> list[Row]:
         name, line = str(key_node.value).replace("-", "_"), key_node.start_mark.line + 1
         if name in seen:
             problems.append(f"{path.name}:{line}: {name!r} stands here a second time; first on line {seen[name]}")
+            continue
         seen[name] = line
         value = loader.construct_object(value_node, deep=True)
         rows += _flat(name, value, Origin("file", f"{path.name}:{line}"))
