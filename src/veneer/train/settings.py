@@ -141,7 +141,7 @@ class Settings:
     scaling: str = choice(
         "lora",
         "lora rslora",
-        "dW is scaled by alpha / r (lora) or alpha / sqrt(r) (rslora).",
+        "What dW is scaled by: alpha / r (lora) or alpha / sqrt(r) (rslora).",
         group="method",
         only_for=LORA,
     )
@@ -508,7 +508,7 @@ def _aliases_of() -> dict[str, tuple[str, ...]]:
 @cache
 def _targets_of(alias: str) -> tuple[str, ...]:
     """Which of our keys an alias sets, found by trying the values people write."""
-    for sample in (True, 1, "lora", "assistant", "nf4", {"x": 1}):
+    for sample in (True, 1, 0.5, "lora", "assistant", "nf4", {"x": 1}):
         try:
             if found := ALIASES.get(alias, lambda _: {})(sample):
                 return tuple(FOLLOWED.get(own, own) for own in found)
