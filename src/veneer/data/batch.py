@@ -1,4 +1,4 @@
-"""Rows of different lengths become one tensor each. Labels were made before padding, so pad == eos never hides a real EOS."""
+"""Rows of different lengths become tensors. Labels were made before padding, so pad == eos never hides a real EOS."""
 
 from __future__ import annotations
 
@@ -26,6 +26,6 @@ class Batch:
     rows: int  # samples: packed ones count each
     packed: bool = False
     sequence_ids: Tensor | None = None  # (rows, tokens): which sample each token belongs to, -1 for padding
-    cu_seqlens: Tensor | None = None  # (samples + 1,): boundaries in the batch with its padding removed, for varlen kernels
+    cu_seqlens: Tensor | None = None  # (samples + 1,): boundaries once padding is removed, for varlen kernels
 
     def to(self, device: torch.device | str) -> Batch: ...

@@ -21,9 +21,9 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal, Protocol, TypeAlias, TypedDict, runtime_checkable
+from typing import Any, Literal, Protocol, Required, TypeAlias, TypedDict, runtime_checkable
 
 __all__ = [
     "IGNORE",
@@ -59,9 +59,11 @@ class Message(TypedDict, total=False):
     `weight` 0 keeps an assistant turn as context that is not trained (OpenAI's convention).
     """
 
-    role: str
-    content: str
+    role: Required[str]
+    content: Required[str]
     reasoning_content: str
+    reasoning: str
+    thinking: str
     tool_calls: list[dict[str, Any]]
     tool_call_id: str
     name: str
@@ -83,7 +85,8 @@ class _Example:
     @cached_property
     def id(self) -> str:
         """A hash of the content: equal for equal rows, whatever file and line they stand in."""
-        content = asdict(self) | {"where": "", "kind": type(self).__name__}  # type: ignore[call-overload]
+        content = {name: value for name, value in vars(self).items() if name not in ("where", "id")}
+        content["kind"] = type(self).__name__
         return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
