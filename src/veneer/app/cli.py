@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import importlib
+import itertools
 import os
 import signal
 import sys
@@ -23,7 +24,7 @@ import tempfile
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NoReturn, Protocol, cast
+from typing import Any, NoReturn, Protocol, cast, runtime_checkable
 
 from veneer.app.output import Output
 from veneer.core.registry import near
@@ -58,6 +59,7 @@ OTHER_WORDS = {  # what other tools call them
 DONE, FAILED, WRONG, TOO_BIG, STOPPED = 0, 1, 2, 3, 130
 
 
+@runtime_checkable
 class Command(Protocol):
     """A module of `commands/`. `EXAMPLES` are shown under its help."""
 
@@ -77,6 +79,13 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise ConfigError(message, "command line", f"`{self.prog} --help` shows how it is used")
 
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        if action.choices is not None and value not in action.choices:
+            known = [str(choice) for choice in action.choices]
+            name = "/".join(action.option_strings) or action.metavar or action.dest
+            fix = f"`{self.prog} --help` shows how it is used"
+            raise ConfigError(f"{value!r} is not one of {', '.join(known)}.{near(value, known)}", str(name), fix)
+
     @property
     def known_flags(self) -> list[str]:
         return [flag for action in self._actions for flag in action.option_strings]
@@ -95,7 +104,7 @@ def _columns() -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line; the exit code comes back, except for --help, which prints and exits 0 itself."""
-    words = list(sys.argv[1:] if argv is None else argv)
+    words = _general_flags_last(sys.argv[1:] if argv is None else argv)
     out = Output(next((w for w in words if not w.startswith("-")), ""), json="--json" in words)
     try:
         name = _command_name(words)
@@ -110,6 +119,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         code = exit_code(error)
         out.error(error, code, None if isinstance(error, VeneerError) else _keep_traceback(error))
         return code
+
+
+def _general_flags_last(words: Sequence[str]) -> list[str]:
+    """`veneer --json runs` is `veneer runs --json`."""
+    general = list(itertools.takewhile(lambda word: word in ("--json", "--quiet", "-q"), words))
+    return [*words[len(general) :], *general]
 
 
 def exit_code(error: BaseException) -> int:
@@ -181,9 +196,9 @@ def parse(name: str, module: Command, words: Sequence[str]) -> argparse.Namespac
 
         add_help(parser)
         said, words = split(words)
-    args, unknown = parser.parse_known_args([_dashed(word) for word in words])
-    if unknown:
-        raise _unknown(unknown, parser, name)
+    words = [_dashed(word) for word in words]
+    _refuse_unknown(words, parser)
+    args = parser.parse_args(words)
     args.said = said
     return args
 
@@ -194,13 +209,14 @@ def _dashed(word: str) -> str:
     return flag.replace("_", "-") + equals + value if word.startswith("--") else word
 
 
-def _unknown(words: Sequence[str], parser: Parser, name: str) -> ConfigError:
-    flags = [word.partition("=")[0] for word in words if word.startswith("-")]
-    where, fix = "command line", f"`veneer {name} --help` lists the flags"
-    if not flags:
-        return ConfigError(f"{words[0]!r} is one word too many", where, f"`{parser.prog} --help` shows how it is used")
-    known = [*parser.known_flags, *_aliases(parser)]
-    return ConfigError("; ".join(f"unknown flag {flag}.{near(flag, known)}".rstrip(".") for flag in flags), where, fix)
+def _refuse_unknown(words: Sequence[str], parser: Parser) -> None:
+    """Flags that nobody knows, before argparse takes the word behind one for something else."""
+    flags = [word.partition("=")[0] for word in words if word.startswith("--") and word != "--"]
+    unknown = [flag for flag in flags if flag not in parser.known_flags]
+    if unknown:
+        known = [*parser.known_flags, *_aliases(parser)]
+        what = "; ".join(f"unknown flag {flag}.{near(flag, known)}" for flag in unknown)
+        raise ConfigError(what.removesuffix("."), "command line", f"`{parser.prog} --help` lists the flags")
 
 
 def _aliases(parser: Parser) -> list[str]:

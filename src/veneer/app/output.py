@@ -18,7 +18,7 @@ from contextlib import contextmanager, redirect_stdout
 from dataclasses import asdict, is_dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import IO, TYPE_CHECKING, Any, Protocol, cast, runtime_checkable
 
 from veneer.app.text import Signs
 from veneer.errors import VeneerError
@@ -26,9 +26,18 @@ from veneer.errors import VeneerError
 if TYPE_CHECKING:
     from rich.console import Console
 
-__all__ = ["Output", "plain"]
+__all__ = ["Output", "Stream", "plain"]
 
 PIPE_WIDTH = 160  # columns of a table that nobody's terminal limits
+
+
+@runtime_checkable
+class Stream(Protocol):
+    """What is needed of stdout and stderr, so that anything that takes text can stand in for them."""
+
+    def write(self, text: str, /) -> int: ...
+    def flush(self) -> None: ...
+    def isatty(self) -> bool: ...
 
 
 def plain(value: Any) -> Any:
@@ -47,7 +56,8 @@ def plain(value: Any) -> Any:
         return value if math.isfinite(value) else None
     if value is None or isinstance(value, (str, int, bool)):
         return value
-    return value.item() if hasattr(value, "item") and getattr(value, "ndim", 0) == 0 else str(value)
+    as_number = getattr(value, "item", None)  # what numpy and torch hold
+    return plain(as_number()) if as_number and getattr(value, "ndim", 0) == 0 else str(value)
 
 
 class Output:
@@ -59,8 +69,8 @@ class Output:
         *,
         json: bool = False,
         quiet: bool = False,
-        stdout: TextIO | None = None,
-        stderr: TextIO | None = None,
+        stdout: Stream | None = None,
+        stderr: Stream | None = None,
     ) -> None:
         self.command, self.json, self.quiet = command, json, quiet
         self.stdout, self.stderr = stdout or sys.stdout, stderr or sys.stderr
@@ -79,13 +89,13 @@ class Output:
     def errors(self) -> Console:
         return self._console(self.stderr)
 
-    def _console(self, stream: TextIO) -> Console:
+    def _console(self, stream: Stream) -> Console:
         from rich.console import Console
 
         width = None if stream.isatty() else int(os.environ.get("COLUMNS", PIPE_WIDTH))
-        return Console(file=stream, width=width, highlight=False, soft_wrap=False, emoji=False)
+        return Console(file=cast(IO[str], stream), width=width, highlight=False, soft_wrap=False, emoji=False)
 
-    def result(self, value: Mapping[str, Any], show: Callable[[Console], None]) -> None:
+    def result(self, value: Mapping[str, Any], show: Callable[[Console], object]) -> None:
         """The answer: `value` for a program, `show` for a person."""
         if self.json:
             self.line({"ok": True, "command": self.command, **value})
@@ -94,7 +104,7 @@ class Output:
 
     def line(self, value: Mapping[str, Any]) -> None:
         """One JSON object on one line, at once, so that a reader can follow a long command."""
-        print(json.dumps(plain(value), ensure_ascii=False), file=self.stdout, flush=True)
+        print(json.dumps(plain(value), ensure_ascii=False), file=cast(IO[str], self.stdout), flush=True)
 
     def note(self, text: str) -> None:
         """What is worth knowing but is not the answer."""
@@ -120,7 +130,7 @@ class Output:
     @contextmanager
     def guarded(self) -> Iterator[None]:
         """While a command runs, `print` anywhere in any library goes to stderr."""
-        with redirect_stdout(self.stderr):
+        with redirect_stdout(cast(IO[str], self.stderr)):
             yield
 
     @contextmanager

@@ -11,7 +11,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, TextIO
+from typing import Any
 
 __all__ = ["ASCII", "UNICODE", "Signs", "bytes_", "count", "duration", "number", "plural", "share", "shorten", "spark"]
 
@@ -33,7 +33,7 @@ class Signs:
     about: str
 
     @staticmethod
-    def of(stream: TextIO | Any) -> Signs:
+    def of(stream: Any) -> Signs:
         encoding = (getattr(stream, "encoding", None) or "ascii").lower().replace("-", "")
         return UNICODE if encoding.startswith("utf") else ASCII
 
