@@ -1,4 +1,4 @@
-"""The small pieces of the loop, each held to its law: schedule, groups, clipping, the watchdog, |dW|, checksums."""
+"""The small pieces of the loop, each held to its law: schedule, groups, clipping, the watchdog, |dW|."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import nn
 
 from veneer.core.model import adapter_of, attach, parameters, sites
 from veneer.core.spec import LoRA
-from veneer.train.monitor import Meter, Movement, Watchdog, checksum, memory_bytes, not_finite
+from veneer.train.monitor import Meter, Movement, Watchdog, memory_bytes, not_finite
 from veneer.train.optim import adamw, clip_, gradient_norms, set_rate
 from veneer.train.schedule import rate_factor, warmup_steps
 
@@ -74,9 +74,9 @@ def test_clipping_is_torchs() -> None:
     torch.nn.utils.clip_grad_norm_(two.parameters(), 0.5)
     for a, b in zip(one.parameters(), two.parameters(), strict=True):
         assert (a.grad is None and b.grad is None) or torch.allclose(a.grad, b.grad, rtol=1e-5)
-    before = [p.grad.clone() for p in one.parameters() if p.grad is not None]
+    before = one[0].weight.grad.clone()
     clip_(one.parameters(), 1e9, 0)
-    assert all(torch.equal(a, p.grad) for a, p in zip(before, (p for p in one.parameters() if p.grad is not None)))
+    assert torch.equal(before, one[0].weight.grad)
 
 
 # ---------------------------------------------------------------- watching
@@ -126,20 +126,6 @@ def test_movement_is_the_norm_of_dw(init: str, moved_before: bool) -> None:
 
 def test_movement_of_a_model_without_adapters_is_empty() -> None:
     assert Movement(net()).now() == {}
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8, torch.float64, torch.bool])
-def test_a_checksum_sees_one_bit_and_two_that_changed_places(dtype: torch.dtype) -> None:
-    x = (torch.randn(50, 7) * 10).to(dtype)
-    x.flatten()[0], x.flatten()[1] = 0, 1
-    before = checksum({"x": x})
-    assert checksum({"x": x.clone()}) == before
-    swapped = x.clone()
-    swapped.flatten()[0], swapped.flatten()[1] = 1, 0
-    assert checksum({"x": swapped}) != before
-    flipped = x.clone()
-    flipped.flatten()[3] = not flipped.flatten()[3] if dtype is torch.bool else flipped.flatten()[3] * 2 + 1
-    assert checksum({"x": flipped}) != before
 
 
 def test_what_is_not_finite_is_named() -> None:

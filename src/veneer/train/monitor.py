@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from veneer.core.model import adapter_of, adapters, sites
 
-__all__ = ["Meter", "Movement", "Watchdog", "checksum", "memory_bytes", "not_finite"]
+__all__ = ["Meter", "Movement", "Watchdog", "memory_bytes", "not_finite", "total_memory_bytes"]
 
 
 class Watchdog:
@@ -144,23 +144,3 @@ def total_memory_bytes(device: torch.device) -> int | None:
 def not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
     """The names of those that hold NaN or infinity: the first thing to know when a loss is NaN before any step."""
     return [name for name, t in tensors.items() if t.is_floating_point() and not bool(torch.isfinite(t).all())]
-
-
-def checksum(tensors: Mapping[str, Tensor]) -> dict[str, int]:
-    """A number per tensor that changes when a bit of it changes: the sum and the weighted sum of its bits, mod 2^64.
-
-    Read from the tensor as it lies in memory, on its own device, so it costs one pass at the memory's speed; this is a
-    guard against accidents, not against forgery.
-    """
-    return {name: _bits(t) for name, t in tensors.items()}
-
-
-def _bits(tensor: Tensor) -> int:
-    words = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-    flat = tensor.detach().contiguous().view(words[tensor.element_size()]).flatten()
-    total = 0
-    for i, part in enumerate(flat.split(1 << 22)):
-        long = part.to(torch.int64)
-        weights = torch.arange(1, len(long) + 1, device=long.device)
-        total += (2 * i + 1) * int(((long + 1) * weights).sum()) + int(long.sum())
-    return total % (1 << 64)

@@ -218,13 +218,15 @@ def paths(value: Any) -> str | tuple[str, ...]:
     return text(value)
 
 
-def share_rows_or_path(value: Any) -> float | int | str:
-    """A share of the rows (below 1), a number of rows, or a file.
+def share_rows_or_path(value: Any) -> float | int | str | None:
+    """A share of the rows (below 1), a number of rows, or a file; None where nothing is said.
 
     >>> share_rows_or_path("0.1"), share_rows_or_path(200), share_rows_or_path("val.jsonl")
     (0.1, 200, 'val.jsonl')
     """
-    if value in NOTHING or value is False:
+    if value is None or value == "":
+        return None
+    if value is False or str(value).lower() in ("none", "no", "false"):
         return 0
     try:
         found = number(0)(value)

@@ -152,9 +152,10 @@ class Settings:
     quant: str = choice("none", "none nf4 int8 fp8", "How the frozen base is stored.", group="method", only_for=LORA)
 
     # The data
-    val: float | int | str = of_data(
-        0.05, "text", parse.share_rows_or_path,
-        "Held-out data: a share below 1 (at most 200 rows), a number of rows, a file, or 0 for none.",
+    val: float | int | str | None = of_data(
+        None, "text", parse.share_rows_or_path,
+        "Held-out data: a share below 1, a number of rows, a file, or 0 for none.",
+        rule="what the data brings for this, else 5 % of it and at most 200 rows",
     )  # fmt: skip
     columns: dict[str, str] = of_data(  # noqa: RUF009 - the field is made with a factory
         {}, "mapping", parse.mapping, "Our column names -> yours, where they differ: prompt=question,completion=answer."

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from veneer.core.model import attach, parameters
 from veneer.core.spec import LoRA
 from veneer.data.types import IGNORE
-from veneer.train.loss import chunked_cross_entropy, head_split, plain_cross_entropy
+from veneer.tasks.cross_entropy import chunked_cross_entropy, head_split, plain_cross_entropy
 
 
 class Tail(nn.Module):

@@ -1,0 +1,124 @@
+"""What a task is: which model class it loads, which rows it can use, what its loss and its metrics are.
+
+    a row --veneer.data--> Encoded --collate--> Batch --Task.loss--> a sum over everything that is trained
+                                                      --Task.judge--> the same sum, predictions, what was wanted
+
+The loss of a task is a *sum* over its trained tokens (or rows); the loop divides by their number in the whole global
+batch, so that how a batch was cut into micro-batches cannot change what is learned. One file per task; each registers
+itself here.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from veneer.core.registry import Registry
+from veneer.data.batch import Batch
+from veneer.data.labels import LabelSet
+from veneer.errors import ConfigError
+
+__all__ = ["TASKS", "Judged", "Task", "class_options", "new_heads"]
+
+TASKS: Registry[type[Task]] = Registry("task")
+
+
+class Judged(NamedTuple):
+    """An evaluated batch: the summed loss, and one prediction per wanted value (none where a task only has a loss)."""
+
+    loss: Float[Tensor, ""]
+    predicted: Sequence[Any] = ()
+    wanted: Sequence[Any] = ()
+
+
+class Task(ABC):
+    """One kind of learning. `labels` are the classes of the training rows, for tasks that have some."""
+
+    name: ClassVar[str]
+    auto_class: ClassVar[str]  # of transformers
+    kinds: ClassVar[tuple[type[Any], ...]]  # of example, in veneer.data.types
+    labelled: ClassVar[bool] = False  # whether rows hold classes, and the model a head for them
+
+    def __init__(self, tokenizer: Any = None, labels: LabelSet | None = None) -> None:
+        self.tokenizer, self.labels = tokenizer, labels
+
+    # ---------------------------------------------------------------- the model
+
+    def model_options(self) -> dict[str, Any]:
+        """What `from_pretrained` needs to know of the task."""
+        return {}
+
+    def prepare(self, model: nn.Module, batch: Batch) -> str:
+        """Look at the model once, with a batch at hand; the answer is what was found, for the log."""
+        return ""
+
+    def heads(self, model: nn.Module) -> tuple[str, ...]:
+        """Modules that are new to the model and must be trained whole."""
+        return new_heads(model) if self.labelled else ()
+
+    # ---------------------------------------------------------------- loss and metrics
+
+    @abstractmethod
+    def judge(self, model: nn.Module, batch: Batch) -> Judged:
+        """Loss and predictions of a batch."""
+
+    def loss(self, model: nn.Module, batch: Batch) -> Float[Tensor, ""]:
+        """The summed loss of a batch: what is trained."""
+        return self.judge(model, batch).loss
+
+    def metrics(self, predicted: Sequence[Any], wanted: Sequence[Any]) -> dict[str, float]:
+        return {}
+
+    @torch.no_grad()
+    def evaluate(
+        self, model: nn.Module, batches: Iterable[Batch], stop: Callable[[], bool] = lambda: False
+    ) -> dict[str, float]:
+        """The mean loss over all trained tokens (or rows) and the task's metrics. Empty when `stop` said so."""
+        total, counted = 0.0, 0
+        predicted: list[Any] = []
+        wanted: list[Any] = []
+        for batch in batches:
+            if stop():
+                return {}
+            judged = self.judge(model, batch)
+            total, counted = total + float(judged.loss), counted + batch.trained_tokens
+            predicted += judged.predicted
+            wanted += judged.wanted
+        return {"val_loss": total / max(counted, 1), **(self.metrics(predicted, wanted) if wanted else {})}
+
+
+def class_options(labels: LabelSet | None) -> dict[str, Any]:
+    """Classes in transformers' words, so that a saved model and its predictions bear their names."""
+    if labels is None:
+        return {}
+    if labels.kind == "number":
+        return {"num_labels": 1}
+    return {
+        "num_labels": len(labels.names),
+        "id2label": dict(enumerate(labels.names)),
+        "label2id": {name: i for i, name in enumerate(labels.names)},
+    }
+
+
+def new_heads(model: nn.Module) -> tuple[str, ...]:
+    """What a model has besides its body: the modules that `from_pretrained` made new for the task.
+
+    >>> body, head = nn.Linear(2, 2), nn.Linear(2, 3)
+    >>> model = nn.ModuleDict({"bert": body, "drop": nn.Dropout(), "classifier": head})
+    >>> model.base_model_prefix = "bert"
+    >>> new_heads(model)
+    ('classifier',)
+    """
+    prefix = getattr(model, "base_model_prefix", "")
+    heads = [name for name, child in model.named_children() if name != prefix and any(True for _ in child.parameters())]
+    if not prefix or not hasattr(model, prefix) or not heads:
+        raise ConfigError(
+            f"{type(model).__name__} does not say which of its modules is the head",
+            fix="name it with modules_to_save",
+        )
+    return tuple(heads)

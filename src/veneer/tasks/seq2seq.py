@@ -1,0 +1,70 @@
+"""Text from text, with an encoder and a decoder (T5, BART).
+
+The decoder is fed the target shifted by one, which each model does in its own way; its logits at a position are held
+against the target at that position. At evaluation a few rows are also answered, greedily, because a low loss with
+the true prefix given says little about what the model writes by itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from veneer.data.batch import Batch
+from veneer.data.types import IGNORE, Completion, Pair
+from veneer.errors import ConfigError
+from veneer.tasks.base import TASKS, Judged, Task
+from veneer.tasks.cross_entropy import plain_cross_entropy
+from veneer.tasks.metrics import exact_match, rouge_l
+
+__all__ = ["Seq2Seq"]
+
+ANSWERED = 32  # rows of an evaluation that are also generated
+
+
+@TASKS.register("seq2seq")
+class Seq2Seq(Task):
+    auto_class = "AutoModelForSeq2SeqLM"
+    kinds = (Pair, Completion)
+    answered = 0
+
+    def judge(self, model: nn.Module, batch: Batch) -> Judged:
+        logits = model(**batch.inputs, decoder_input_ids=shifted(model, batch.labels), use_cache=False).logits
+        loss = plain_cross_entropy(logits, batch.labels)
+        if torch.is_grad_enabled() or self.tokenizer is None or self.answered >= ANSWERED:
+            return Judged(loss)
+        self.answered += len(batch.labels)
+        return Judged(loss, self.answers(model, batch), self._texts(batch.labels))
+
+    def evaluate(
+        self, model: nn.Module, batches: Iterable[Batch], stop: Callable[[], bool] = lambda: False
+    ) -> dict[str, float]:
+        self.answered = 0
+        return super().evaluate(model, batches, stop)
+
+    def metrics(self, predicted: Sequence[Any], wanted: Sequence[Any]) -> dict[str, float]:
+        return {"exact_match": exact_match(predicted, wanted), "rouge_l": rouge_l(predicted, wanted)}
+
+    @torch.no_grad()
+    def answers(self, model: nn.Module, batch: Batch) -> list[str]:
+        longest = int((batch.labels != IGNORE).sum(1).max()) + 8
+        out = model.generate(**batch.inputs, max_new_tokens=longest, do_sample=False, num_beams=1)
+        return self.tokenizer.batch_decode(out, skip_special_tokens=True)
+
+    def _texts(self, labels: Tensor) -> list[str]:
+        rows = [row[row != IGNORE].tolist() for row in labels]
+        return [self.tokenizer.decode(row, skip_special_tokens=True) for row in rows]
+
+
+def shifted(model: nn.Module, labels: Tensor) -> Tensor:
+    """What the decoder is fed: the target behind the start token, in the model's own way."""
+    prepare = getattr(model, "prepare_decoder_input_ids_from_labels", None)
+    if prepare is None:
+        raise ConfigError(
+            f"{type(model).__name__} is no encoder-decoder that can be trained on pairs",
+            fix="choose a T5 or BART kind of model, or the task causal_lm",
+        )
+    return prepare(labels=labels)

@@ -1,0 +1,48 @@
+"""One label per word (names, parts of speech).
+
+A word's label sits on its first piece; the pieces that continue it, and special tokens, carry no label. So predictions
+are read where there is a label, and a sequence of words gets exactly as many tags as it has words.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+
+from veneer.data.batch import Batch
+from veneer.data.types import IGNORE, Tagged
+from veneer.tasks.base import TASKS, Judged, Task, class_options
+from veneer.tasks.cross_entropy import plain_cross_entropy
+from veneer.tasks.metrics import accuracy, entity_f1
+
+__all__ = ["TokenClassification"]
+
+
+@TASKS.register("token_classification")
+class TokenClassification(Task):
+    auto_class = "AutoModelForTokenClassification"
+    kinds = (Tagged,)
+    labelled = True
+
+    def model_options(self) -> dict[str, Any]:
+        return class_options(self.labels)
+
+    def judge(self, model: nn.Module, batch: Batch) -> Judged:
+        logits = model(**batch.inputs).logits
+        guesses = logits.detach().argmax(-1)
+        rows = zip(guesses, batch.labels, batch.labels != IGNORE, strict=True)
+        pairs = [(guess[has].tolist(), label[has].tolist()) for guess, label, has in rows]
+        return Judged(plain_cross_entropy(logits, batch.labels), [p for p, _ in pairs], [w for _, w in pairs])
+
+    def metrics(self, predicted: Sequence[Any], wanted: Sequence[Any]) -> dict[str, float]:
+        names = self.labels.names if self.labels is not None else ()
+        tags = [[[names[i] for i in row] for row in rows] for rows in (predicted, wanted)]
+        per_word = accuracy([t for row in tags[0] for t in row], [t for row in tags[1] for t in row])
+        return {"accuracy": per_word, **(entity_f1(*tags) if _are_entities(names) else {})}
+
+
+def _are_entities(names: Sequence[str]) -> bool:
+    """Whether the tags mark spans: an O for "none", or prefixes. Parts of speech do not, and have no entity F1."""
+    return "O" in names or any(name[1:2] == "-" and name[0] in "BIELSU" for name in names)

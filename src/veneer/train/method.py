@@ -1,0 +1,96 @@
+"""What trains: low-rank adapters, everything, or the last layers. One function per method, one way to write each down.
+
+| method | trains | the file holds |
+| --- | --- | --- |
+| lora | the adapter, and modules_to_save in copies of their own | the adapter, in PEFT's layout |
+| full | all weights, in fp32 | the model |
+| freeze | the last `layers` blocks of each stack, and a new head, in fp32 | the model |
+
+Full and partial fine-tuning are here as baselines: a low-rank adapter that does not come near them is the wrong tool.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from veneer.core.model import attach, parameters
+from veneer.core.select import block_index
+from veneer.core.spec import LoRA
+from veneer.errors import ConfigError
+
+__all__ = ["ADAPTER", "lora_of", "place", "write_model"]
+
+ADAPTER = "default"
+
+
+def place(model: nn.Module, settings: Any, heads: Sequence[str]) -> dict[str, nn.Parameter]:
+    """Make `model` ready to train by the method and return what trains, by name. `heads` are new and must learn."""
+    if settings.method == "lora":
+        attach(model, lora_of(settings, heads), ADAPTER)
+        return parameters(model, ADAPTER)
+    if settings.method == "full":
+        model.requires_grad_(True)
+    else:
+        _freeze_all_but_last(model, settings.layers, heads)
+    for parameter in model.parameters():
+        if parameter.requires_grad and parameter.dtype in (torch.bfloat16, torch.float16):
+            parameter.data = parameter.data.float()  # AdamW's small steps would be lost in rounding
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def lora_of(settings: Any, heads: Sequence[str] = ()) -> LoRA:
+    """The adapter that the settings describe."""
+    last = settings.layers if isinstance(settings.layers, int) else None
+    return LoRA(
+        rank=settings.r,
+        alpha=settings.alpha,
+        targets=settings.targets,
+        exclude=settings.exclude,
+        dropout=settings.dropout,
+        delta=settings.delta,
+        combine=settings.combine,
+        init=settings.init,
+        scaling=settings.scaling,
+        bias=settings.bias,
+        modules_to_save=tuple(dict.fromkeys([*settings.modules_to_save, *heads])),
+        layers=tuple(range(-last, 0)) if last is not None else settings.layers,
+        overrides=settings.overrides,
+    )
+
+
+def _freeze_all_but_last(model: nn.Module, last: int, heads: Sequence[str]) -> None:
+    names = [name for name, _ in model.named_parameters()]
+    blocks = {index for name in names if (index := block_index(name)) is not None}
+    count = max(blocks, default=-1) + 1
+    if not 0 < last <= count:
+        raise ConfigError(
+            f"layers: {last} is not possible, the model has {count} blocks",
+            fix=f"choose 1 to {count}"
+            if count
+            else "use method full; this model has no numbered blocks to choose from",
+        )
+    model.requires_grad_(False)
+    for name, parameter in model.named_parameters():
+        index = block_index(name)
+        is_head = any(name.startswith(head + ".") for head in heads)
+        if is_head or (index is not None and index >= count - last):
+            parameter.requires_grad_(True)
+
+
+def write_model(model: nn.Module, folder: Path, method: str) -> None:
+    """Write what was learned into `folder`."""
+    if method == "lora":
+        from veneer.ckpt.peft import save
+
+        save(model, folder, ADAPTER)
+    elif hasattr(model, "save_pretrained"):
+        model.save_pretrained(folder)
+    else:
+        from safetensors.torch import save_model
+
+        save_model(model, str(folder / "model.safetensors"))
