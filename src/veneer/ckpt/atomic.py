@@ -6,9 +6,10 @@
 
 What is written goes to a hidden sibling, is flushed to the disk, and then takes the name in one step. A file does so
 with `rename`. A folder cannot: `rename` refuses to replace a folder that is not empty, and moving the old one away
-first leaves a moment without either. So two folders *exchange* names (`renameat2(RENAME_EXCHANGE)` on Linux, `renamex_np` on
-macOS) and the old one is deleted under its hidden name. Where the file system cannot do that the old folder does step
-aside, and `recover` (which every later write and every load calls) puts it back if the process died in that moment.
+first leaves a moment without either. So two folders *exchange* names (`renameat2(RENAME_EXCHANGE)` on Linux,
+`renamex_np` on macOS) and the old one is deleted under its hidden name. Where the file system cannot do that the old
+folder does step aside, and `recover` (which every later write and every load calls) puts it back if the process died
+in that moment.
 
 Hidden siblings of a killed process are removed by the next write to the same name. To tell them from those of a process
 that still writes, a writer holds a `flock` on its sibling: the kernel lets go of it when the process dies, which holds

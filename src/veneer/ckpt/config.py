@@ -1,0 +1,301 @@
+"""adapter_config.json: PEFT's words for what a LoRA is, read and written.
+
+    PEFT                               here
+    r, lora_alpha, lora_dropout        rank, alpha, dropout
+    use_rslora, use_dora               scaling, combine
+    rank_pattern, alpha_pattern        overrides (same rule: a regular expression for the end of a module's name)
+    target_modules, exclude_modules    targets, exclude
+    layers_to_transform                layers
+    modules_to_save, bias              the same
+
+Every key falls into one of four sorts: mapped (above), saying nothing about the function (`HARMLESS`), changing the
+function in a way that we cannot follow (`REFUSED`, with a way out each), and unknown. Unknown keys are kept, written
+back, and reported: newer versions of PEFT invent some all the time.
+
+Which layers an adapter sits on is decided by patterns, and our rules and PEFT's agree on nearly all models but not on
+all. So `selects` is PEFT's rule to the letter, and whoever reads or writes a config checks with it.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from veneer.core.select import PRESETS
+from veneer.core.spec import LoRA
+from veneer.errors import CheckpointError, ConfigError
+
+__all__ = ["CONFIG", "TASK_HEADS", "Parsed", "Rank", "parse", "patterns_for", "read_config", "selects", "targets_for"]
+
+CONFIG = "adapter_config.json"
+
+TASK_HEADS = {  # modules that PEFT trains whole for a task whether or not modules_to_save names them
+    "SEQ_CLS": ("classifier", "score"),
+    "TOKEN_CLS": ("classifier", "score"),
+    "QUESTION_ANS": ("qa_outputs",),
+}
+
+WORDS = """
+    r lora_alpha lora_dropout use_rslora use_dora rank_pattern alpha_pattern target_modules exclude_modules bias
+    layers_to_transform layers_pattern modules_to_save init_lora_weights lora_bias peft_type
+"""
+MAPPED = frozenset(WORDS.split())
+SILENT = """
+    task_type base_model_name_or_path revision inference_mode auto_mapping peft_version runtime_config
+    fan_in_fan_out eva_config corda_config loftq_config lora_ga_config qalora_group_size megatron_core
+"""  # the layer itself says whether it is transposed, and the settings of an init say nothing without the init
+HARMLESS = frozenset(SILENT.split())
+
+RETRAIN = "train it again without this option"
+REFUSED = {  # keys that change what the adapter computes
+    "alora_invocation_tokens": ("acts only after its invocation tokens (aLoRA)", RETRAIN),
+    "arrow_config": ("routes tokens between experts (Arrow)", RETRAIN),
+    "ensure_weight_tying": ("ties the adapters of embedding and head", "save it with ensure_weight_tying=False"),
+    "kasa_config": ("cuts singular values off the base (KaSA)", RETRAIN),
+    "layer_replication": ("runs blocks of the base several times", "replicate the blocks in the base model itself"),
+    "megatron_config": ("is for Megatron's parallel layers", "convert base and adapter to Hugging Face's layout"),
+    "monteclora_config": ("adds random perturbations (MonteCLoRA)", RETRAIN),
+    "target_parameters": ("adapts bare parameters such as expert stacks", "adapt the layers inside instead"),
+    "trainable_token_indices": ("replaces single rows of the embedding", "modules_to_save with the whole embedding"),
+    "use_bdlora": ("has block-diagonal factors (BD-LoRA)", RETRAIN),
+    "use_qalora": ("pools the inputs of A (QA-LoRA)", RETRAIN),
+    "velora_config": ("compresses what A reads (VeLoRA)", RETRAIN),
+}
+
+CONVERT = "let PEFT convert it: save_pretrained(..., path_initial_model_for_weight_conversion=<the initial adapter>)"
+RECOMPUTED = ("pissa", "olora")  # the base changes, in a way that follows from the base alone
+BASE_CHANGED = ("corda", "loftq", "lora_ga", "pissa_niter")  # by data, quantisation or chance: unknown to the file
+STARTS = (True, False, None, "true", "gaussian", "orthogonal", "eva", "mica")  # only where training began
+
+
+@dataclass(frozen=True)
+class Parsed:
+    """What an adapter_config.json says."""
+
+    spec: LoRA
+    raw: dict[str, Any] = field(repr=False)
+    has_bias_in_b: bool = False  # lora_bias: B has a bias of its own, inside the scaling
+    unknown: dict[str, Any] = field(default_factory=dict)
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"There is no {CONFIG}.", str(path.parent), "name the folder of an adapter") from None
+    except ValueError as error:
+        raise CheckpointError(
+            f"{path.name} is not valid JSON: {error}.", str(path), "the file is damaged; download or save it again"
+        ) from None
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{path.name} holds no JSON object.", str(path), "download or save it again")
+    return config
+
+
+def parse(config: Mapping[str, Any], where: str = "") -> Parsed:
+    """The LoRA that a config describes. Raises CheckpointError with everything that stands against it."""
+    problems = list(_refused(config))
+    if problems:
+        raise CheckpointError("This adapter computes something that LoRA cannot express.", where, problems=problems)
+    try:
+        spec = _spec(config)
+    except ConfigError as error:
+        problems = error.problems or [str(error)]
+        raise CheckpointError(f"{CONFIG} makes no sense.", where, "correct it", problems) from None
+    except (TypeError, ValueError, AttributeError) as error:
+        raise CheckpointError(f"{CONFIG} makes no sense: {error}.", where, "correct it") from None
+    known = MAPPED | HARMLESS | REFUSED.keys()
+    unknown = {key: value for key, value in config.items() if key not in known and value}
+    return Parsed(spec, dict(config), bool(config.get("lora_bias")), unknown)
+
+
+def _refused(config: Mapping[str, Any]) -> Iterator[str]:
+    kind = config.get("peft_type", "LORA")
+    if kind != "LORA":
+        yield f"peft_type is {kind!r}; LORA can be read"
+    for key, (why, fix) in REFUSED.items():
+        if config.get(key):
+            yield f"{key}: it {why}. Way out: {fix}"
+    init = config.get("init_lora_weights", True)
+    if isinstance(init, str) and init.startswith(BASE_CHANGED):
+        yield f"init_lora_weights={init!r} changed the base itself, and the file does not say how. Way out: {CONVERT}"
+    elif not isinstance(init, bool) and init not in (*STARTS, *RECOMPUTED):
+        yield f"init_lora_weights={init!r} is unknown, so it may have changed the base. Way out: {CONVERT}"
+
+
+def _spec(config: Mapping[str, Any]) -> LoRA:
+    init, bias = config.get("init_lora_weights"), config.get("bias") or "none"
+    layers = config.get("layers_to_transform")
+    return LoRA(
+        rank=config.get("r", 8),
+        alpha=config.get("lora_alpha", 8),
+        dropout=config.get("lora_dropout") or 0.0,
+        targets=_targets(config.get("target_modules")),
+        exclude=_names(config.get("exclude_modules")),
+        combine="dora" if config.get("use_dora") else "add",
+        scaling="rslora" if config.get("use_rslora") else "lora",
+        init=init if init in RECOMPUTED else "kaiming",
+        bias="lora_only" if bias == "none" and config.get("lora_bias") else bias,
+        modules_to_save=_names(config.get("modules_to_save")),
+        layers=None if layers is None or layers == [] else (layers,) if isinstance(layers, int) else tuple(layers),
+        overrides=_overrides(config.get("rank_pattern") or {}, config.get("alpha_pattern") or {}),
+    )
+
+
+def _targets(value: Any) -> str | tuple[str, ...]:
+    """The word all-linear, a regular expression, or names (sorted: PEFT writes a set in any order)."""
+    if isinstance(value, str):
+        return value.lower() if value.lower() == "all-linear" else f"(?:{value})" if value in PRESETS else value
+    return tuple(sorted(value)) if value else "all-linear"
+
+
+def _names(value: Any) -> str | tuple[str, ...]:
+    return value if isinstance(value, str) else tuple(value or ())
+
+
+def _overrides(ranks: Mapping[str, int], alphas: Mapping[str, float]) -> dict[str, dict[str, object]]:
+    """Both patterns in one mapping. In each the first match counts, so neither order may get lost."""
+    joined: dict[str, dict[str, object]] = {pattern: {"rank": rank} for pattern, rank in ranks.items()}
+    for pattern, alpha in alphas.items():
+        joined.setdefault(pattern, {})["alpha"] = alpha
+    if [pattern for pattern, fields in joined.items() if "alpha" in fields] == list(alphas):
+        return joined
+    apart: dict[str, dict[str, object]] = {pattern: {"rank": rank} for pattern, rank in ranks.items()}
+    apart.update({f"(?:{pattern})": {"alpha": alpha} for pattern, alpha in alphas.items()})
+    return apart
+
+
+# ---------------------------------------------------------------- PEFT's rules
+
+
+def selects(config: Mapping[str, Any]) -> Callable[[str], bool]:
+    """PEFT's own answer to "is this module a target?" (`check_target_module_exists`)."""
+    targets, excluded = config.get("target_modules") or (), config.get("exclude_modules") or ()
+    saved = [re.compile(rf"(^|.*\.){name}($|\..*)") for name in config.get("modules_to_save") or ()]
+    is_target, is_excluded, in_layer = _matcher(targets), _matcher(excluded), _layer_rule(config)
+    by_pattern = isinstance(targets, str)
+
+    def rule(name: str) -> bool:
+        if is_excluded(name) or any(pattern.match(name) for pattern in saved):
+            return False
+        return is_target(name) and (by_pattern or name in targets or in_layer(name))
+
+    return rule
+
+
+def _matcher(names: str | Collection[str]) -> Callable[[str], bool]:
+    if isinstance(names, str):
+        pattern = re.compile(names)
+        return lambda name: pattern.fullmatch(name) is not None
+    whole, ends = frozenset(names), tuple(f".{name}" for name in names)
+    return lambda name: name in whole or name.endswith(ends)
+
+
+def _layer_rule(config: Mapping[str, Any]) -> Callable[[str], bool]:
+    layers = config.get("layers_to_transform")
+    if layers is None or layers == []:
+        return lambda name: True
+    wanted = {layers} if isinstance(layers, int) else set(layers)
+    given = config.get("layers_pattern") or ()
+    given = (given,) if isinstance(given, str) else given
+    patterns = [re.compile(rf"(?:^|.*?\.){p}\.(?P<index>\d+)\.") for p in given]
+    patterns = patterns or [re.compile(r".*?\.[^.]*\.(?P<index>\d+)\.")]
+
+    def rule(name: str) -> bool:
+        found = next((m for m in (p.match(name) for p in patterns) if m), None)
+        return found is not None and int(found["index"]) in wanted
+
+    return rule
+
+
+def resolves(patterns: Mapping[str, Any], default: Any) -> Callable[[str], Any]:
+    """PEFT's own answer to "which rank (or alpha) has this module?" (`get_pattern_key`)."""
+    compiled = [(re.compile(rf"(.*\.)?({pattern})$"), value) for pattern, value in patterns.items()]
+    return lambda name: next((value for pattern, value in compiled if pattern.match(name)), default)
+
+
+# ---------------------------------------------------------------- writing
+
+
+@dataclass(frozen=True)
+class Rank:
+    """Rank and alpha of one layer as they stand in the file."""
+
+    rank: int
+    alpha: float
+
+
+def targets_for(spec: LoRA, sites: Collection[str], modules: Collection[str], saved: Sequence[str]) -> dict[str, Any]:
+    """The keys that make PEFT choose exactly `sites` among `modules`, as close to the user's words as that allows."""
+    for candidate in _target_candidates(spec, sites):
+        config = {**candidate, "modules_to_save": list(saved)}
+        rule = selects(config)
+        if {name for name in modules if rule(name)} == set(sites):
+            return candidate
+    return {"target_modules": "|".join(re.escape(site) for site in sites)}
+
+
+def _target_candidates(spec: LoRA, sites: Collection[str]) -> Iterator[dict[str, Any]]:
+    exclude = spec.exclude if isinstance(spec.exclude, str) else list(spec.exclude)
+    extra: dict[str, Any] = {"exclude_modules": exclude} if exclude else {}
+    tails = sorted({site.rsplit(".", 1)[-1] for site in sites})
+    if isinstance(spec.targets, str) and spec.targets not in PRESETS:
+        yield {"target_modules": spec.targets, **extra}
+    if spec.layers is not None:
+        extra["layers_to_transform"] = list(spec.layers)
+    if not isinstance(spec.targets, str):
+        yield {"target_modules": list(spec.targets), **extra}
+    yield {"target_modules": tails}
+    yield {"target_modules": tails, **extra}
+    yield {"target_modules": list(sites)}
+
+
+def patterns_for(spec: LoRA, ranks: Mapping[str, Rank]) -> dict[str, Any]:
+    """r, lora_alpha, rank_pattern and alpha_pattern that give every layer its own, in the shortest true form."""
+    common = Counter(ranks.values()).most_common(1)[0][0] if ranks else Rank(spec.rank, spec.alpha)
+    candidates = _pattern_candidates(spec, ranks, common)
+    rank, alpha = next(c for c in candidates if _gives(c, common, ranks))
+    return {
+        "r": common.rank,
+        "lora_alpha": _plain(common.alpha),
+        "rank_pattern": rank,
+        "alpha_pattern": {pattern: _plain(value) for pattern, value in alpha.items()},
+    }
+
+
+def _gives(patterns: tuple[Any, Any], common: Rank, ranks: Mapping[str, Rank]) -> bool:
+    rank_of, alpha_of = resolves(patterns[0], common.rank), resolves(patterns[1], common.alpha)
+    return all(rank_of(site) == r.rank and alpha_of(site) == r.alpha for site, r in ranks.items())
+
+
+def _pattern_candidates(
+    spec: LoRA, ranks: Mapping[str, Rank], common: Rank
+) -> Iterator[tuple[dict[str, int], dict[str, float]]]:
+    yield {}, {}
+    rank = {p: f["rank"] for p, f in spec.overrides.items() if "rank" in f}
+    yield rank, {p: f["alpha"] for p, f in spec.overrides.items() if "alpha" in f}  # type: ignore[misc]
+    for short in (True, False):
+        odd = {_pattern(site, short): r for site, r in ranks.items() if short or r != common}
+        yield (
+            {p: r.rank for p, r in odd.items() if r.rank != common.rank},
+            {p: r.alpha for p, r in odd.items() if r.alpha != common.alpha},
+        )
+
+
+def _pattern(site: str, short: bool) -> str:
+    return re.escape(site.rsplit(".", 1)[-1]) if short else "^" + re.escape(site)
+
+
+def _plain(value: float) -> float | int:
+    """16 rather than 16.0: some readers of these files insist on whole numbers.
+
+    >>> _plain(16.0), _plain(2.5)
+    (16, 2.5)
+    """
+    return int(value) if math.isfinite(value) and value == int(value) else value

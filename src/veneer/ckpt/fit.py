@@ -1,0 +1,413 @@
+"""Does this adapter file fit this model? All the answers before anything is touched.
+
+Three things must agree: the keys in the file, the patterns in its config, and the modules of the model. PEFT loads what
+matches and drops the rest, so an adapter with a wrong prefix is a model that answers like its base. Here every
+disagreement is found, in both directions, and they are raised together:
+
+    in the file, not in the model     another architecture, or other names for the same layers (`renamings` are tried)
+    in the file, not in the config    the config was edited, or belongs to other weights
+    in the config, not in the file    an incomplete save
+    a shape that cannot be            with both shapes and the likely cause
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from veneer.ckpt.config import TASK_HEADS, Parsed, selects
+from veneer.ckpt.layout import from_file, is_conv, misfit, parse_key
+from veneer.ckpt.tensorfile import Stored, TensorFile
+from veneer.core.host import Hosted
+from veneer.core.op import op_for
+from veneer.core.select import ends_with
+from veneer.core.spec import LoRA
+from veneer.errors import CheckpointError
+
+__all__ = ["Fit", "fit", "plain_modules", "renamings"]
+
+
+@dataclass
+class Found:
+    """The contents of a file by what they belong to, under the file's own module names."""
+
+    adapted: dict[str, dict[str, Stored]] = field(default_factory=dict)  # module -> A, B, magnitude, B.bias
+    plain: dict[str, Stored] = field(default_factory=dict)  # full parameter name: saved modules, biases
+    base: dict[str, Stored] = field(default_factory=dict)  # parameters of an adapted layer's base
+
+
+@dataclass
+class Fit:
+    """An adapter file in the model's own terms."""
+
+    spec: LoRA
+    sites: tuple[str, ...]
+    saved: tuple[str, ...]
+    values: dict[tuple[str, str], Tensor]  # (module, field) -> A, B, magnitude, saved.<parameter>
+    biases: dict[str, Tensor]  # module -> the whole bias, where training moved it
+    bias_changes: dict[str, Tensor]  # module -> what is added to the bias (lora_bias, scaled)
+    notes: list[str]
+
+
+def fit(model: nn.Module, parsed: Parsed, file: TensorFile, name: str, *, partial: bool = False) -> Fit:
+    """Bring the file and the model together, or raise CheckpointError with every reason why they cannot be.
+
+    Nothing is read but shapes (grouped convolutions excepted), and the model may be on the meta device. partial: take
+    what matches and note the rest.
+    """
+    modules = plain_modules(model)
+    found = _sort(file, name)
+    name_of, notes = _renamed(model, modules, found, file)
+    found = _rename(found, name_of.forward)
+    matching = _Matching(model, modules, parsed, found, file, name_of, partial, notes)
+    return matching.run()
+
+
+@dataclass
+class _Matching:
+    """The state of one fit; each step appends to `problems`, and `run` raises them all at once."""
+
+    model: nn.Module
+    modules: dict[str, nn.Module]
+    parsed: Parsed
+    found: Found
+    file: TensorFile
+    name_of: Renaming
+    partial: bool
+    notes: list[str]
+    problems: list[str] = field(default_factory=list)
+    gaps: list[str] = field(default_factory=list)  # what `partial` forgives
+
+    def run(self) -> Fit:
+        sites, values = self._sites()
+        saved, biases, rest = self._plain(sites)
+        spec, factors = self._factors(sites)
+        biases |= {s: t.load() for s, t in self._base_biases(sites).items()}
+        self._raise()
+        values = factors | {key: stored.load() for key, stored in {**values, **rest}.items()}
+        spec = dataclasses.replace(spec, modules_to_save=_shortest(spec.modules_to_save, saved, self.modules))
+        changes = {
+            site: self.found.adapted[site]["B.bias"].load().float() * spec.at(site).scale
+            for site in sites
+            if "B.bias" in self.found.adapted[site]
+        }
+        return Fit(spec, tuple(sites), tuple(saved), values, biases, changes, self.notes)
+
+    def _sites(self) -> tuple[list[str], dict[tuple[str, str], Stored]]:
+        """The layers that file and config agree on, in the model's order."""
+        in_file, wanted = self.found.adapted.keys(), self._wanted()
+        rule = selects(self.parsed.raw) if wanted is not None else lambda name: True
+        for site in in_file:
+            if site not in self.modules:
+                self.gaps.append(f"{site}: in the file, but the model has no such module")
+            elif op_for(type(self.modules[site])) is None:
+                self.gaps.append(f"{site}: in the file, but {type(self.modules[site]).__name__} cannot carry a LoRA")
+            elif not (rule(site) or rule(self.name_of.backward(site))):
+                self.gaps.append(f"{site}: in the file, but its config does not target it")
+        for site in wanted or ():
+            if site not in in_file:
+                self.gaps.append(f"{site}: targeted by the config, but not in the file")
+        return [n for n, m in self.modules.items() if n in in_file and op_for(type(m)) is not None], {}
+
+    def _wanted(self) -> list[str] | None:
+        """The layers that PEFT would have adapted; None where the config leaves it to the model's kind."""
+        targets = self.parsed.raw.get("target_modules")
+        if not targets or (isinstance(targets, str) and targets.lower() == "all-linear"):
+            return None
+        rule, back = selects(self.parsed.raw), self.name_of.backward
+        return [n for n, m in self.modules.items() if op_for(type(m)) is not None and (rule(n) or rule(back(n)))]
+
+    def _factors(self, sites: Iterable[str]) -> tuple[LoRA, dict[tuple[str, str], Tensor]]:
+        """A, B and magnitude of each layer as our matrices, and the spec with the ranks that these have."""
+        spec, values, shrunk = self.parsed.spec, {}, {}
+        for site in sites:
+            own, host, fields = spec.at(site), self.modules[site], self.found.adapted[site]
+            if not self._is_complete(site, fields):
+                continue
+            problem = misfit(site, host, own.rank, {key: stored.shape for key, stored in fields.items()})
+            if problem is not None:
+                self.problems.append(problem)
+                continue
+            pair = from_file(host, fields["A"].load(), fields["B"].load())
+            if pair is None:
+                self.problems.append(f"{site}: {MIXED_GROUPS}")
+                continue
+            values |= {(site, "A"): pair.a, (site, "B"): pair.b}
+            if spec.combine == "dora":
+                values[site, "magnitude"] = fields["magnitude"].load().flatten()
+            if pair.shrunk > 1:
+                shrunk["^" + re.escape(site)] = _shrink(own, pair.shrunk)
+        self._note_padding(sites)
+        return dataclasses.replace(spec, overrides={**shrunk, **spec.overrides}) if shrunk else spec, values
+
+    def _is_complete(self, site: str, fields: Mapping[str, Stored]) -> bool:
+        needed = {"A", "B"} | ({"magnitude"} if self.parsed.spec.combine == "dora" else set())
+        known = needed | ({"B.bias"} if self.parsed.has_bias_in_b else set())
+        missing, extra = sorted(needed - fields.keys()), sorted(fields.keys() - known)
+        if missing:
+            self.problems.append(f"{site}: the file lacks {' and '.join(missing)}")
+        if extra:
+            self.problems.append(f"{site}: the file has {' and '.join(extra)}, which its config does not announce")
+        return not missing and not extra
+
+    def _note_padding(self, sites: Iterable[str]) -> None:
+        odd = [s for s in sites if is_conv(self.modules[s]) and self.modules[s].padding_mode != "zeros"]
+        if odd and "veneer" not in self.file.metadata:
+            self.notes.append(
+                f"PEFT pads with zeros inside adapters of {', '.join(odd)}, whatever the layer does; here the adapter "
+                "pads like its layer, as PEFT's merged weights do. Outputs at the borders differ from PEFT's."
+            )
+
+    def _plain(self, sites: Sequence[str]) -> tuple[list[str], dict[str, Tensor], dict[tuple[str, str], Stored]]:
+        """Whole modules and biases: what the file holds of them, and that it holds them completely."""
+        saved = self._saved_modules(sites)
+        values, biases = {}, {}
+        for full, stored in self.found.plain.items():
+            owner = max((s for s in saved if full.startswith(f"{s}.")), key=len, default=None)
+            module, _, leaf = full.rpartition(".")
+            if owner is not None:
+                values[owner, f"saved.{full[len(owner) + 1 :]}"] = stored
+            elif leaf == "bias" and module in self.modules and self._trains_biases():
+                biases[module] = stored.load()
+            else:
+                self.gaps.append(f"{full}: in the file, but neither its config nor the model knows what it is for")
+        self._check_saved(saved, values)
+        return [s for s in saved if any(key[0] == s for key in values)], biases, values
+
+    def _trains_biases(self) -> bool:
+        return self.parsed.raw.get("bias", "none") not in (None, "none")
+
+    def _saved_modules(self, sites: Sequence[str]) -> list[str]:
+        """Modules that the config names (by PEFT's rule), and embeddings that PEFT adds when the vocabulary changed."""
+        endings = tuple(self.parsed.spec.modules_to_save)
+        saved = [n for n in self.modules if n and endings and n.endswith(endings)]
+        for getter in ("get_input_embeddings", "get_output_embeddings"):
+            name = next((n for n, m in self.modules.items() if m is _ask(self.model, getter)), None)
+            if name is not None and name not in (*saved, *sites) and f"{name}.weight" in self.found.plain:
+                saved.append(name)
+                self.notes.append(f"{name} comes whole from the file (PEFT saves it when the vocabulary was changed)")
+        heads = {head for names in TASK_HEADS.values() for head in names}
+        unknown = [e for e in endings if e not in heads and not any(n.endswith(e) for n in self.modules)]
+        self.gaps += [f"modules_to_save {e!r}: the model has no such module" for e in unknown]
+        return saved
+
+    def _check_saved(self, saved: Iterable[str], values: Mapping[tuple[str, str], Stored]) -> None:
+        for site in saved:
+            own = {k: v.shape for k, v in self.modules[site].state_dict().items() if not k.startswith("lora.")}
+            held = {key.removeprefix("saved."): s.shape for (owner, key), s in values.items() if owner == site}
+            self.gaps += [f"{site}: {key} is missing in the file" for key in own.keys() - held.keys()]
+            self.gaps += [f"{site}: the model has no {key}" for key in held.keys() - own.keys()]
+            for key in own.keys() & held.keys():
+                if tuple(own[key]) != held[key]:
+                    both = f"{key} is {list(held[key])}, needs {list(own[key])}"
+                    self.problems.append(f"{site}: {both} ({_cause_for_whole(own[key], held[key])})")
+
+    def _base_biases(self, sites: Collection[str]) -> dict[str, Stored]:
+        """What the file says of the base under an adapted layer: its bias if that is trained, its unchanged weight."""
+        biases = {}
+        for full, stored in self.found.base.items():
+            module, _, leaf = full.rpartition(".")
+            if module not in sites:
+                self.gaps.append(f"{full}: the file has a base for a layer that it does not adapt")
+            elif leaf == "bias" and self._trains_biases():
+                biases[module] = stored
+            elif leaf == "weight":
+                self._check_base(module, stored)
+            else:
+                self.gaps.append(f"{full}: in the file, but bias={self.parsed.raw.get('bias')!r} does not train it")
+        return biases
+
+    def _check_base(self, site: str, stored: Stored) -> None:
+        """PEFT copies an adapted embedding's own weight into the file; it must be the one that is here."""
+        own: Any = self.modules[site]._parameters.get("weight")
+        if own is None or own.is_meta:
+            self.notes.append(f"the file's own copy of {site}.weight was not compared with the base's")
+        elif tuple(own.shape) != stored.shape:
+            self.problems.append(
+                f"{site}: its weight in the file is {list(stored.shape)}, here {list(own.shape)} (another vocabulary: "
+                f"call model.resize_token_embeddings({stored.shape[0]}) before loading)"
+            )
+        elif not torch.allclose(own.detach().cpu().float(), stored.load().float(), rtol=2**-7, atol=1e-6):
+            rows = int((own.detach().cpu().float() != stored.load().float()).any(-1).sum())
+            self.problems.append(
+                f"{site}: the file holds another base weight ({rows} of {own.shape[0]} rows differ); load the base "
+                "that the adapter was trained on, new tokens included"
+            )
+
+    def _raise(self) -> None:
+        where = str(self.file.path)
+        if self.gaps and self.partial:
+            self.notes += [f"left out: {gap}" for gap in self.gaps]
+        elif self.gaps:
+            self.problems += self.gaps
+        if self.problems:
+            fix = "load it onto its own base and config; partial=True takes what matches and leaves out the rest"
+            raise CheckpointError("The adapter does not fit this model; nothing was loaded.", where, fix, self.problems)
+
+
+MIXED_GROUPS = (
+    "in this grouped convolution the adapter reads channels of other groups, which no change of the layer's weight can "
+    "do (PEFT cannot merge it either); train without this layer, or train it here"
+)
+
+
+def _sort(file: TensorFile, name: str) -> Found:
+    """Read the keys. Files of old versions may hold several adapters, told apart by the name in the key."""
+    keys = {stored.name: parse_key(stored.name) for stored in file}
+    inside = {key.adapter for key in keys.values() if key is not None and key.adapter is not None}
+    if len(inside) > 1 and name not in inside:
+        raise CheckpointError(
+            f"The file holds several adapters and none is called {name!r}.",
+            str(file.path),
+            f"load(..., name=) one of: {', '.join(sorted(inside))}",
+        )
+    found = Found()
+    for stored in file:
+        key = keys[stored.name]
+        if key is None or (len(inside) > 1 and key.adapter not in (None, name)):
+            continue
+        kind, _, parameter = key.field.partition(".")
+        if kind == "":
+            found.plain[key.module] = stored
+        elif kind == "saved":
+            found.plain[f"{key.module}.{parameter}"] = stored
+        elif kind == "base":
+            found.base[f"{key.module}.{parameter}"] = stored
+        else:
+            found.adapted.setdefault(key.module, {})[key.field] = stored
+    return found
+
+
+# ---------------------------------------------------------------- names
+
+
+class Renaming(NamedTuple):
+    """A way to turn the file's names into the model's, and back."""
+
+    forward: Callable[[str], str]
+    backward: Callable[[str], str]
+    note: str = ""
+
+
+SAME = Renaming(lambda name: name, lambda name: name)
+
+
+def renamings(model: nn.Module, known: Callable[[str], bool]) -> Iterator[Renaming]:
+    """Names as they are; with the base model's prefix added or taken away; as transformers renames old checkpoints.
+
+    `known` says whether a name is one of the model's; the last way needs it to look ahead.
+    """
+    yield SAME
+    prefix = getattr(model, "base_model_prefix", "") or "model"
+    for p in dict.fromkeys((f"{prefix}.", "model.")):
+        yield Renaming(lambda n, p=p: p + n, lambda n, p=p: n.removeprefix(p), f"{p!r} was put before the file's names")
+        yield Renaming(lambda n, p=p: n.removeprefix(p), lambda n, p=p: p + n, f"{p!r} was cut off the file's names")
+    yield from _transformers_renaming(model)
+
+
+def _transformers_renaming(model: nn.Module) -> Iterator[Renaming]:
+    """Newer versions of transformers moved layers of some models; they know how, and so it is left to them."""
+    if not hasattr(getattr(model, "config", None), "model_type"):
+        return
+    try:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import WeightRenaming, rename_source_key
+    except ImportError:  # a version without such a table has renamed nothing
+        return
+    table: Any = get_model_conversion_mapping(model)  # type: ignore[arg-type]
+    rules = [rule for rule in table if isinstance(rule, WeightRenaming)]
+
+    def forward(name: str) -> str:
+        return rename_source_key(f"{name}.weight", rules, [])[0].removesuffix(".weight")
+
+    if rules:
+        yield Renaming(forward, lambda name: name, "the file's names were brought up to date by transformers' table")
+
+
+def _renamed(
+    model: nn.Module, modules: Mapping[str, nn.Module], found: Found, file: TensorFile
+) -> tuple[Renaming, list[str]]:
+    """The renaming under which the file's layers are the model's; raises if none makes a single one match."""
+    names = list(found.adapted) or [full.rpartition(".")[0] for full in found.plain]
+    best, most = SAME, 0
+    for renaming in renamings(model, modules.__contains__):
+        matches = sum(renaming.forward(name) in modules for name in names)
+        if matches > most:
+            best, most = renaming, matches
+        if most == len(names) and names:
+            break
+    if not most:
+        here = [n for n, m in modules.items() if op_for(type(m)) is not None]
+        raise CheckpointError(
+            f"None of the {len(file)} tensors in the file belongs to this model, so nothing would be adapted.",
+            str(file.path),
+            f"load the base that it was made for. In the file: {_some(names or [s.name for s in file])}; "
+            f"here: {_some(here)}",
+        )
+    return best, [best.note] if best.note else []
+
+
+def _rename(found: Found, forward: Callable[[str], str]) -> Found:
+    def parameter(full: str) -> str:
+        module, _, leaf = full.rpartition(".")
+        return f"{forward(module)}.{leaf}" if module else full
+
+    return Found(
+        {forward(site): fields for site, fields in found.adapted.items()},
+        {parameter(full): stored for full, stored in found.plain.items()},
+        {parameter(full): stored for full, stored in found.base.items()},
+    )
+
+
+def plain_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """`named_modules` without the inside of adapters, so that its cost does not grow with their number."""
+    found: dict[str, nn.Module] = {}
+    seen: set[nn.Module] = set()
+
+    def walk(module: nn.Module, name: str) -> None:
+        if module in seen:
+            return
+        seen.add(module)
+        found[name] = module
+        inside = isinstance(module, Hosted)
+        for key, child in module._modules.items():
+            if child is not None and not (inside and key == "lora"):
+                walk(child, f"{name}.{key}" if name else key)
+
+    walk(model, "")
+    return found
+
+
+def _shortest(endings: Sequence[str], saved: Sequence[str], modules: Iterable[str]) -> tuple[str, ...]:
+    """The config's own words for the whole modules where they mean the same here, else their full names."""
+    used = tuple(e for e in endings if any(ends_with(s, e) for s in saved))
+    same = {n for n in modules if n and any(ends_with(n, e) for e in used)} == set(saved)
+    return used if same else tuple(saved)
+
+
+def _shrink(own: LoRA, by: int) -> dict[str, object]:
+    """The rank without its repetitions over groups, at the same scale."""
+    return {"rank": own.rank // by, "alpha": own.alpha / (by if own.scaling == "lora" else by**0.5)}
+
+
+def _cause_for_whole(own: Sequence[int], held: Sequence[int]) -> str:
+    if len(own) == len(held) and tuple(own[1:]) == tuple(held[1:]):
+        return "another number of classes or another vocabulary: build the base with as many"
+    return "made for a base of another size"
+
+
+def _ask(model: nn.Module, getter: str) -> nn.Module | None:
+    try:
+        return getattr(model, getter, lambda: None)()
+    except NotImplementedError:
+        return None
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:2]) + (", ..." if len(names) > 2 else "") if names else "nothing"
