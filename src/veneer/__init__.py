@@ -27,6 +27,7 @@ _HOME = {
         "veneer.core.model",
     ),
     "merge": "veneer.core.model",
+    **dict.fromkeys(("combine", "convert", "extract", "resize"), "veneer.core.mixing"),
     "save": "veneer.ckpt.peft",
     "load": "veneer.ckpt.peft",
     "merge_to_disk": "veneer.ckpt.stream",
@@ -43,14 +44,18 @@ __all__ = [
     "adapters",
     "attach",
     "check_alive",
+    "combine",
+    "convert",
     "detach",
     "disabled",
     "estimate_memory",
+    "extract",
     "load",
     "merge",
     "merge_to_disk",
     "prove",
     "recommend",
+    "resize",
     "routed",
     "save",
     "summary",
@@ -63,6 +68,7 @@ if TYPE_CHECKING:
     from veneer.advise.recommend import recommend
     from veneer.ckpt.peft import load, save
     from veneer.ckpt.stream import merge_to_disk
+    from veneer.core.mixing import combine, convert, extract, resize
     from veneer.core.model import (
         activate,
         adapters,

@@ -359,7 +359,9 @@ def test_put_checks_everything_before_it_writes() -> None:
 # --- copies, wrappers, other people's tools -------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("twin_of", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["deepcopy", "pickle"])
+@pytest.mark.parametrize(
+    "twin_of", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["deepcopy", "pickle"]
+)
 def test_copies_have_adapters_of_their_own(twin_of) -> None:
     model = Toy()
     veneer.attach(model, LoRA(rank=2, combine="dora", modules_to_save=["lm_head"], targets=["up_proj"]))

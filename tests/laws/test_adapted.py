@@ -13,6 +13,7 @@ everything would pass.
 from __future__ import annotations
 
 import copy
+import dataclasses
 import itertools
 from collections.abc import Callable
 
@@ -52,7 +53,7 @@ LAYERS: dict[str, tuple[Make, tuple[int, ...]]] = {
     "conv2d": (lambda: nn.Conv2d(4, 8, (3, 2), padding=(1, 0), padding_mode="reflect"), (2, 4, 6, 6)),
     "conv2d-grouped": (lambda: nn.Conv2d(8, 12, 3, groups=4, bias=False), (2, 8, 6, 6)),
     "conv3d": (lambda: nn.Conv3d(4, 8, 2, stride=(1, 2, 1), groups=2), (2, 4, 4, 5, 4)),
-    "embedding": (lambda: nn.Embedding(13, 8, padding_idx=0), (3, 5)),
+    "embedding": (lambda: nn.Embedding(14, 8, padding_idx=0), (3, 5)),
 }
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 4e-2}
@@ -76,7 +77,7 @@ def make(kind: str, dtype: torch.dtype) -> tuple[Net, Tensor]:
     net = Net(build()).to(dtype)
     for p in net.parameters():  # biases start at zero in some layers; a forgotten bias must show
         nn.init.normal_(p, std=0.5)
-    x = torch.randint(0, 13, shape) if kind == "embedding" else torch.randn(shape).to(dtype)
+    x = torch.randint(0, 14, shape) if kind == "embedding" else torch.randn(shape).to(dtype)
     return net, x
 
 
@@ -94,7 +95,7 @@ def dense_oracle(net: Net, original: nn.Module, x: Tensor) -> Tensor:
     adapter = layer.slots["default"]
     op, plain = op_of(original), copy.deepcopy(original).double()
     a, b = (f.detach().double() for f in adapter.delta.factors())
-    w = op.to_matrix(plain, plain.weight) + spec.scale * b @ a
+    w = op.to_matrix(plain, plain.weight) + adapter.delta.scale * b @ a
     if spec.combine == "dora":
         w = adapter.combine.magnitude.detach().double()[:, None] * w / w.norm(dim=1, keepdim=True)
     plain.weight = nn.Parameter(op.to_weight(plain, w).contiguous())
@@ -110,20 +111,24 @@ def close(y: Tensor, oracle: Tensor, dtype: torch.dtype) -> bool:
     return bool(error < TOLERANCE[dtype])
 
 
-PRODUCT = list(itertools.product(LAYERS, DELTAS, COMBINES, INITS, SCALINGS, DTYPES))
+OPTIONS: dict[str, dict[str, object]] = {"tokens": {"rows": (1, 2, 3, 5)}}
+PRODUCT = [
+    (kind, delta, *rest)
+    for kind, delta, *rest in itertools.product(LAYERS, DELTAS, COMBINES, INITS, SCALINGS, DTYPES)
+    if DELTAS[delta].takes_init or rest[1] == "kaiming"
+]
 
 
-@pytest.mark.parametrize("kind,delta,combine,init,scaling,precision", PRODUCT, ids="-".join)
+@pytest.mark.parametrize("kind,delta,combine,init,scaling,precision", PRODUCT, ids=["-".join(p) for p in PRODUCT])
 def test_every_combination(kind: str, delta: str, combine: str, init: str, scaling: str, precision: str) -> None:
     dtype = DTYPES[precision]
     net, x = make(kind, dtype)
     original, keys = copy.deepcopy(net.layer), list(net.state_dict())
     with torch.no_grad():
         y0 = net(x)
-    spec = LoRA(
-        rank=4, alpha=8, targets=["layer"], delta=delta, combine=combine, init=init, scaling=scaling, bias="none"
-    )
-    attach(net, spec)
+    options = OPTIONS.get(delta, {})
+    spec = LoRA(rank=4, alpha=8, targets=["layer"], delta=delta, combine=combine, init=init, scaling=scaling)
+    attach(net, dataclasses.replace(spec, options=options))
     assert torch.equal(net(x), y0) if init in STARTS_EXACTLY else close(net(x), y0, dtype)
 
     spread(net)
@@ -208,7 +213,7 @@ def test_the_single_function_passes_gradcheck() -> None:
     assert torch.autograd.gradcheck(lambda x, a, b: LowRankLinear.apply(x, w, v, a, b, 1.5), (x, a, b))
 
 
-@pytest.mark.parametrize("kind,combine,precision", list(itertools.product(LAYERS, COMBINES, DTYPES)), ids="-".join)
+@pytest.mark.parametrize("kind,combine,precision", list(itertools.product(LAYERS, COMBINES, DTYPES)))
 def test_mixing_is_a_sum_of_changes_of_the_weight(kind: str, combine: str, precision: str) -> None:
     """{"a": w, "b": v} runs W + w dWa + v dWb; a routed batch gives every row what it would get alone."""
     from veneer.core.model import activate, routed

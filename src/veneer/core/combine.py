@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from veneer.core.delta import Delta
+from veneer.core.delta import Delta, wide
 from veneer.core.init import Site
 from veneer.core.op import Op
 from veneer.core.registry import Registry
@@ -101,15 +101,12 @@ class Dora(Combine):
 
     @torch.no_grad()
     def norm(self, host: nn.Module, op: Op, delta: Delta) -> Float[Tensor, "*e out"]:
-        """|W + dW| for each row, in fp32, without forming dW."""
+        """|W + dW| for each row, in fp32 or wider, without forming dW."""
         w = op.to_matrix(host, read_weight(host))
         if self._base is None or self._base[0] != identity(host):
-            self._base = identity(host), w.float().square().sum(-1)
-        a, b = (f.detach().float() for f in delta.factors())
-        cross = ((w @ a.to(w.dtype).mT).float() * b).sum(-1)
-        delta_squared = ((b @ (a @ a.mT)) * b).sum(-1)
-        squared = self._base[1] + 2 * delta.scale * cross + delta.scale**2 * delta_squared
-        return squared.clamp_min(torch.finfo(torch.float32).tiny).sqrt()
+            self._base = identity(host), wide(w).square().sum(-1)
+        squared = delta.row_squares(w, self._base[1])
+        return squared.clamp_min(torch.finfo(squared.dtype).tiny).sqrt()
 
 
 def identity(host: nn.Module) -> tuple[object, ...]:

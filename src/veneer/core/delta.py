@@ -1,13 +1,14 @@
 """What is learned: dW, and how an input meets it without dW ever being formed.
 
 A delta needs one method, `factors`, which gives A (r, in) and B (out, r) such that dW = s B A. How it runs, merges, is
-measured and saved follows from that; a delta that is not a product of two factors overrides `forward` and `weight`.
+measured and saved follows from that. A delta that is no product of two thin factors is a `DenseDelta` and needs one
+method too, `matrix`, which gives dW / s. The variants stand one to a file in `deltas/`.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import ClassVar
 
 import torch
@@ -19,20 +20,31 @@ from veneer.core.init import Site, Start
 from veneer.core.op import Op
 from veneer.core.registry import Registry
 
-__all__ = ["DELTAS", "Delta", "Lora"]
+__all__ = ["DELTAS", "Delta", "DenseDelta", "Lora", "wide"]
 
-DELTAS: Registry[type["Delta"]] = Registry("delta")
+DELTAS: Registry[type[Delta]] = Registry("delta")
+
+
+def wide(t: Tensor) -> Tensor:
+    """In fp32, or fp64 if it is that already: what sums and norms are formed in."""
+    return t.to(torch.promote_types(t.dtype, torch.float32))
 
 
 class Delta(nn.Module, ABC):
     """A learned change of one weight matrix: dW = s B A, with s fixed by alpha, the rank and the scaling rule."""
 
     saved: ClassVar[dict[str, str]] = {}  # our names -> the names in PEFT's files, so formats need no list of variants
+    options: ClassVar[dict[str, object]] = {}  # what LoRA(options=...) may set, with the defaults
+    takes_init: ClassVar[bool] = False  # whether A and B come from the init that was asked for
 
     def __init__(self, scale: float, dropout: float = 0.0) -> None:
         super().__init__()
         self.scale = scale
         self.dropout = dropout
+
+    @classmethod
+    def share(cls, sites: Sequence[Site]) -> None:
+        """Called once with all sites of an adapter: put what they have in common into `site.shared`."""
 
     @classmethod
     def create(cls, site: Site, init: Callable[[Site], Start], dropout: float) -> Delta:
@@ -57,14 +69,47 @@ class Delta(nn.Module, ABC):
 
     def weight(self) -> Float[Tensor, "*e out in"]:
         """dW itself, in fp32 or wider: for merging, norms and tests."""
-        a, b = (f.to(torch.promote_types(f.dtype, torch.float32)) for f in self.factors())
+        a, b = (wide(f) for f in self.factors())
         return (b @ a) * self.scale
+
+    def row_squares(self, w: Float[Tensor, "*e out in"], base: Float[Tensor, "*e out"]) -> Float[Tensor, "*e out"]:
+        """|W + dW|^2 for each row, in fp32 or wider, given |W|^2: the sum needs W A^T and no dW (see combine.Dora)."""
+        a, b = (wide(f.detach()) for f in self.factors())
+        cross = (wide(w @ a.to(w.dtype).mT) * b).sum(-1)
+        return base + 2 * self.scale * cross + self.scale**2 * ((b @ (a @ a.mT)) * b).sum(-1)
 
     def norm(self) -> float:
         """|dW| (Frobenius) from the factors alone: |BA|^2 = <B^T B, A A^T>, r x r work instead of out x in."""
         a, b = (f.detach().double() for f in self.factors())
         squared = ((b.mT @ b) * (a @ a.mT)).sum().clamp_min(0)
         return float(squared.sqrt()) * abs(self.scale)
+
+
+class DenseDelta(Delta):
+    """A change with structure but without two thin factors: dW = s M."""
+
+    @abstractmethod
+    def matrix(self) -> Float[Tensor, "*e out in"]:
+        """M, differentiable with respect to what is trained."""
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """M = I M: exact, for whatever wants factors, though not thin."""
+        m = self.matrix()
+        return m, torch.eye(m.shape[-2], dtype=m.dtype, device=m.device).expand(*m.shape[:-1], m.shape[-2])
+
+    def forward(self, host: nn.Module, op: Op, x: Tensor) -> Tensor:
+        if self.dropout and self.training and not op.looks_up:
+            x = F.dropout(x, self.dropout)
+        return op.product(host, x, self.matrix() * self.scale)
+
+    def weight(self) -> Tensor:
+        return wide(self.matrix()) * self.scale
+
+    def row_squares(self, w: Tensor, base: Tensor) -> Tensor:
+        return (wide(w) + self.weight().detach()).square().sum(-1)
+
+    def norm(self) -> float:
+        return float(self.weight().detach().double().norm())
 
 
 @DELTAS.register("lora")
@@ -77,6 +122,7 @@ class Lora(Delta):
     """
 
     saved: ClassVar[dict[str, str]] = {"A": "lora_A", "B": "lora_B"}
+    takes_init: ClassVar[bool] = True
 
     def __init__(self, start: Start, scale: float, dropout: float = 0.0) -> None:
         super().__init__(scale, dropout)

@@ -101,7 +101,7 @@ class Adapter(nn.Module):
         self.delta = delta
         self.combine = combine
         self.bias = bias
-        self._quick = type(delta) is Lora and type(combine) is Add and bias is None
+        self._quick = isinstance(delta, Lora) and type(combine) is Add and bias is None
 
     def change(self, host: nn.Module, op: Op | None, x: Tensor, y: Tensor) -> Tensor:
         """What this adapter adds to the base's output y."""

@@ -16,9 +16,9 @@ keeps exactly the embedding that it had.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import NamedTuple
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -51,6 +51,8 @@ class Site:
     scale: float
     dtype: torch.dtype
     device: torch.device
+    options: Mapping[str, Any] = field(default_factory=dict)  # the delta's own settings, defaults filled in
+    shared: Any = None  # what Delta.share left here
 
     @property
     def shape(self) -> tuple[int, int]:

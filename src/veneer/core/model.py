@@ -56,7 +56,7 @@ __all__ = [
 Mixture = str | None | Sequence[str] | Mapping[str, float]
 """One adapter, none, several, or several with weights."""
 
-CHUNK = 1 << 22  # elements merged at a time where the weight is narrower than fp32: 16 MiB of fp32
+CHUNK = 1 << 18  # elements merged at a time where the weight is narrower than fp32: three times 1 MiB
 
 
 @dataclass
@@ -281,9 +281,12 @@ def _plan(layers: Mapping[str, nn.Module], spec: LoRA, dtype: torch.dtype | None
         problems += [f"{name}: {problem}" for problem in _against(layer, op, own, init)]
         weight = next(layer.parameters(recurse=False), None)
         device = weight.device if weight is not None else torch.device("cpu")
-        plan[name] = Site(name, layer, op, own.rank, own.scale, dtype or _adapter_dtype(weight), device)
+        options = {**DELTAS[own.delta].options, **own.options}
+        plan[name] = Site(name, layer, op, own.rank, own.scale, dtype or _adapter_dtype(weight), device, options)
     if problems:
         raise TargetError("this adapter cannot be attached", problems=problems)
+    for delta in {spec.at(name).delta for name in plan}:
+        DELTAS[delta].share([site for name, site in plan.items() if spec.at(name).delta == delta])
     return plan
 
 

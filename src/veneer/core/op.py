@@ -47,6 +47,10 @@ class Op(Protocol):
         """h meets B: a tensor of the layer's output shape."""
         ...
 
+    def product(self, host: nn.Module, x: Tensor, m: Float[Tensor, "out in"]) -> Tensor:
+        """What the layer would give for x if it held m and no bias: for changes that are no product of two factors."""
+        ...
+
     def per_channel(self, host: nn.Module, v: Float[Tensor, " out"]) -> Tensor:
         """One value for each output channel, shaped to broadcast against the layer's output."""
         ...
@@ -71,6 +75,9 @@ class LinearOp:
 
     def up(self, host: nn.Module, h: Tensor, b: Tensor) -> Tensor:
         return F.linear(h, b.to(h.dtype))
+
+    def product(self, host: nn.Module, x: Tensor, m: Tensor) -> Tensor:
+        return F.linear(x, m.to(x.dtype))
 
     def per_channel(self, host: nn.Module, v: Tensor) -> Tensor:
         return v
@@ -115,6 +122,9 @@ class ConvOp:
         conv = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}[len(host.kernel_size)]
         return conv(h, b.to(h.dtype).view(*b.shape, *[1] * len(host.kernel_size)), groups=host.groups)
 
+    def product(self, host: nn.Module, x: Tensor, m: Tensor) -> Tensor:
+        return host._conv_forward(x, self.to_weight(host, m.to(x.dtype)), None)
+
     def per_channel(self, host: nn.Module, v: Tensor) -> Tensor:
         return v.view(-1, *[1] * len(host.kernel_size))  # (out, 1, ...): batched and unbatched inputs alike
 
@@ -137,7 +147,12 @@ class EmbeddingOp:
         return F.embedding(x, a.T, padding_idx=host.padding_idx)
 
     def up(self, host: nn.Module, h: Tensor, b: Tensor) -> Tensor:
-        y = F.linear(h, b.to(h.dtype))
+        return self._scaled(host, F.linear(h, b.to(h.dtype)))
+
+    def product(self, host: nn.Module, x: Tensor, m: Tensor) -> Tensor:
+        return self._scaled(host, F.embedding(x, m.T, padding_idx=host.padding_idx))
+
+    def _scaled(self, host: nn.Module, y: Tensor) -> Tensor:
         scale = getattr(host, "embed_scale", None)  # Gemma and M2M multiply what they look up
         return y if scale is None else y * scale
 

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 
+import veneer.core.deltas  # noqa: F401  (the variants register themselves)
 from veneer.core.combine import COMBINES
 from veneer.core.delta import DELTAS
 from veneer.core.init import INITS
@@ -22,7 +23,7 @@ SCALINGS["lora"] = lambda alpha, rank: alpha / rank  # arXiv:2106.09685, section
 SCALINGS["rslora"] = lambda alpha, rank: alpha / math.sqrt(rank)  # arXiv:2312.03732, theorem 3.2
 
 BIASES = ("none", "lora_only", "all")
-OVERRIDABLE = ("rank", "alpha", "dropout", "delta", "combine", "init", "scaling")
+OVERRIDABLE = ("rank", "alpha", "dropout", "delta", "combine", "init", "scaling", "options")
 REGISTRIES = {"delta": DELTAS, "combine": COMBINES, "init": INITS, "scaling": SCALINGS}
 
 
@@ -46,6 +47,7 @@ class LoRA:
     bias            "none", "lora_only" (adapted layers) or "all": which biases get a trained change of their own
     modules_to_save name endings of modules that are trained whole, in a copy that belongs to the adapter
     overrides       name pattern -> fields for the layers whose name ends in it; the first match for a field counts
+    options         what only this kind of delta knows, such as lokr's factor; each delta lists its own
     """
 
     rank: int = 16
@@ -61,6 +63,7 @@ class LoRA:
     modules_to_save: Sequence[str] = ()
     layers: Sequence[int] | None = None
     overrides: Mapping[str, Mapping[str, object]] = field(default_factory=dict)
+    options: Mapping[str, object] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name in ("targets", "exclude", "modules_to_save", "layers"):
@@ -70,6 +73,7 @@ class LoRA:
         if isinstance(self.modules_to_save, str):
             object.__setattr__(self, "modules_to_save", (self.modules_to_save,))
         object.__setattr__(self, "overrides", {k: dict(v) for k, v in self.overrides.items()})
+        object.__setattr__(self, "options", dict(self.options))
         problems = list(self._problems())
         if problems:
             raise ConfigError("this LoRA cannot be built", problems=problems)
@@ -118,3 +122,11 @@ def _value_problems(values: Mapping[str, object]) -> Iterator[str]:
         if key in values and values[key] not in registry:
             known = ", ".join(sorted(registry))
             yield f"{key}={values[key]!r} is not known.{near(str(values[key]), registry)} Known: {known}"
+    delta, options = values.get("delta", "lora"), values.get("options", {})
+    if delta in DELTAS and isinstance(options, Mapping):
+        if not DELTAS[str(delta)].takes_init and values.get("init", "kaiming") != "kaiming":
+            yield f"init={values['init']!r} does nothing for delta {delta!r}, which has a start of its own"
+        allowed = DELTAS[str(delta)].options
+        for key in options.keys() - allowed.keys():
+            listed = ", ".join(sorted(allowed)) or "none"
+            yield f"options[{key!r}]: delta {delta!r} has no such option.{near(key, allowed)} It has: {listed}"
