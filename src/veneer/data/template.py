@@ -1,0 +1,381 @@
+"""One renderer between conversations and tokens, for training, evaluation, chat and serving alike.
+
+A conversation is rendered to text by a chat template and the text is tokenised with no special tokens added: the
+template has written those it wants, so a second BOS cannot come about. Where the model begins to speak, and what ends
+its turn, is found by looking, once, at what the template does with a small conversation:
+
+    messages               ... <user turn> <header> <answer> <turn end> <rest>
+    prompt(messages[:k])   ...............................^             what inference feeds
+    trained                                          |---------------|  what training counts, turn end included
+
+The decision a reader would question: some templates end a generation prompt with text that their own rendering of the
+answer lacks (DeepSeek-R1's opens a <think> block), or have no generation prompt at all. What is trained must be what is
+asked for later, so `prompt` then ends where the two agree, or in the header that the answers have. And a template that
+writes the date of the day is held at one day, or a run resumed after midnight would see other tokens. `warnings` tells.
+"""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from veneer.data.families import FALLBACK, FAMILIES
+from veneer.data.types import Message, Tokenizer
+from veneer.errors import ConfigError, DataError
+
+__all__ = ["Renderer", "Turn"]
+
+QUESTION, ANSWER = "veneer-probe-question", "veneer-probe-answer"
+PROBE: tuple[Message, ...] = ({"role": "user", "content": QUESTION}, {"role": "assistant", "content": ANSWER})
+PROBE_TOOL = {
+    "type": "function",
+    "function": {"name": "veneer_probe", "description": "x", "parameters": {"type": "object", "properties": {}}},
+}
+DAY = datetime.date(2024, 7, 26)  # the day that Llama 3.1's template itself falls back on
+CALL = {"type": "function", "id": "call00001", "function": {"name": "veneer_probe", "arguments": {}}}
+
+
+@dataclass(frozen=True)
+class Turn:
+    """An assistant turn in `text`, the conversation up to its end: trained are the characters from `start` to `end`."""
+
+    text: str
+    start: int
+    end: int
+
+
+@dataclass(frozen=True)
+class _Habits:
+    """What the probe found: `cut` is taken off the template's generation prompt, `add` is put behind it."""
+
+    turn_end: str | None
+    cut: str = ""
+    add: str = ""
+
+
+class Renderer:
+    """`template`: None for the tokenizer's own, a name (chatml, llama3, gemma, qwen, mistral, alpaca, vicuna), a .jinja
+    file, or the jinja text itself. `system` is put before conversations that have no system turn. `variables` reach the
+    template (enable_thinking=False)."""
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        template: str | os.PathLike[str] | None = None,
+        system: str | None = None,
+        variables: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.tokenizer, self.system, self.variables = tokenizer, system, dict(variables or {})
+        self.name, chosen = _chosen(template, tokenizer)
+        self.is_ours = chosen in FAMILIES.values()
+        self.jinja = _held_at(DAY, chosen)
+        self.is_dated = self.jinja != chosen
+        self.bos = _habitual_bos(tokenizer)
+        self.eos: str | None = tokenizer.eos_token
+        self.eos_id = self._single_id(self.eos, "EOS") if self.eos else None
+        self._check_named()
+
+    # What was decided
+
+    @property
+    def decision(self) -> str:
+        """One sentence to print: which template, why, and what ends a turn."""
+        chosen = {
+            "own": "the tokenizer's own",
+            "none": f"none in the tokenizer, so {FALLBACK}'s (plain words and EOS: all that a base model knows)",
+        }.get(self.name, self.name)
+        end = f"turns end in {self.turn_end}" if self.turn_end else "turns have NO end token"
+        return f"template: {chosen}; {end}; {f'texts begin with {self.bos}' if self.bos else 'no BOS'}"
+
+    @property
+    def warnings(self) -> list[str]:
+        """What is done otherwise than the template's author may expect."""
+        habits, found = self._habits, []
+        if habits.cut:
+            found.append(
+                f"the template's generation prompt ends in {habits.cut!r}, which its finished answers do not contain; "
+                "prompts stop before it, in training and in use"
+            )
+        if habits.add:
+            found.append(f"the template has no generation prompt; {habits.add!r}, the start of its answers, is added")
+        if self.is_dated:
+            found.append(f"the template writes the date of the day; it is held at {DAY}, in training and in use")
+        return found
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Equal for renderers that write the same text: compared when an adapter is loaded."""
+        said = repr((self.source, self.system, sorted(self.variables.items()), self.bos, self.eos))
+        return hashlib.sha256(said.encode()).hexdigest()[:16]
+
+    @property
+    def source(self) -> str | None:
+        """The jinja text in use: what to save beside an adapter."""
+        own = self.tokenizer.chat_template
+        return self.jinja or (own.get("default") if isinstance(own, dict) else own)
+
+    # Text
+
+    def render(
+        self, messages: Sequence[Message], tools: Sequence[dict[str, Any]] = (), *, generate: bool = False
+    ) -> str:
+        """The template's text, as it is. Raises DataError with the template's own words when it refuses."""
+        if self.is_ours and self.eos is None:
+            raise DataError("the tokenizer has no EOS token to end turns with", fix="give a template that ends turns")
+        options = self.variables | ({"bos_token": self.bos} if self.is_ours else {})
+        try:
+            text = self.tokenizer.apply_chat_template(
+                [dict(message) for message in self._with_system(messages)],
+                tools=list(tools) or None,
+                chat_template=self.jinja,
+                add_generation_prompt=generate,
+                tokenize=False,
+                **options,
+            )
+        except Exception as error:  # templates are programs: they raise whatever they like
+            raise DataError(
+                f"the chat template refuses this conversation: {error}",
+                fix="mend the conversation, or choose another template (template=chatml)",
+            ) from error
+        return str(text)
+
+    def prompt(self, messages: Sequence[Message] | str, tools: Sequence[dict[str, Any]] = ()) -> str:
+        """The text after which the model speaks. A plain string is continued as it stands (prompt/completion)."""
+        if isinstance(messages, str):
+            return self.begin(messages)
+        text = self.render(messages, tools, generate=True)
+        return text.removesuffix(self._habits.cut) + self._habits.add
+
+    def turn(self, messages: Sequence[Message], index: int, tools: Sequence[dict[str, Any]] = ()) -> Turn:
+        """The assistant turn `messages[index]` as the last of its conversation, and which part of it is trained."""
+        before = self.prompt(messages[:index], tools)
+        text = self.render(messages[: index + 1], tools)
+        if not text.startswith(before):
+            raise DataError(
+                f"the template's prompt for turn {index + 1} is no beginning of the text it writes for that turn, so "
+                "which tokens the model would produce cannot be told",
+                fix="choose another template (template=chatml)",
+            )
+        ends = [match.end() for match in self._control_tokens.finditer(text, len(before))]
+        if not ends or text[ends[-1] :].strip():
+            self._refuse_endless(index)
+        return Turn(text, len(before), ends[-1])
+
+    def begin(self, text: str) -> str:
+        """`text` as a text of its own: after BOS, if this tokenizer begins texts so and it is not there yet."""
+        return text if text.startswith(self.bos) else self.bos + text
+
+    def finish(self, text: str) -> str:
+        """`text` with EOS after it, if it does not end so already; unchanged for a tokenizer without EOS."""
+        return text if self.eos is None or text.endswith(self.eos) else text + self.eos
+
+    # Tokens
+
+    def ids(self, text: str) -> list[int]:
+        """Tokens of rendered text. Nothing is added: the text holds its BOS."""
+        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def tokens(self, texts: Iterable[str]) -> Iterator[tuple[list[int], list[tuple[int, int]]]]:
+        """Tokens of many rendered texts at once, each token with the characters it stands for."""
+        batch = list(texts)
+        if not batch:
+            return
+        if not getattr(self.tokenizer, "is_fast", False):
+            raise ConfigError(
+                f"the tokenizer, {type(self.tokenizer).__name__}, cannot tell which characters a token stands for",
+                where="tokenizer",
+                fix="use a fast tokenizer (AutoTokenizer gives one when the model has a tokenizer.json)",
+            )
+        options = {"return_attention_mask": False, "return_token_type_ids": False, "verbose": False}
+        made = self.tokenizer(batch, add_special_tokens=False, return_offsets_mapping=True, **options)
+        yield from zip(made["input_ids"], made["offset_mapping"], strict=True)
+
+    @cached_property
+    def vocabulary_size(self) -> int:
+        return len(self.tokenizer)  # type: ignore[arg-type]
+
+    def prompt_ids(self, messages: Sequence[Message] | str, tools: Sequence[dict[str, Any]] = ()) -> list[int]:
+        return self.ids(self.prompt(messages, tools))
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of a produced answer, its end and what follows left off."""
+        kept: list[int] = []
+        for token in ids:
+            if token in self.stop_ids:
+                break
+            kept.append(int(token))
+        return str(self.tokenizer.decode(kept, skip_special_tokens=True))
+
+    @property
+    def turn_end(self) -> str | None:
+        """The token that closes an assistant turn; None for a template that writes none."""
+        return self._habits.turn_end
+
+    @cached_property
+    def stop_ids(self) -> tuple[int, ...]:
+        """The tokens at which generation ends: the turn's end and EOS."""
+        turn_end = self._single_id(self.turn_end, "turn end") if self.turn_end else None
+        return tuple(sorted({stop for stop in (turn_end, self.eos_id) if stop is not None}))
+
+    # What a template can carry
+
+    @cached_property
+    def takes_tools(self) -> bool:
+        """Whether tools appear in the text at all; many templates leave them out in silence."""
+        return "veneer_probe" in self._tried(PROBE[:1], [PROBE_TOOL])
+
+    @cached_property
+    def takes_system(self) -> bool:
+        return ANSWER in self._tried([Message(role="system", content=ANSWER), *PROBE[:1]])
+
+    @cached_property
+    def takes_tool_calls(self) -> bool:
+        calling: Message = {"role": "assistant", "content": "", "tool_calls": [CALL]}
+        return "veneer_probe" in self._tried([PROBE[0], calling])
+
+    def forged(self, text: str) -> str | None:
+        """A token of the template that stands in a turn's own text, where it would end the turn or begin another."""
+        match = self._structure.search(text)
+        return match.group() if match else None
+
+    # How the template behaves
+
+    @cached_property
+    def _habits(self) -> _Habits:
+        if self.is_ours and self.eos is None:
+            return _Habits(None)
+        before, asked = self.render(PROBE[:1]), self.render(PROBE[:1], generate=True)
+        whole = self.render(PROBE)
+        answer = whole.find(ANSWER)
+        if answer < 0 or QUESTION not in whole:
+            raise ConfigError("the chat template leaves the text of the turns out", where="template")
+        end = self._control_tokens.search(whole, answer + len(ANSWER))
+        turn_end = end.group() if end else None
+        shared = _shared(asked, whole[:answer])
+        if shared < len(asked):
+            return self._cut(turn_end, asked, shared, _shared(before, whole))
+        header = whole[shared:answer] if asked == before else ""
+        return _Habits(turn_end, add=header if header.strip() else "")
+
+    def _cut(self, turn_end: str | None, asked: str, shared: int, before: int) -> _Habits:
+        if shared <= before:
+            raise ConfigError(
+                "the chat template's generation prompt has nothing in common with the answers it writes",
+                where="template",
+                fix="choose another: template=chatml (or llama3, gemma, mistral, alpaca, vicuna, a .jinja file)",
+            )
+        return _Habits(turn_end, cut=asked[shared:])
+
+    def _tried(self, messages: Sequence[Message], tools: Sequence[dict[str, Any]] = ()) -> str:
+        try:
+            return self.render(messages, tools)
+        except DataError:
+            return ""
+
+    def _with_system(self, messages: Sequence[Message]) -> Sequence[Message]:
+        if self.system is None or (messages and messages[0]["role"] == "system"):
+            return messages
+        return [Message(role="system", content=self.system), *messages]
+
+    @cached_property
+    def _control_tokens(self) -> re.Pattern[str]:
+        """Tokens that stand outside the text proper: special ones, and whatever was added to the vocabulary."""
+        added = [str(token) for token in getattr(self.tokenizer, "added_tokens_decoder", {}).values()]
+        return _any_of({*added, *getattr(self.tokenizer, "all_special_tokens", [])})
+
+    @cached_property
+    def _structure(self) -> re.Pattern[str]:
+        """The control tokens that the template writes around turns."""
+        return _any_of(set(self._control_tokens.findall(self.render(PROBE))))
+
+    # Refusals
+
+    def _check_named(self) -> None:
+        if self.name == "none" and self.eos is None:
+            return  # said when a conversation is to be rendered; texts and completions need no template
+        if self.is_ours and not self.turn_end:
+            raise ConfigError(
+                f"the {self.name} template ends turns in a token that this tokenizer does not have",
+                where="template",
+                fix=f"choose template={FALLBACK} or another whose turn end the model knows",
+            )
+        if self.system is not None and not self.takes_system:
+            raise ConfigError(
+                "the chat template takes no system prompt",
+                where="system",
+                fix="leave the system prompt out, or choose template=gemma, which puts it into the first user turn",
+            )
+
+    def _refuse_endless(self, index: int) -> None:
+        raise DataError(
+            f"the template ends assistant turn {index + 1} in no token, so the model would never learn to stop",
+            fix="choose template=chatml (or another named one) or a .jinja file whose assistant turns end in "
+            "{{ eos_token }}; prompt/completion rows need no template: EOS is appended to them",
+        )
+
+    def _single_id(self, token: str, what: str) -> int:
+        ids = self.ids(token)
+        if len(ids) != 1:
+            raise ConfigError(
+                f"the {what} {token!r} is spelt with {len(ids)} tokens by this tokenizer, so nothing can stop at it",
+                where="template",
+                fix="use the tokenizer that belongs to the model, or a template whose turn end it knows",
+            )
+        return ids[0]
+
+
+def _chosen(template: str | os.PathLike[str] | None, tokenizer: Tokenizer) -> tuple[str, str | None]:
+    """What to call the template, and its jinja text (None: the tokenizer's own)."""
+    if template is None:
+        own = tokenizer.chat_template
+        if not own:
+            return "none", FAMILIES[FALLBACK]
+        return "own", own if isinstance(own, str) and "strftime_now" in own else None  # several: transformers picks one
+    name = os.fspath(template)
+    if "{{" in name or "{%" in name:
+        return "given", name
+    if name.endswith((".jinja", ".jinja2", ".j2")):
+        try:
+            return name, Path(name).expanduser().read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"the template file cannot be read: {error}", where="template") from None
+    return name, FAMILIES[name]
+
+
+def _habitual_bos(tokenizer: Tokenizer) -> str:
+    """The BOS that this tokenizer puts before a text of its own accord, or nothing. Having a bos_token proves nothing:
+    GPT-2, Qwen and SmolLM2 have one and never use it so."""
+    bos = tokenizer.bos_token
+    if not bos:
+        return ""
+    ids = list(tokenizer("a")["input_ids"])
+    return str(bos) if ids and tokenizer.decode(ids[:1]) == bos else ""
+
+
+def _held_at(day: datetime.date, jinja: str | None) -> str | None:
+    """The template with `strftime_now` answering for one fixed day, by a macro that hides transformers' function."""
+    formats = re.findall(r"""strftime_now\(\s*(["'])(.*?)\1""", jinja or "")
+    if jinja is None or not formats:
+        return jinja
+    texts = json.dumps({form: day.strftime(form) for _, form in formats})
+    return f"{{%- macro strftime_now(format) -%}}{{{{- {texts}[format] -}}}}{{%- endmacro -%}}{jinja}"
+
+
+def _any_of(tokens: Iterable[str]) -> re.Pattern[str]:
+    """A pattern for any of them, the longest first; for none, one that never matches."""
+    ordered = sorted(tokens, key=lambda token: (-len(token), token))
+    return re.compile("|".join(map(re.escape, ordered)) or r"(?!)")
+
+
+def _shared(one: str, other: str) -> int:
+    """How many characters two texts have in common at their beginning."""
+    pairs = enumerate(zip(one, other, strict=False))
+    return next((place for place, (a, b) in pairs if a != b), min(len(one), len(other)))
