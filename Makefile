@@ -3,11 +3,19 @@
 #   make demo     a real language model learns from real data, proves it and writes a report (about three minutes)
 #   make test     ruff, pyright and every test
 
-VENV    := .venv
-BIN     := $(VENV)/bin
-PIP     := $(BIN)/python -m pip
-INSTALL := $(PIP) install --disable-pip-version-check --no-input --quiet --constraint constraints.txt
-WORKERS ?= 2
+SHELL       := bash
+.SHELLFLAGS := -eu -o pipefail -c
+VENV        := .venv
+BIN         := $(VENV)/bin
+WORKERS     ?= 2
+
+# Compiling every file of torch and its friends takes longer than fetching them, and most are never imported. So pip
+# compiles none; WARM imports what we use, which compiles that much. Later runs are quick only if that may be kept.
+unexport PYTHONDONTWRITEBYTECODE
+PIP     := $(BIN)/python -m pip --disable-pip-version-check --no-input
+INSTALL := $(PIP) install --no-compile --constraint constraints.txt
+WARM    := $(BIN)/python -c 'import torch, transformers.models.llama.modeling_llama, transformers.generation, rich.progress'
+SHOW    := sed -un 's/^ *\(Downloading [^ ]* ([0-9]*[0-9][0-9][.0-9]* MB)\).*/  \1/p'
 
 # the first of these that is 3.11 or newer
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
@@ -55,7 +63,7 @@ bench: $(VENV)/test.stamp
 	for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python $$script || exit 1; done
 
 wheel: $(VENV)/torch.stamp
-	$(PIP) wheel --disable-pip-version-check --no-deps --wheel-dir dist .
+	$(PIP) wheel --no-deps --wheel-dir dist .
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .ruff_cache
@@ -73,15 +81,17 @@ $(VENV)/bin/python:
 # torch first and alone: no other package's wish for "torch" may pick another build
 $(VENV)/torch.stamp: constraints.txt | $(VENV)/bin/python
 	@echo 'set-up: torch (the largest download)'
-	@$(INSTALL) torch
+	@$(INSTALL) torch | $(SHOW)
 	@touch $@
 
 $(VENV)/demo.stamp: $(VENV)/torch.stamp pyproject.toml
 	@echo 'set-up: veneer and what the demo needs'
-	@$(INSTALL) --editable '.[demo]'
+	@$(INSTALL) --editable '.[demo]' | $(SHOW)
+	@$(WARM)
 	@touch $@
 
 $(VENV)/test.stamp: $(VENV)/torch.stamp pyproject.toml
 	@echo 'set-up: veneer and what its tests need'
-	@$(INSTALL) --editable '.[dev]'
+	@$(INSTALL) --editable '.[dev]' | $(SHOW)
+	@$(WARM)
 	@touch $@ $(VENV)/demo.stamp

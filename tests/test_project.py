@@ -122,7 +122,7 @@ def test_every_spelling_of_an_import_is_seen(line: str, expected: str, tmp_path:
 
 def fresh(code: str) -> str:
     """What a new Python, without the test session's hooks and variables, prints for `code`."""
-    known = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST")}
+    known = {name: value for name, value in os.environ.items() if not name.startswith(("PYTEST", "PYTHONDONT"))}
     run = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, env=known | {"PYTHONPATH": str(SOURCE.parent)}
     )
@@ -163,6 +163,12 @@ def test_help_is_quick() -> None:
     assert cpu_seconds(call) < 0.3
 
 
+def modules() -> list[str]:
+    """Every module of ours that is code (the package `__init__`s are empty)."""
+    found = pkgutil.walk_packages([str(SOURCE)], "veneer.")
+    return [module.name for module in found if not module.ispkg and not module.name.endswith("__main__")]
+
+
 def test_the_front_door_has_what_it_lists() -> None:
     """`__all__`, what `dir` shows and what can be had are one and the same."""
     import veneer
@@ -175,10 +181,15 @@ def test_the_front_door_has_what_it_lists() -> None:
         _ = veneer.no_such_name
 
 
-def modules() -> list[str]:
-    """Every module of ours that is code (the package `__init__`s are empty)."""
-    found = pkgutil.walk_packages([str(SOURCE)], "veneer.")
-    return [module.name for module in found if not module.ispkg and not module.name.endswith("__main__")]
+def test_the_front_door_survives_its_rooms() -> None:
+    """`veneer.train` is a function and a package. Importing the package first must not take the function away."""
+    code = f"""
+import importlib, veneer
+for name in {modules()}: importlib.import_module(name)
+print(*[n for n in veneer.__all__ if n != "__version__" and not callable(getattr(veneer, n))])
+import veneer.train.settings as settings
+"""
+    assert not fresh(code).split()
 
 
 @pytest.mark.parametrize("name", modules())

@@ -219,15 +219,18 @@ def _make_shell(archive: Path, folder: Path) -> None:
 def shell_rows(tool: str, sheet: str) -> Iterator[Example]:
     """The pairs of a cheat sheet: a line "# description", then a command that begins with the sheet's tool.
 
-    >>> next(shell_rows("tar", "# To list the content of an .gz archive:\\ntar -ztvf /path/to/foo.tgz\\n"))["messages"]
-    [{'role': 'user', 'content': 'To list the content of an .gz archive:'}, \
-{'role': 'assistant', 'content': 'tar -ztvf /path/to/foo.tgz'}]
+    The tool is part of the question. "Download a file" alone leaves open whether curl or wget is meant, and a model
+    trained on such questions learns to guess.
+
+    >>> next(shell_rows("tar", "# To list the content of an archive:\\ntar -tvf foo.tar\\n"))["messages"]
+    [{'role': 'user', 'content': 'tar: To list the content of an archive'},
+     {'role': 'assistant', 'content': 'tar -tvf foo.tar'}]
     """
     lines = ["", *sheet.splitlines()]
     for before, description, command in zip(lines, lines[1:], lines[2:], strict=False):
         if before.startswith("#") or not description.startswith("# ") or not command.startswith(tool):
             continue  # a description of several lines, or none, or a command that belongs to another tool
-        turns = {"user": description[2:].strip(), "assistant": command.strip()}
+        turns = {"user": f"{tool}: {description[2:].strip(' :')}", "assistant": command.strip()}
         yield {"messages": [{"role": role, "content": text} for role, text in turns.items()]}
 
 
@@ -279,6 +282,7 @@ ASSETS: dict[str, Asset] = {
         sha256="c537c0ead9f4cb47f0861818a36ce8f6fc844cd7fc2879479dfbb29a335f2ec6",
         megabytes=1,
         make=_make_shell,
+        edition=2,
     ),
     "sentiment": Asset(
         package="vaderSentiment",
