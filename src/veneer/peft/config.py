@@ -1,0 +1,302 @@
+"""LoraConfig: every field of PEFT's, and what each becomes here.
+
+A field that Veneer serves is translated by `veneer.ckpt.config`, which reads the same words in files; one that it does
+not serve is refused the moment it is set, with the way out. So a script either does what it says or stops at the line
+that says it. Everything wrong with a config is reported at once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import json
+import os
+import re
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, TypeVar
+
+from torch import nn
+
+from veneer.ckpt.atomic import atomic_write
+from veneer.ckpt.config import CONFIG, REFUSED, TASK_HEADS, parse, read_config, selects
+from veneer.core.init import INITS
+from veneer.core.registry import near
+from veneer.core.select import ends_with
+from veneer.core.spec import LoRA
+from veneer.errors import CheckpointError, ConfigError, TargetError
+from veneer.peft.targets import default_targets
+
+__all__ = ["LoraConfig", "LoraRuntimeConfig", "PeftConfig", "PeftType", "TaskType", "get_peft_config", "spec_for"]
+
+
+class TaskType(str, enum.Enum):
+    """What the model is for. It decides the class of the PeftModel and which new head is trained whole."""
+
+    SEQ_CLS = "SEQ_CLS"
+    SEQ_2_SEQ_LM = "SEQ_2_SEQ_LM"
+    CAUSAL_LM = "CAUSAL_LM"
+    TOKEN_CLS = "TOKEN_CLS"
+    QUESTION_ANS = "QUESTION_ANS"
+    FEATURE_EXTRACTION = "FEATURE_EXTRACTION"
+
+
+class PeftType(str, enum.Enum):
+    """The one method that Veneer implements of PEFT's many."""
+
+    LORA = "LORA"
+
+
+@dataclass
+class LoraRuntimeConfig:
+    """Where work is done at run time; nothing of it is saved."""
+
+    ephemeral_gpu_offload: bool = False
+
+
+Config = TypeVar("Config", bound="PeftConfig")
+
+
+@dataclass
+class PeftConfig:
+    """What all adapters' configs share. `PeftConfig.from_pretrained` gives the right subclass."""
+
+    task_type: str | TaskType | None = None
+    peft_type: str | PeftType | None = None
+    auto_mapping: dict[str, Any] | None = None
+    peft_version: str | None = None
+    base_model_name_or_path: str | None = None
+    revision: str | None = None
+    inference_mode: bool = False
+
+    is_prompt_learning: ClassVar[bool] = False
+    is_adaption_prompt: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        problems = list(self._problems())
+        if problems:
+            raise ConfigError(f"this {type(self).__name__} cannot be served", problems=problems)
+
+    def _problems(self) -> Iterator[str]:
+        tasks = [task.value for task in TaskType]
+        if self.task_type is not None and self.task_type not in tasks:
+            yield f"task_type={self.task_type!r} is none of {', '.join(tasks)}.{near(str(self.task_type), tasks)}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """As it stands in adapter_config.json: plain words, lists instead of sets."""
+        found = {f.name: _plain(getattr(self, f.name)) for f in dataclasses.fields(self) if f.init}
+        found.pop("runtime_config", None)
+        return {**found, **getattr(self, "unknown", {})}
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
+        """Write adapter_config.json into a folder. auto_mapping_dict, if given, is stored as auto_mapping."""
+        folder = Path(save_directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        config = self.to_dict()
+        if kwargs.get("auto_mapping_dict") is not None:
+            config["auto_mapping"] = kwargs["auto_mapping_dict"]
+        atomic_write(folder / CONFIG, json.dumps(config, indent=2, sort_keys=True) + "\n")
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | os.PathLike[str], subfolder: str | None = None, **kwargs: Any
+    ) -> LoraConfig:
+        """The config in an adapter's folder or hub repository. kwargs: what huggingface_hub.hf_hub_download takes."""
+        folder = Path(pretrained_model_name_or_path, subfolder or "")
+        if (folder / CONFIG).is_file():
+            return cls.from_peft_type(**read_config(folder / CONFIG))
+        return cls.from_peft_type(**read_config(_download(str(pretrained_model_name_or_path), subfolder, kwargs)))
+
+    @classmethod
+    def from_peft_type(cls, **kwargs: Any) -> LoraConfig:
+        """A LoraConfig from the keys of a file. Keys that nobody knows are kept, saved again, and warned about."""
+        known = {f.name for f in dataclasses.fields(LoraConfig) if f.init}
+        unknown = {key: value for key, value in kwargs.items() if key not in known}
+        config = LoraConfig(**{key: value for key, value in kwargs.items() if key in known})
+        if any(unknown.values()):
+            warnings.warn(f"{CONFIG} has keys that are not known here and have no effect: {unknown}", stacklevel=3)
+        config.unknown = unknown
+        return config
+
+    @classmethod
+    def from_json_file(cls, path_json_file: str | os.PathLike[str], **kwargs: Any) -> dict[str, Any]:
+        config = read_config(Path(path_json_file))
+        config.pop("runtime_config", None)
+        return config
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, enum.Enum):
+        return value.value
+    return sorted(value) if isinstance(value, set) else value
+
+
+def _download(repo: str, subfolder: str | None, kwargs: Mapping[str, Any]) -> Path:
+    """adapter_config.json of a hub repository."""
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return Path(hf_hub_download(repo, CONFIG, subfolder=subfolder, **kwargs))
+    except Exception as error:  # whatever the hub, the network or the cache may raise
+        raise CheckpointError(
+            f"can't find {CONFIG!r}: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}",
+            repo,
+            "name an adapter's folder, or a hub id that can be reached from here",
+        ) from error
+
+
+@dataclass
+class LoraConfig(PeftConfig):
+    """PEFT's LoraConfig. `r`, `lora_alpha`, `target_modules` and their like mean what they mean there."""
+
+    r: int = 8
+    target_modules: list[str] | set[str] | str | None = None
+    exclude_modules: list[str] | set[str] | str | None = None
+    lora_alpha: float = 8
+    lora_dropout: float = 0.0
+    fan_in_fan_out: bool = False  # taken as a remark: each layer knows itself whether its weight is transposed
+    bias: str = "none"
+    use_rslora: bool = False
+    modules_to_save: list[str] | None = None
+    init_lora_weights: bool | str = True
+    layers_to_transform: list[int] | int | None = None
+    layers_pattern: list[str] | str | None = None
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    alpha_pattern: dict[str, float] = field(default_factory=dict)
+    use_dora: bool = False
+    runtime_config: LoraRuntimeConfig = field(default_factory=LoraRuntimeConfig)
+    # not served:
+    lora_bias: bool = False
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = None
+    loftq_config: Any = field(default_factory=dict)
+    eva_config: Any = None
+    corda_config: Any = None
+    lora_ga_config: Any = None
+    velora_config: Any = None
+    alora_invocation_tokens: list[int] | None = None
+    use_qalora: bool = False
+    qalora_group_size: int = 16
+    monteclora_config: Any = None
+    layer_replication: list[tuple[int, int]] | None = None
+    target_parameters: list[str] | None = None
+    use_bdlora: Any = None
+    arrow_config: Any = None
+    kasa_config: Any = None
+    ensure_weight_tying: bool = False
+    megatron_config: dict[str, Any] | None = None
+    megatron_core: str | None = "megatron.core"
+    unknown: dict[str, Any] = field(default_factory=dict, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        self.peft_type = self.peft_type or PeftType.LORA
+        self.target_modules = set(self.target_modules) if _is_names(self.target_modules) else self.target_modules
+        self.exclude_modules = set(self.exclude_modules) if _is_names(self.exclude_modules) else self.exclude_modules
+        self.rank_pattern, self.alpha_pattern = self.rank_pattern or {}, self.alpha_pattern or {}
+        if isinstance(self.runtime_config, dict):
+            self.runtime_config = LoraRuntimeConfig(**self.runtime_config)
+        super().__post_init__()
+
+    def _problems(self) -> Iterator[str]:
+        yield from super()._problems()
+        yield from _unserved(self)
+        if _init_name(self.init_lora_weights) is None:
+            yield _wrong_init(self.init_lora_weights)
+        if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
+            yield "layers_to_transform needs target_modules as a list; a regular expression can name the layers itself"
+        if self.layers_pattern and self.layers_to_transform is None:
+            yield "layers_pattern says where the layers' numbers stand, so it needs layers_to_transform"
+        try:
+            parse({**self.to_dict(), **dict.fromkeys(REFUSED), "init_lora_weights": True, "peft_type": "LORA"})
+        except CheckpointError as error:
+            yield from error.problems or [error.what]
+
+
+def _is_names(value: Any) -> bool:
+    return isinstance(value, Iterable) and not isinstance(value, str)
+
+
+# ---------------------------------------------------------------- what is refused, and what to do instead
+
+INIT_INSTEAD = "init_lora_weights='pissa' also starts from the base's weights; True starts as the paper does"
+UNSERVED = {  # besides what changes the function in ways that files are refused for
+    "lora_bias": ("a bias inside B", "bias='lora_only' trains the layer's own bias and keeps the change apart"),
+    "loftq_config": ("an init against quantisation errors (LoftQ)", INIT_INSTEAD),
+    "eva_config": ("an init from activations (EVA)", INIT_INSTEAD),
+    "corda_config": ("an init from activations (CorDA)", INIT_INSTEAD),
+    "lora_ga_config": ("an init from gradients (LoRA-GA)", INIT_INSTEAD),
+}
+
+
+def _unserved(config: LoraConfig) -> Iterator[str]:
+    if config.peft_type != PeftType.LORA:
+        yield f"peft_type={_plain(config.peft_type)!r} is another method. Way out: LORA, or use peft itself for this one"
+    for key, (why, fix) in UNSERVED.items():
+        if getattr(config, key):
+            yield f"{key}={getattr(config, key)!r} asks for {why}, which is not built. Way out: {fix}"
+    for key, (why, fix) in REFUSED.items():
+        if getattr(config, key):
+            yield f"{key}={getattr(config, key)!r}: an adapter that {why} is not built. Way out: {fix}"
+    if config.runtime_config.ephemeral_gpu_offload:
+        yield "runtime_config: ephemeral_gpu_offload is not built. Way out: leave it out; nothing is saved by it here"
+
+
+def _init_name(init: bool | str | None) -> str | None:
+    """Our name for PEFT's init; None if there is none. False (both factors random) starts from kaiming as well."""
+    if init is None or isinstance(init, bool):
+        return "kaiming"
+    if re.fullmatch(r"pissa_niter_\d+", init):
+        return "pissa"  # a fast approximation of the same decomposition; here it is exact
+    return init if init in INITS else None
+
+
+def _wrong_init(init: object) -> str:
+    known = ["True", "False", *sorted(INITS), "pissa_niter_<n>"]
+    return f"init_lora_weights={init!r} is not built.{near(str(init), known)} Known: {', '.join(known)}. {INIT_INSTEAD}"
+
+
+# ---------------------------------------------------------------- the same thing in the core's words
+
+
+def spec_for(config: LoraConfig, model: nn.Module) -> LoRA:
+    """The LoRA that `config` means on `model`: default targets by architecture, the task's head among modules_to_save.
+
+    Like PEFT, completes the config itself: target_modules and modules_to_save say afterwards what was chosen.
+    """
+    config.__post_init__()  # fields may have been assigned since
+    if config.target_modules is None:
+        config.target_modules = default_targets(model)
+    _add_task_head(config, model)
+    spec = parse(config.to_dict()).spec
+    if config.layers_pattern:
+        spec = dataclasses.replace(spec, targets=_in_layers(config, model), layers=None)
+    return dataclasses.replace(spec, init=_init_name(config.init_lora_weights) or "kaiming")
+
+
+def _add_task_head(config: LoraConfig, model: nn.Module) -> None:
+    """A classifier starts from random values, so it is trained whole with every adapter for its task."""
+    named = list(config.modules_to_save or ())
+    heads = TASK_HEADS.get(str(_plain(config.task_type)), ())
+    names = [name for name, _ in model.named_modules()]
+    present = [head for head in heads if head not in named and any(ends_with(name, head) for name in names)]
+    config.modules_to_save = [*named, *present] or config.modules_to_save
+
+
+def _in_layers(config: LoraConfig, model: nn.Module) -> list[str]:
+    """The targets in the chosen blocks of the module list that layers_pattern names."""
+    rule = selects(config.to_dict())
+    found = [name for name, _ in model.named_modules() if name and rule(name)]
+    if not found:
+        raise TargetError(
+            f"target_modules {sorted(config.target_modules or ())} are in no layer {config.layers_to_transform} "
+            f"of {config.layers_pattern!r}",
+            where=type(model).__name__,
+            fix="layers_pattern is the name of the list of blocks, such as 'layers' or 'h'",
+        )
+    return found
+
+
+def get_peft_config(config_dict: Mapping[str, Any]) -> LoraConfig:
+    """A config from a mapping with a peft_type."""
+    return PeftConfig.from_peft_type(**config_dict)
