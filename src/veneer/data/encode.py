@@ -182,6 +182,8 @@ def _tokenise(
     texts: list[Rendered], renderer: Renderer, counts: Counter[str], problems: list[str]
 ) -> Iterator[Encoded | None]:
     for text, (ids, offsets) in zip(texts, renderer.tokens(text.text for text in texts), strict=True):
+        lead = renderer.lead(text.text) if text.is_plain else []
+        ids, offsets = [*lead, *ids], [(0, 0)] * len(lead) + offsets
         labels = labels_for(ids, offsets, text.spans)
         counts["altered"] += text.is_altered
         counts["split tokens"] += is_split_token(offsets, text.spans)

@@ -39,6 +39,7 @@ class Rendered:
     where: str = ""
     id: str = ""
     is_altered: bool = False  # the template left something out of a trained answer
+    is_plain: bool = False  # no template wrote it, so BOS is still to be put before it
 
 
 def rendered(example: Chat | Completion | Text, renderer: Renderer, loss_on: LossOn = "assistant") -> list[Rendered]:
@@ -54,12 +55,10 @@ def rendered(example: Chat | Completion | Text, renderer: Renderer, loss_on: Los
 
 def _plain(example: Completion | Text, renderer: Renderer, loss_on: LossOn) -> Rendered:
     if isinstance(example, Text):
-        prompt, text = "", renderer.finish(renderer.begin(example.text))
+        start, text = 0, renderer.finish(example.text)
     else:
-        prompt = renderer.begin(example.prompt)
-        text = renderer.finish(prompt + example.completion)
-    start = 0 if loss_on == "all" else len(prompt)
-    return Rendered(text, [(start, len(text))])
+        start, text = len(example.prompt), renderer.finish(example.prompt + example.completion)
+    return Rendered(text, [(0 if loss_on == "all" else start, len(text))], is_plain=True)
 
 
 # Conversations

@@ -147,10 +147,8 @@ class Renderer:
             ) from error
         return str(text)
 
-    def prompt(self, messages: Sequence[Message] | str, tools: Sequence[dict[str, Any]] = ()) -> str:
-        """The text after which the model speaks. A plain string is continued as it stands (prompt/completion)."""
-        if isinstance(messages, str):
-            return self.begin(messages)
+    def prompt(self, messages: Sequence[Message], tools: Sequence[dict[str, Any]] = ()) -> str:
+        """The text after which the model speaks."""
         text = self.render(messages, tools, generate=True)
         return text.removesuffix(self._habits.cut) + self._habits.add
 
@@ -169,10 +167,6 @@ class Renderer:
             self._refuse_endless(index)
         return Turn(text, len(before), ends[-1])
 
-    def begin(self, text: str) -> str:
-        """`text` as a text of its own: after BOS, if this tokenizer begins texts so and it is not there yet."""
-        return text if text.startswith(self.bos) else self.bos + text
-
     def finish(self, text: str) -> str:
         """`text` with EOS after it, if it does not end so already; unchanged for a tokenizer without EOS."""
         return text if self.eos is None or text.endswith(self.eos) else text + self.eos
@@ -182,6 +176,12 @@ class Renderer:
     def ids(self, text: str) -> list[int]:
         """Tokens of rendered text. Nothing is added: the text holds its BOS."""
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def lead(self, text: str) -> list[int]:
+        """What goes before the tokens of a text that no template wrote: BOS, if this tokenizer begins texts so and the
+        text does not. As an id, not as text: "<s>Hello" and "Hello" after <s> are different tokens for a tokenizer that
+        puts a space before a text's first word (Llama 2, Mistral)."""
+        return self.ids(self.bos) if self.bos and not text.startswith(self.bos) else []
 
     def tokens(self, texts: Iterable[str]) -> Iterator[tuple[list[int], list[tuple[int, int]]]]:
         """Tokens of many rendered texts at once, each token with the characters it stands for."""
@@ -203,6 +203,9 @@ class Renderer:
         return len(self.tokenizer)  # type: ignore[arg-type]
 
     def prompt_ids(self, messages: Sequence[Message] | str, tools: Sequence[dict[str, Any]] = ()) -> list[int]:
+        """What inference feeds. A plain string is continued as it stands, as prompt/completion rows train it."""
+        if isinstance(messages, str):
+            return self.lead(messages) + self.ids(messages)
         return self.ids(self.prompt(messages, tools))
 
     def decode(self, ids: Iterable[int]) -> str:
