@@ -108,6 +108,8 @@ def _made(name: str, say: Say) -> Path:
             archive = _download(asset, Path(temp))
             say(f"{name}: unpacking into {folder}")
             asset.make(archive, empty)
+            for licence, text in _read(archive, r"(.*/)?(LICEN[CS]E[^/]*|licenses/[^/]+)$").items():
+                (empty / licence).write_bytes(text)
     return folder
 
 
@@ -144,7 +146,8 @@ def _last_error(text: str) -> str:
     >>> _last_error("")
     'it gave no reason'
     """
-    errors = [line.removeprefix("ERROR: ").strip() for line in text.splitlines() if line.strip()]
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    errors = [line.removeprefix("ERROR: ") for line in lines if line.startswith("ERROR: ")] or lines
     return errors[-1] if errors else "it gave no reason"
 
 
