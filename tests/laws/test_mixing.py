@@ -60,13 +60,14 @@ def output(net: Net, mix: object) -> Tensor:
     return net(X).detach()
 
 
+OPTIONS: dict[str, dict[str, object]] = {"tokens": {"rows": [1, 3]}, "fused": {"parts": [(0, 4), (6, 10)]}}
 KINDS = [(d, c) for d, c in itertools.product(DELTAS, COMBINES)]
 
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("delta,dora", KINDS)
 def test_one_adapter_with_weight_one_is_itself(method: str, delta: str, dora: str) -> None:
-    options = {"rows": [1, 3]} if delta == "tokens" else {}
+    options = OPTIONS.get(delta, {})
     net = pair(delta=delta, combine=dora, options=options)
     combine(net, {"b": 1.0}, "c", method, density=1.0, rank=12)
     torch.testing.assert_close(output(net, "c"), output(net, "b"), rtol=1e-4, atol=1e-5)
@@ -138,7 +139,7 @@ def test_dare_keeps_the_expectation_and_repeats_by_seed() -> None:
 @pytest.mark.parametrize("delta", DELTAS)
 @pytest.mark.parametrize("dora", COMBINES)
 def test_any_kind_converts_to_a_plain_lora_with_its_error(delta: str, dora: str) -> None:
-    net = pair(delta=delta, combine=dora, options={"rows": [1, 3]} if delta == "tokens" else {})
+    net = pair(delta=delta, combine=dora, options=OPTIONS.get(delta, {}))
     convert(net, "b", "plain")
     assert adapter_of(net.one, "plain").delta.__class__.__name__ == "Lora"
     torch.testing.assert_close(output(net, "plain"), output(net, "b"), rtol=1e-4, atol=1e-5)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from veneer.core.delta import Delta, wide
 from veneer.core.init import Site
+from veneer.core.leaf import own_parameters
 from veneer.core.op import Op
 from veneer.core.registry import Registry
 from veneer.core.weight import read_weight
@@ -111,4 +112,4 @@ class Dora(Combine):
 
 def identity(host: nn.Module) -> tuple[object, ...]:
     """Changes whenever the frozen weight of `host` is written, replaced or moved."""
-    return tuple((p.data_ptr(), p._version, p.device) for p in host._parameters.values() if p is not None)
+    return tuple((p.data_ptr(), p._version, p.device) for p in own_parameters(host).values() if p is not None)

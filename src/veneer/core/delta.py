@@ -36,6 +36,7 @@ class Delta(nn.Module, ABC):
     saved: ClassVar[dict[str, str]] = {}  # our names -> the names in PEFT's files, so formats need no list of variants
     options: ClassVar[dict[str, object]] = {}  # what LoRA(options=...) may set, with the defaults
     takes_init: ClassVar[bool] = False  # whether A and B come from the init that was asked for
+    takes_stacks: ClassVar[bool] = False  # whether it can hold a stack of matrices, one for each expert
 
     def __init__(self, scale: float, dropout: float = 0.0) -> None:
         super().__init__()
@@ -123,6 +124,7 @@ class Lora(Delta):
 
     saved: ClassVar[dict[str, str]] = {"A": "lora_A", "B": "lora_B"}
     takes_init: ClassVar[bool] = True
+    takes_stacks: ClassVar[bool] = True
 
     def __init__(self, start: Start, scale: float, dropout: float = 0.0) -> None:
         super().__init__(scale, dropout)

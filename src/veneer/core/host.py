@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from veneer.core.combine import Add, Combine
 from veneer.core.delta import Delta, Lora
+from veneer.core.leaf import Leaf, host_leaf, own_parameters, release_leaf
 from veneer.core.lowrank import low_rank_linear
 from veneer.core.op import Op, op_for, op_of
 from veneer.core.weight import is_plain, read_weight
@@ -102,6 +103,11 @@ class Adapter(nn.Module):
         self.combine = combine
         self.bias = bias
         self._quick = isinstance(delta, Lora) and type(combine) is Add and bias is None
+
+    @property
+    def combine_changes_base(self) -> bool:
+        """Whether dW alone does not say it all (DoRA rescales W, too)."""
+        return not isinstance(self.combine, Add)
 
     def change(self, host: nn.Module, op: Op | None, x: Tensor, y: Tensor) -> Tensor:
         """What this adapter adds to the base's output y."""
@@ -339,6 +345,8 @@ def original_class(kind: type) -> type:
 
 def host(layer: nn.Module, active: Active, mode: type = Adapted) -> nn.Module:
     """Make `layer` able to carry adapters. It stays the same object."""
+    if isinstance(layer, Leaf):
+        return host_leaf(layer, active)
     if isinstance(layer, Hosted):
         return layer
     if "forward" in vars(layer):  # accelerate puts forward on the instance; left there, it would hide ours
@@ -353,6 +361,8 @@ def host(layer: nn.Module, active: Active, mode: type = Adapted) -> nn.Module:
 
 def release(layer: nn.Module) -> None:
     """Give the layer its own class back, and the forward that somebody had put on the instance."""
+    if isinstance(layer, Leaf):
+        return release_leaf(layer)
     del layer.lora, layer.slots, layer.active
     inner = vars(layer).pop("inner_forward", None)
     layer.__class__ = original_class(type(layer))
@@ -366,7 +376,9 @@ def _is_sharded(w: Tensor) -> bool:
 
 def refuse_sharded(layers: Mapping[str, nn.Module]) -> None:
     """After fully_shard, each rank would draw its own A and no gradient would be reduced: silently wrong."""
-    sharded = [n for n, m in layers.items() if any(_is_sharded(p) for p in m.parameters(recurse=False))]
+    sharded = [
+        n for n, m in layers.items() if any(p is not None and _is_sharded(p) for p in own_parameters(m).values())
+    ]
     if sharded:
         raise TargetError(
             "these layers are already sharded, so gradients of a new adapter would not be reduced across ranks",

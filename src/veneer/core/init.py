@@ -24,6 +24,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from veneer.core.leaf import Leaf, own_parameters
 from veneer.core.op import Op
 from veneer.core.registry import Registry
 from veneer.core.weight import read_weight
@@ -58,16 +59,22 @@ class Site:
     def shape(self) -> tuple[int, int]:
         return self.op.shape(self.host)
 
-    def matrix(self) -> Float[Tensor, "out in"]:
+    def matrix(self) -> Float[Tensor, "*e out in"]:
         """W in fp32 or wider; a copy only where the storage makes one necessary."""
         w = self.op.to_matrix(self.host, read_weight(self.host).detach())
         return w.to(torch.promote_types(w.dtype, torch.float32))
 
+    @property
+    def batch(self) -> tuple[int, ...]:
+        """Leading axes: one matrix for each expert of a stack."""
+        weight = own_parameters(self.host).get("weight") if isinstance(self.host, Leaf) else None
+        return () if weight is None else tuple(weight.shape[:-2])
+
     def empty(self) -> tuple[Tensor, Tensor]:
         """A and B with memory but without values."""
-        out, n = self.shape
+        (out, n), batch = self.shape, self.batch
         like = {"dtype": self.dtype, "device": self.device}
-        return torch.empty(self.rank, n, **like), torch.empty(out, self.rank, **like)
+        return torch.empty(*batch, self.rank, n, **like), torch.empty(*batch, out, self.rank, **like)
 
 
 INITS: Registry[Callable[[Site], Start]] = Registry("init")
@@ -83,7 +90,7 @@ def kaiming(site: Site) -> Start:
     a, b = site.empty()
     if site.op.looks_up:
         return Start(a.zero_(), b.normal_())
-    bound = 1 / math.sqrt(a.shape[1])  # kaiming_uniform_ with a = sqrt(5), as in the reference implementation
+    bound = 1 / math.sqrt(a.shape[-1])  # kaiming_uniform_ with a = sqrt(5), as in the reference implementation
     return Start(a.uniform_(-bound, bound), b.zero_())
 
 
@@ -104,25 +111,24 @@ def orthogonal(site: Site) -> Start:
             where=site.name,
             fix=f"rank={site.rank + 1}, or another init",
         )
-    out, n = site.shape
-    half = site.rank // 2
-    q, _ = torch.linalg.qr(torch.randn(site.rank, site.rank, device=site.device))
-    a = torch.randn(n, half, device=site.device) @ q[0::2] / 10  # (in, r): rows of q with even index
-    b = torch.randn(out, half, device=site.device) @ q[1::2] / 10  # (out, r): orthogonal to them
-    return Start(a.T.contiguous().to(site.dtype), b.to(site.dtype))
+    (out, n), batch, half = site.shape, site.batch, site.rank // 2
+    q, _ = torch.linalg.qr(torch.randn(*batch, site.rank, site.rank, device=site.device))
+    a = torch.randn(*batch, n, half, device=site.device) @ q[..., 0::2, :] / 10  # (in, r): every other row of q
+    b = torch.randn(*batch, out, half, device=site.device) @ q[..., 1::2, :] / 10  # (out, r): orthogonal to them
+    return Start(a.mT.contiguous().to(site.dtype), b.to(site.dtype))
 
 
 @INITS.register("pissa")
 def pissa(site: Site) -> Start:
     """The paper moves these directions out of the base; here they are subtracted beside it, which is the same sum."""
     u, s, vh = torch.linalg.svd(site.matrix(), full_matrices=False)
-    root = (s[: site.rank] / site.scale).sqrt()
-    a, b = root[:, None] * vh[: site.rank], u[:, : site.rank] * root
+    root = (s[..., : site.rank] / site.scale).sqrt()  # "...": a stack of experts is a batch of SVDs
+    a, b = root[..., None] * vh[..., : site.rank, :], u[..., : site.rank] * root[..., None, :]
     return Start(a.to(site.dtype).contiguous(), b.to(site.dtype).contiguous(), shifted=True)
 
 
 @INITS.register("olora")
 def olora(site: Site) -> Start:
     q, r = torch.linalg.qr(site.matrix())
-    a, b = r[: site.rank], q[:, : site.rank]
+    a, b = r[..., : site.rank, :], q[..., : site.rank]
     return Start(a.to(site.dtype).contiguous(), b.to(site.dtype).contiguous(), shifted=True)

@@ -75,13 +75,13 @@ def cut(change: Factors | Tensor, rank: int | None = None, energy: float | None 
     right, r_right = torch.linalg.qr(a.mT)  # (in, R), (R, R)
     u, s, vh = torch.linalg.svd(r_left @ r_right.mT)
     keep = _keep(s, rank, energy)
-    root = s[:keep].sqrt()
-    small = root[:, None] * (vh[:keep] @ right.mT), (left @ u[:, :keep]) * root
-    return small, _lost(s[keep:], s)
+    root = s[..., :keep].sqrt()
+    small = root[..., None] * (vh[..., :keep, :] @ right.mT), (left @ u[..., :keep]) * root[..., None, :]
+    return small, _lost(s[..., keep:], s)
 
 
 def _cut_dense(m: Tensor, rank: int | None, energy: float | None) -> tuple[Factors, float]:
-    if energy is None and rank is not None and rank < min(m.shape) // 4:
+    if energy is None and rank is not None and m.ndim == 2 and rank < min(m.shape) // 4:
         u, s, v = torch.svd_lowrank(m, q=min(rank + 16, *m.shape), niter=6)
         u, s, v = u[:, :rank], s[:rank], v[:, :rank]
         total = m.double().square().sum()
@@ -89,17 +89,19 @@ def _cut_dense(m: Tensor, rank: int | None, energy: float | None) -> tuple[Facto
     else:
         u, full, vh = torch.linalg.svd(m, full_matrices=False)
         keep = _keep(full, rank, energy)
-        u, s, v, error = u[:, :keep], full[:keep], vh[:keep].mT, _lost(full[keep:], full)
-    root = s.sqrt()
+        u, s, v, error = u[..., :keep], full[..., :keep], vh[..., :keep, :].mT, _lost(full[..., keep:], full)
+    root = s.sqrt()[..., None, :]
     return ((v * root).mT.contiguous(), u * root), error
 
 
 def _keep(s: Tensor, rank: int | None, energy: float | None) -> int:
+    count = s.shape[-1]
     if energy is None:
-        return min(rank or len(s), len(s))
-    share = s.double().square().cumsum(0) / s.double().square().sum().clamp_min(1e-300)
-    enough = int((share < energy).sum()) + 1
-    return max(1, min(enough, len(s), rank or len(s)))
+        return min(rank or count, count)
+    squares = s.double().square()
+    share = squares.cumsum(-1) / squares.sum(-1, keepdim=True).clamp_min(1e-300)
+    enough = int((share < energy).sum(-1).max()) + 1  # the neediest matrix of a stack decides for all
+    return max(1, min(enough, count, rank or count))
 
 
 def _lost(dropped: Tensor, s: Tensor) -> float:
@@ -127,7 +129,7 @@ def _dense(host: nn.Module, adapter: Adapter) -> Float[Tensor, "out in"]:
 
 
 def _stack(parts: Sequence[Factors]) -> Factors:
-    return torch.cat([a for a, _ in parts]), torch.cat([b for _, b in parts], dim=1)
+    return torch.cat([a for a, _ in parts], dim=-2), torch.cat([b for _, b in parts], dim=-1)
 
 
 def _sum(host: nn.Module, here: Sequence[tuple[Adapter, float]]) -> Factors | Tensor:
@@ -139,7 +141,7 @@ def _sum(host: nn.Module, here: Sequence[tuple[Adapter, float]]) -> Factors | Te
 
 # --- methods on dense changes ---------------------------------------------------------------------------------------
 
-Stack = Float[Tensor, "n out in"]
+Stack = Float[Tensor, "n *e out in"]
 METHODS: Registry[Callable[..., Tensor] | None] = Registry("mixing method")
 METHODS["cat"] = METHODS["linear"] = METHODS["svd"] = None  # sums of factors, see _sum
 
@@ -162,12 +164,12 @@ def _elect(stack: Stack, weights: Sequence[float], sign: str) -> Tensor:
     signs = stack.sign()
     elected = (stack if sign == "total" else signs).sum(0).sign()
     agree = (signs == elected) & (signs != 0)
-    weighted = stack * torch.tensor(weights, dtype=stack.dtype, device=stack.device)[:, None, None]
+    weighted = stack * torch.tensor(weights, dtype=stack.dtype, device=stack.device).view(-1, *[1] * (stack.ndim - 1))
     return (weighted * agree).sum(0) / agree.sum(0).clamp_min(1)
 
 
 def _weighted(stack: Stack, weights: Sequence[float]) -> Tensor:
-    return torch.einsum("noi,n->oi", stack, torch.tensor(weights, dtype=stack.dtype, device=stack.device))
+    return torch.einsum("n...,n->...", stack, torch.tensor(weights, dtype=stack.dtype, device=stack.device))
 
 
 @METHODS.register("ties")
@@ -280,7 +282,7 @@ def _place(
 ) -> Mixed:
     """Attach the outcome as a plain LoRA with scale 1, and fill it."""
     specs = [spec_of(model, name) for name in weights]
-    ranks = {site: a.shape[0] for site, ((a, _), _) in found.items()}
+    ranks = {site: a.shape[-2] for site, ((a, _), _) in found.items()}
     spec = _spec_for(model, specs, ranks)
     active = state_of(model).active
     before = active.names, active.mix
@@ -399,7 +401,7 @@ def extract(
             op.to_matrix(layer, read_weight(layer))
         )
         found[site] = cut(change.detach(), min(rank, *change.shape) if rank else None, energy)
-    ranks = {site: a.shape[0] for site, ((a, _), _) in found.items()}
+    ranks = {site: a.shape[-2] for site, ((a, _), _) in found.items()}
     spec = _spec_for(base, [LoRA(rank=1, targets=targets)], ranks)
     left_out = _other_changes(tuned, base, layers)
     attach(base, spec, name, init=False)

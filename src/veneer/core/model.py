@@ -21,9 +21,10 @@ from veneer.core.combine import COMBINES, Add
 from veneer.core.delta import DELTAS
 from veneer.core.host import NORMS, Active, Adapted, Adapter, Hosted, Readable, Whole, host, refuse_sharded, release
 from veneer.core.init import INITS, Site, unset
+from veneer.core.leaf import Leaf, own_parameters
 from veneer.core.op import Op, op_for, op_of
 from veneer.core.registry import near
-from veneer.core.select import select, select_saved
+from veneer.core.select import refined, select, select_saved
 from veneer.core.spec import LoRA
 from veneer.core.weight import is_plain, read_weight, write_weight
 from veneer.errors import CheckpointError, ConfigError, StateError, TargetError
@@ -223,9 +224,10 @@ def attach(
     _check_name(name, state)
     layers, whole = select(model, spec) if spec.targets else {}, select_saved(model, spec)
     biased = _bias_layers(model, layers, whole, spec)
-    plan = _plan(layers, spec, dtype, init)
+    specs = {site: refined(model, site, layer, spec) for site, layer in layers.items()}
+    plan = _plan(layers, specs, dtype, init)
     refuse_sharded({**layers, **whole, **biased})
-    new = {site: _adapter(place, init, spec) for site, place in plan.items()}
+    new = {site: _adapter(place, init, specs[site]) for site, place in plan.items()}
     new |= {site: Adapter(None, None, _bias_change(layer)) for site, layer in biased.items()}
     copies: dict[str, nn.Module] = {n: _own_copy(module, name) for n, module in whole.items()}
 
@@ -269,24 +271,26 @@ def _check_name(name: str, state: State | None) -> None:
         state.active.change(state.active.names)  # raises, and says why
 
 
-def _plan(layers: Mapping[str, nn.Module], spec: LoRA, dtype: torch.dtype | None, init: bool) -> dict[str, Site]:
+def _plan(
+    layers: Mapping[str, nn.Module], specs: Mapping[str, LoRA], dtype: torch.dtype | None, init: bool
+) -> dict[str, Site]:
     """A Site for every layer, or one error with everything that stands against it."""
     plan, problems = {}, []
     for name, layer in layers.items():
-        own = spec.at(name)
+        own = specs[name]
         if isinstance(layer, Whole):
             problems.append(f"{name} is trained whole by another adapter")
             continue
         op = op_of(layer)
         problems += [f"{name}: {problem}" for problem in _against(layer, op, own, init)]
-        weight = next(layer.parameters(recurse=False), None)
+        weight = next((p for p in own_parameters(layer).values() if p is not None), None)
         device = weight.device if weight is not None else torch.device("cpu")
         options = {**DELTAS[own.delta].options, **own.options}
         plan[name] = Site(name, layer, op, own.rank, own.scale, dtype or _adapter_dtype(weight), device, options)
     if problems:
         raise TargetError("this adapter cannot be attached", problems=problems)
-    for delta in {spec.at(name).delta for name in plan}:
-        DELTAS[delta].share([site for name, site in plan.items() if spec.at(name).delta == delta])
+    for delta in {specs[name].delta for name in plan}:
+        DELTAS[delta].share([site for name, site in plan.items() if specs[name].delta == delta])
     return plan
 
 
@@ -301,7 +305,9 @@ def _against(layer: nn.Module, op: Op, spec: LoRA, init: bool) -> Iterator[str]:
         yield f"rank {spec.rank} is above the layer's own rank, at most {min(out, n)} for {out} x {n}"
     if getattr(layer, "max_norm", None) is not None:
         yield "an embedding with max_norm rewrites its weight when called, so it cannot be frozen"
-    if _mode(layer) is Readable and spec.dropout:
+    if isinstance(layer, Leaf) and own_parameters(layer)["weight"].ndim > 2 and not DELTAS[spec.delta].takes_stacks:
+        yield f"delta {spec.delta!r} cannot hold a stack of matrices"
+    if (_mode(layer) is Readable or isinstance(layer, Leaf)) and spec.dropout:
         yield "dropout acts on the input, and this layer's weight is read without one; set dropout=0 for it"
 
 
@@ -311,12 +317,11 @@ def _mode(layer: nn.Module) -> type:
     return kind
 
 
-def _adapter(site: Site, init: bool, spec: LoRA) -> Adapter:
-    own = spec.at(site.name)
+def _adapter(site: Site, init: bool, own: LoRA) -> Adapter:
     with torch.no_grad():
         delta = DELTAS[own.delta].create(site, INITS[own.init] if init else unset, own.dropout)
         combine = COMBINES[own.combine](site, delta)
-    wants_bias = own.bias != "none" and getattr(site.host, "bias", None) is not None
+    wants_bias = own.bias != "none" and own_parameters(site.host).get("bias") is not None
     return Adapter(delta, combine, _bias_change(site.host) if wants_bias else None)
 
 
@@ -531,9 +536,9 @@ def _merge_layer(layer: nn.Module, acting: list[tuple[Any, float]], kept: list[A
     acting = [(adapter, w) for adapter, w in acting if adapter.delta is not None]
     if not acting:
         return 1.0
-    raw = layer._parameters.get("weight")
+    raw = own_parameters(layer).get("weight")
     _keep(kept, layer, "weight", raw if raw is not None else read_weight(layer))
-    plain = raw is not None and is_plain(raw) and all(isinstance(a.combine, Add) for a, _ in acting)
+    plain = raw is not None and raw.ndim == 2 and is_plain(raw) and all(isinstance(a.combine, Add) for a, _ in acting)
     if plain and op_of(layer).to_matrix(layer, raw).data_ptr() == raw.data_ptr():  # type: ignore[union-attr]
         return _merge_rows(op_of(layer).to_matrix(layer, raw), acting)
     return _merge_dense(layer, acting)
@@ -598,7 +603,7 @@ def unmerge(model: nn.Module) -> None:
         )
     with torch.no_grad():
         for layer, leaf, value in state.kept:
-            own = layer._parameters.get(leaf, layer._buffers.get(leaf))
+            own = own_parameters(layer).get(leaf, layer._buffers.get(leaf))
             write_weight(layer, value) if own is None else own.copy_(value)
     state.kept, state.merged = None, None
     state.active.change(*state.resume)
@@ -625,8 +630,9 @@ def _refuse_tied(model: nn.Module, state: State, acting: Mapping[str, Any], unti
     problems = []
     for site in acting:
         layer = state.hosts[site]
-        for leaf, parameter in layer._parameters.items():
-            others = [o for o in owners.get(id(parameter), []) if o != site]
+        for leaf, parameter in own_parameters(layer).items():
+            owner = site.rpartition(".")[0] if isinstance(layer, Leaf) else site
+            others = [o for o in owners.get(id(parameter), []) if o != owner]
             if parameter is None or not others:
                 continue
             if untie:

@@ -6,17 +6,20 @@ when the other patterns of the list match: "q_proj, v_prj" must not quietly trai
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from torch import nn
 
-from veneer.core.op import op_for
+from veneer.core.fused import fused_parts
+from veneer.core.leaf import Leaf, leaves_of
+from veneer.core.op import LinearOp, op_for
 from veneer.core.spec import LoRA
 from veneer.errors import ConfigError, TargetError
 
-__all__ = ["PRESETS", "block_index", "ends_with", "output_head", "select", "select_saved"]
+__all__ = ["PRESETS", "block_index", "ends_with", "output_head", "refined", "select", "select_saved"]
 
 QUERY_VALUE = ("q_proj", "v_proj", "query", "value", "q_lin", "v_lin", "q", "v", "to_q", "to_v")
 FUSED = ("c_attn", "query_key_value", "qkv_proj", "qkv", "Wqkv", "in_proj")  # q, k and v in one matrix
@@ -59,7 +62,7 @@ def output_head(model: nn.Module) -> nn.Module | None:
 
 def select(model: nn.Module, spec: LoRA) -> dict[str, nn.Module]:
     """The layers that `spec` adapts, by name in the model's order. Raises TargetError for patterns that miss."""
-    layers = {name: module for name, module in model.named_modules() if op_for(type(module)) is not None}
+    layers = _places(model)
     saved = select_saved(model, spec)
     wanted = _wanted(model, layers, spec)
     chosen = [n for n in wanted if not any(n == s or n.startswith(s + ".") for s in saved)]
@@ -71,6 +74,22 @@ def select(model: nn.Module, spec: LoRA) -> dict[str, nn.Module]:
             fix=f"loosen one of them; the targets alone match {len(wanted)} layers",
         )
     return {name: layers[name] for name in chosen}
+
+
+def _places(model: nn.Module) -> dict[str, nn.Module]:
+    """All that can carry an adapter: layers of a known kind, and matrices held by modules of other kinds."""
+    places: dict[str, nn.Module] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, Leaf) or ".lora." in f".{name}.":
+            continue
+        if op_for(type(module)) is not None:
+            places[name] = module
+            continue
+        known = leaves_of(module)
+        for leaf, parameter in module._parameters.items():
+            if parameter is not None and parameter.ndim >= 2:
+                places[f"{name}.{leaf}" if name else leaf] = known.get(leaf) or Leaf(module, leaf)
+    return places
 
 
 def select_saved(model: nn.Module, spec: LoRA) -> dict[str, nn.Module]:
@@ -85,6 +104,15 @@ def select_saved(model: nn.Module, spec: LoRA) -> dict[str, nn.Module]:
             raise TargetError(f"modules_to_save {ending!r} matches no module.{_near(ending, names)}")
         found |= matches
     return found
+
+
+def refined(model: nn.Module, name: str, layer: nn.Module, spec: LoRA) -> LoRA:
+    """What holds for one layer: overrides, and q and v alone where "minimal" meets a fused matrix."""
+    own = spec.at(name)
+    if spec.targets != "minimal" or own.delta != "lora" or not any(ends_with(name, f) for f in FUSED):
+        return own
+    parts = fused_parts(model, name, layer)
+    return dataclasses.replace(own, delta="fused", init="kaiming", options={"parts": [parts["q"], parts["v"]]})
 
 
 def _wanted(model: nn.Module, layers: Mapping[str, nn.Module], spec: LoRA) -> list[str]:
@@ -115,7 +143,7 @@ def _preset(model: nn.Module, layers: Mapping[str, nn.Module], preset: str) -> l
 
 def _is_linear(module: nn.Module) -> bool:
     op = op_for(type(module))
-    return op is not None and not op.looks_up and not hasattr(module, "kernel_size")
+    return isinstance(op, LinearOp) and type(module) is not nn.modules.linear.NonDynamicallyQuantizableLinear
 
 
 def _by_regex(model: nn.Module, layers: Mapping[str, nn.Module], pattern: str) -> list[str]:
