@@ -195,8 +195,6 @@ def test_minimal_on_gpt2_adapts_q_and_v_inside_the_fused_weight() -> None:
     torch.manual_seed(0)
     sizes = {"vocab_size": 23, "n_positions": 16, "n_embd": 16, "n_layer": 2, "n_head": 2}
     model = GPT2LMHeadModel(GPT2Config(**sizes, bos_token_id=0, eos_token_id=0)).eval()
-        GPT2Config(vocab_size=23, n_positions=16, n_embd=16, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=0)
-    ).eval()
     seen = {}
     model.transformer.h[0].attn.c_attn.register_forward_hook(lambda m, a, y: seen.update(y=y.detach()))
     model(IDS)
