@@ -11,6 +11,7 @@ import os
 import pkgutil
 import re
 import resource
+import runpy
 import statistics
 import subprocess
 import sys
@@ -285,6 +286,11 @@ def test_source_is_ascii() -> None:
             if not comment.isascii():
                 wrong.append(f"{file.relative_to(ROOT)}:{number}")
     assert not wrong, "\n".join(wrong)
+
+
+def test_the_page_of_settings_is_what_the_code_says() -> None:
+    page = runpy.run_path(str(ROOT / "docs" / "settings.py"))["page"]()
+    assert (ROOT / "docs" / "settings.md").read_text() == page, "run: python docs/settings.py"
 
 
 PAGES = [file for file in tracked(".md") if "node_modules" not in file.parts]
