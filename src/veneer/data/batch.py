@@ -1,14 +1,30 @@
-"""Rows of different lengths become tensors. Labels were made before padding, so pad == eos never hides a real EOS."""
+"""Rows of different lengths become tensors. Labels were made before padding, so pad == eos never hides a real EOS.
+
+| rows | what the model is given |
+| --- | --- |
+| one sample each | input_ids, attention_mask (padding on the right) |
+| packed | input_ids, position_ids that start again with each sample; no mask, no cache |
+
+From positions that start again transformers builds the block-diagonal causal mask itself, in the form that each layer
+and each attention kernel needs (sliding windows, flex and varlen kernels included; a 4-D mask of our own would replace
+the window of a sliding layer). It does so only without an attention mask and without a cache, hence `use_cache=False`:
+a model whose config says otherwise would let samples see each other in silence. `isolation.py` proves it on the model.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import Any
 
 import torch
+from jaxtyping import Bool, Int
 from torch import Tensor
 
-__all__ = ["Batch"]
+from veneer.data.types import IGNORE, Encoded
+
+__all__ = ["Batch", "batches", "collate", "pad_id_of"]
 
 
 @dataclass(frozen=True)
@@ -16,16 +32,116 @@ class Batch:
     """One micro-batch. `inputs` are keyword arguments of the model's forward; labels are kept apart, unshifted.
 
     Divide the summed loss by the trained tokens of the whole accumulated batch (`Step.trained_tokens`), never by this
-    micro-batch's own.
+    micro-batch's own. `segments` are, row by row, the lengths of the samples in it.
     """
 
-    inputs: dict[str, Any]  # input_ids, and attention_mask or position_ids (+ use_cache=False when packed), ...
-    labels: Tensor  # (rows, tokens), (rows, target tokens) or (rows,) / (rows, classes)
+    inputs: dict[str, Any]
+    labels: Tensor  # (rows, tokens), (rows, target tokens), (rows,) or (rows, classes)
     trained_tokens: int
-    tokens: int  # real ones, without padding
-    rows: int  # samples: packed ones count each
-    packed: bool = False
-    sequence_ids: Tensor | None = None  # (rows, tokens): which sample each token belongs to, -1 for padding
-    cu_seqlens: Tensor | None = None  # (samples + 1,): boundaries once padding is removed, for varlen kernels
+    segments: tuple[tuple[int, ...], ...]
+    where: tuple[str, ...] = ()
 
-    def to(self, device: torch.device | str) -> Batch: ...
+    @property
+    def is_packed(self) -> bool:
+        return "position_ids" in self.inputs
+
+    @property
+    def rows(self) -> int:
+        """Samples: packed ones count each."""
+        return sum(map(len, self.segments))
+
+    @property
+    def tokens(self) -> int:
+        """Real ones, without padding."""
+        return sum(map(sum, self.segments))
+
+    @property
+    def padding_share(self) -> float:
+        return 1 - self.tokens / self.inputs["input_ids"].numel()
+
+    def sequence_ids(self) -> Int[Tensor, "rows tokens"]:
+        """Which sample of its row each token belongs to; -1 for padding."""
+        ids = torch.full(self.inputs["input_ids"].shape, -1)
+        for row, lengths in enumerate(self.segments):
+            numbers = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))
+            ids[row, : len(numbers)] = numbers
+        return ids.to(self.labels.device)
+
+    def block_mask(self) -> Bool[Tensor, "rows 1 tokens tokens"]:
+        """True where a token may look: at earlier tokens of its own sample, and itself. The specification that any
+        attention must meet, and the mask for models that take one. Padding looks at itself, so no row is empty."""
+        ids = self.sequence_ids()
+        same = ids[:, :, None] == ids[:, None, :]
+        return (same & torch.ones_like(same).tril())[:, None]
+
+    def varlen(self) -> dict[str, Any]:
+        """Boundaries for varlen attention kernels, by the names transformers gives them. For one row, not padded."""
+        (lengths,) = self.segments
+        ends = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=self.labels.device)
+        longest = max(lengths)
+        return {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": longest, "max_length_k": longest}
+
+    def to(self, device: torch.device | str) -> Batch:
+        moved = {key: _moved(value, device) for key, value in self.inputs.items()}
+        return replace(self, inputs=moved, labels=_moved(self.labels, device))
+
+
+def _moved(value: Any, device: torch.device | str) -> Any:
+    if not isinstance(value, Tensor) or value.device == torch.device(device):
+        return value
+    pinned = value.pin_memory() if torch.device(device).type == "cuda" and value.device.type == "cpu" else value
+    return pinned.to(device, non_blocking=True)
+
+
+def collate(samples: Sequence[Encoded], pad_id: int = 0, *, flat: bool = False) -> Batch:
+    """One batch of these samples. `flat`: all of them in one row, without padding, kept apart as packed samples are:
+    for varlen kernels, which take a single row."""
+    rows = [_joined(samples)] if flat else list(samples)
+    width = max(map(len, rows))
+    inputs: dict[str, Any] = {"input_ids": _padded([row.input_ids for row in rows], pad_id, width)}
+    if flat or any(len(row.segments) > 1 for row in rows):
+        inputs |= {"position_ids": _padded([[*row.position_ids] for row in rows], None, width), "use_cache": False}
+    else:
+        inputs["attention_mask"] = _padded([[1] * len(row) for row in rows], 0, width)
+    if any(row.token_type_ids is not None for row in rows):
+        inputs["token_type_ids"] = _padded([row.token_type_ids or [0] * len(row) for row in rows], 0, width)
+    trained = sum(sample.trained_tokens for sample in samples)
+    places = tuple(sample.where for sample in samples)
+    return Batch(inputs, _labels(rows, width), trained, tuple(row.segments for row in rows), places)
+
+
+def batches(samples: Sequence[Encoded], rows: int, pad_id: int = 0, *, flat: bool = False) -> Iterator[Batch]:
+    """The samples in micro-batches of `rows`, in their order."""
+    return (collate(samples[start : start + rows], pad_id, flat=flat) for start in range(0, len(samples), rows))
+
+
+def pad_id_of(tokenizer: Any) -> int:
+    """Any id will do: padding is masked by position and never by its id."""
+    known = (getattr(tokenizer, name, None) for name in ("pad_token_id", "eos_token_id"))
+    return next((int(token) for token in known if token is not None), 0)
+
+
+def _joined(samples: Sequence[Encoded]) -> Encoded:
+    ids = [token for sample in samples for token in sample.input_ids]
+    labels = [label for sample in samples for label in sample.labels]
+    return Encoded(ids, labels, segments=tuple(length for sample in samples for length in sample.segments))
+
+
+def _padded(rows: Sequence[Sequence[int]], value: int | None, width: int) -> Int[Tensor, "rows width"]:
+    """`value` None: counts up from 0, as positions of one more sample that nobody looks at."""
+    filled = torch.full((len(rows), width), value or 0)
+    for place, row in enumerate(rows):
+        filled[place, : len(row)] = torch.tensor(row)
+        if value is None:
+            filled[place, len(row) :] = torch.arange(width - len(row))
+    return filled
+
+
+def _labels(rows: Sequence[Encoded], width: int) -> Tensor:
+    layout = rows[0].layout
+    if layout == "row":
+        values = torch.tensor([[*row.labels] for row in rows])
+        return values.squeeze(1) if values.shape[1] == 1 else values
+    if layout == "target":
+        width = max(len(row.labels) for row in rows)
+    return _padded([row.labels for row in rows], IGNORE, width)  # type: ignore[misc]

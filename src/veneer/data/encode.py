@@ -27,7 +27,7 @@ from veneer.data.template import Renderer
 from veneer.data.types import IGNORE, Chat, Completion, Encoded, Example, Ids, LossOn, Text, Tokens
 from veneer.errors import DataError
 
-__all__ = ["OVERLONG", "Encodings", "encode", "fit"]
+__all__ = ["OVERLONG", "Encodings", "encode", "finished", "fit"]
 
 CHUNK = 512  # rows tokenised in one call: the tokenizer works on them in parallel
 
@@ -123,20 +123,33 @@ def encode(
             report(min(start + CHUNK, len(examples)), len(examples))
     lengths = Lengths(array("i", map(len, samples)))
     kept = fit(samples, max_len, overlong, counts, problems)
+    return finished(kept, len(examples), lengths, counts, problems, max_len, skip_bad)
+
+
+def finished(
+    kept: list[Encoded],
+    rows: int,
+    lengths: Lengths,
+    counts: Counter[str],
+    problems: list[str],
+    max_len: int | None,
+    skip_bad: bool,
+) -> Encodings:
+    """The result, or all problems at once."""
     if problems and not (skip_bad and kept):
         raise DataError(
-            f"{len(problems):,} of {len(examples):,} rows cannot be trained on",
+            f"{len(problems):,} of {rows:,} rows cannot be trained on",
             fix="mend them, or leave them out with skip_bad",
             problems=problems,
         )
     counts["bad"] = len(problems)
-    if not kept and examples:
+    if not kept and rows:
         raise DataError(
             f"not one sample is left: all are over {max_len} tokens ({lengths})",
             where="max_len",
             fix="raise max_len, or choose overlong=truncate or overlong=split",
         )
-    return Encodings(kept, len(examples), lengths, +counts, max_len, tuple(problems))
+    return Encodings(kept, rows, lengths, +counts, max_len, tuple(problems))
 
 
 def _chunk(

@@ -173,7 +173,7 @@ class Encoded:
     def __len__(self) -> int:
         return len(self.input_ids)
 
-    @property
+    @cached_property
     def trained_tokens(self) -> int:
         """Labels that the loss counts: the divisor of a mean. A "row" layout counts rows."""
         return 1 if self.layout == "row" else sum(label != IGNORE for label in self.labels)
