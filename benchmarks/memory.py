@@ -22,7 +22,7 @@ import platform
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -36,51 +36,63 @@ class Case:
     name: str
     config: dict[str, Any]
     settings: dict[str, Any]
-    tokens: int = 0
-    spec: dict[str, Any] = field(default_factory=dict)
 
 
 LLAMA = {
-    "model_type": "llama", "hidden_size": 640, "num_hidden_layers": 10, "num_attention_heads": 10, "num_key_value_heads": 5,
-    "intermediate_size": 1792, "vocab_size": 8192, "tie_word_embeddings": False,
+    "model_type": "llama", "hidden_size": 640, "num_hidden_layers": 10, "num_attention_heads": 10,
+    "num_key_value_heads": 5, "intermediate_size": 1792, "vocab_size": 8192, "tie_word_embeddings": False,
 }  # fmt: skip
 SMOL = {  # SmolLM2-135M, a third of its depth
-    "model_type": "llama", "hidden_size": 576, "num_hidden_layers": 10, "num_attention_heads": 9, "num_key_value_heads": 3,
-    "intermediate_size": 1536, "vocab_size": 49152, "tie_word_embeddings": True,
+    "model_type": "llama", "hidden_size": 576, "num_hidden_layers": 10, "num_attention_heads": 9,
+    "num_key_value_heads": 3, "intermediate_size": 1536, "vocab_size": 49152, "tie_word_embeddings": True,
 }  # fmt: skip
 QWEN3 = {
-    "model_type": "qwen3", "hidden_size": 768, "num_hidden_layers": 8, "num_attention_heads": 12, "num_key_value_heads": 4,
-    "head_dim": 64, "intermediate_size": 2304, "vocab_size": 8192, "tie_word_embeddings": False,
+    "model_type": "qwen3", "hidden_size": 768, "num_hidden_layers": 8, "num_attention_heads": 12,
+    "num_key_value_heads": 4, "head_dim": 64, "intermediate_size": 2304, "vocab_size": 8192,
 }  # fmt: skip
 GPT2 = {"model_type": "gpt2", "n_embd": 512, "n_layer": 8, "n_head": 8, "vocab_size": 8192, "n_positions": 512}
 BERT = {
-    "model_type": "bert", "hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 12, "intermediate_size": 1536,
-    "vocab_size": 30522,
+    "model_type": "bert", "hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 12,
+    "intermediate_size": 1536, "vocab_size": 30522,
 }  # fmt: skip
-VIT = {"model_type": "vit", "hidden_size": 384, "num_hidden_layers": 8, "num_attention_heads": 6, "intermediate_size": 1536}
+VIT = {
+    "model_type": "vit",
+    "hidden_size": 384,
+    "num_hidden_layers": 8,
+    "num_attention_heads": 6,
+    "intermediate_size": 1536,
+}
 T5 = {
     "model_type": "t5", "d_model": 384, "d_ff": 1536, "num_layers": 4, "num_heads": 6, "d_kv": 64, "vocab_size": 8192,
     "decoder_start_token_id": 0, "pad_token_id": 0,
 }  # fmt: skip
 
+CLASSIFY = "sequence_classification"
+
+
+def case(name: str, config: dict[str, Any], batch_size: int, max_len: int, precision: str, **more: Any) -> Case:
+    return Case(name, config, {"batch_size": batch_size, "max_len": max_len, "precision": precision, **more})
+
+
 CASES = {
-    case.name: case
-    for case in (
-        Case("llama lora fp32", SMOL, {"batch_size": 4, "max_len": 128, "precision": "fp32"}),
-        Case("llama lora fp32 recompute", LLAMA, {"batch_size": 8, "max_len": 256, "precision": "fp32", "recompute": "full"}),
-        Case("llama lora bf16 long", LLAMA, {"batch_size": 1, "max_len": 1024, "precision": "bf16"}),
-        Case("llama full fp32", SMOL, {"batch_size": 2, "max_len": 128, "precision": "fp32", "method": "full"}),
-        Case("qwen3 lora bf16 r64", QWEN3, {"batch_size": 2, "max_len": 512, "precision": "bf16", "r": 64}),
-        Case("qwen3 dora dropout", QWEN3, {"batch_size": 2, "max_len": 256, "precision": "fp32", "combine": "dora", "dropout": 0.05}),
-        Case("qwen3 lora q,v eager", QWEN3, {"batch_size": 2, "max_len": 512, "precision": "fp32", "targets": "minimal", "attention": "eager"}),
-        Case("gpt2 full recompute", GPT2, {"batch_size": 4, "max_len": 256, "precision": "fp32", "method": "full", "recompute": "full"}),
-        Case("gpt2 lora fp32", GPT2, {"batch_size": 4, "max_len": 256, "precision": "fp32"}),
-        Case("bert lora classify", BERT, {"batch_size": 16, "max_len": 128, "precision": "fp32", "task": "sequence_classification"}),
-        Case("vit lora classify", VIT, {"batch_size": 8, "max_len": 197, "precision": "fp32", "task": "sequence_classification"}),
-        Case("llama freeze last 2", LLAMA, {"batch_size": 4, "max_len": 256, "precision": "fp32", "method": "freeze"}),
-        Case("t5 lora seq2seq", T5, {"batch_size": 4, "max_len": 128, "precision": "fp32", "task": "seq2seq"}),
+    each.name: each
+    for each in (
+        case("llama lora fp32", SMOL, 4, 128, "fp32"),
+        case("llama lora fp32 recompute", LLAMA, 8, 256, "fp32", recompute="full"),
+        case("llama lora bf16 long", LLAMA, 1, 1024, "bf16"),
+        case("llama full fp32", SMOL, 2, 128, "fp32", method="full"),
+        case("llama full bf16", LLAMA, 2, 256, "bf16", method="full"),
+        case("llama freeze last 2", LLAMA, 4, 256, "fp32", method="freeze"),
+        case("qwen3 lora bf16 r64", QWEN3, 2, 512, "bf16", r=64),
+        case("qwen3 dora dropout", QWEN3, 2, 256, "fp32", combine="dora", dropout=0.05),
+        case("qwen3 lora q,v eager", QWEN3, 2, 512, "fp32", targets="minimal", attention="eager"),
+        case("gpt2 full recompute", GPT2, 4, 256, "fp32", method="full", recompute="full"),
+        case("gpt2 lora fp32", GPT2, 4, 256, "fp32"),
+        case("bert lora classify", BERT, 16, 128, "fp32", task=CLASSIFY),
+        case("vit lora classify", VIT, 8, 197, "fp32", task=CLASSIFY),
+        case("t5 lora seq2seq", T5, 4, 128, "fp32", task="seq2seq"),
     )
-}  # fmt: skip
+}
 
 
 # One configuration --------------------------------------------------------------------------------------------------
@@ -141,13 +153,19 @@ def _steps(case: Case, device: str, count: int = 2) -> None:
 
     from veneer.train.optim import adamw, clip_, gradient_norms, set_rate
 
-    model = _model(case, device)
-    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    task = _task(case)
+    model = _model(case, device, task.auto_class)
+    trained = _place(case, model, task)
     optimizer = adamw(trained, lora_plus_ratio=1.0, weight_decay=0.0)
     set_rate(optimizer, 1e-4)
     batch = _batch(case, model, device)
+    task.prepare(model, batch)
+    settings = case.settings
+    autocast = settings.get("method", "lora") != "lora" and settings["precision"] == "bf16"
     for _ in range(count):
-        _loss(model, batch).backward()
+        with torch.autocast(device, torch.bfloat16, enabled=autocast):
+            loss = task.loss(model, batch)
+        (loss / batch.trained_tokens).backward()
         clip_(trained.values(), float(gradient_norms(trained.values()).norm()), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -155,65 +173,61 @@ def _steps(case: Case, device: str, count: int = 2) -> None:
         torch.cuda.synchronize()
 
 
-def _model(case: Case, device: str) -> Any:
+def _task(case: Case) -> Any:
+    from importlib import import_module
+
+    from veneer.tasks.base import TASKS
+
+    name = case.settings.get("task", "causal_lm")
+    import_module(f"veneer.tasks.{name}")
+    task = TASKS[name]()
+    if case.config["model_type"] == "vit":
+        task.auto_class = "AutoModelForImageClassification"
+    return task
+
+
+def _model(case: Case, device: str, auto_class: str) -> Any:
     import torch
     import transformers
 
-    from veneer.core.model import attach
-    from veneer.core.spec import LoRA
-
     settings = case.settings
-    kind = {"sequence_classification": "AutoModelForSequenceClassification", "seq2seq": "AutoModelForSeq2SeqLM"}
-    task = kind.get(settings.get("task", ""), "AutoModelForCausalLM")
-    task = "AutoModelForImageClassification" if case.config["model_type"] == "vit" else task
     config = transformers.AutoConfig.for_model(**case.config)
     config._attn_implementation = settings.get("attention", "sdpa")
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[settings["precision"]]
     with torch.device(device):
-        model = getattr(transformers, task).from_config(config, dtype=dtype)
-    model.train()
+        model = getattr(transformers, auto_class).from_config(config, dtype=dtype)
     if settings.get("recompute") == "full":
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    method = settings.get("method", "lora")
-    if method == "lora":
-        whole = ["classifier"] if "classification" in settings.get("task", "") else []
-        own = {"rank": settings.get("r", 16), "alpha": 32, "targets": settings.get("targets", "all-linear")}
-        own |= {key: settings[key] for key in ("dropout", "combine") if key in settings}
-        attach(model, LoRA(**own, modules_to_save=whole), dtype=torch.float32)
-    elif method == "freeze":
-        model.requires_grad_(False)
-        for block in model.model.layers[-2:]:
-            block.requires_grad_(True)
-        model.model.norm.requires_grad_(True)
-    return model
+    return model.train()
 
 
-def _batch(case: Case, model: Any, device: str) -> dict[str, Any]:
+def _place(case: Case, model: Any, task: Any) -> dict[str, Any]:
+    """What trains, as `veneer train` sets it up."""
+    from veneer.train.method import place
+    from veneer.train.settings import resolve
+
+    own = {key: value for key, value in case.settings.items() if key != "attention"}
+    return place(model, resolve(mapping=own).settings, task.heads(model))
+
+
+def _batch(case: Case, model: Any, device: str) -> Any:
     import torch
 
+    from veneer.data.batch import Batch
+
     rows, length = case.settings["batch_size"], case.settings["max_len"]
-    classify = "classification" in case.settings.get("task", "")
+    zeros = torch.zeros(rows, dtype=torch.long, device=device)
     if case.config["model_type"] == "vit":
         pixels = torch.randn(rows, 3, 224, 224, device=device, dtype=model.dtype)
-        return {"pixel_values": pixels, "labels": torch.zeros(rows, dtype=torch.long, device=device)}
-    ids = torch.randint(3, case.config["vocab_size"], (rows, length), device=device)
+        return Batch({"pixel_values": pixels}, zeros, rows, rows * length, rows)
+    ids = torch.randint(3, model.config.vocab_size, (rows, length), device=device)
     mask = torch.ones_like(ids)
     if rows > 1:  # rows of unequal length, as in life
         mask[0, length - 1] = 0
-    labels = torch.zeros(rows, dtype=torch.long, device=device) if classify else ids
-    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
-
-
-def _loss(model: Any, batch: dict[str, Any]) -> Any:
-    from veneer.train.loss import chunked_cross_entropy, head_split
-
-    inputs = {key: value for key, value in batch.items() if key != "labels"}
-    split = head_split(model, inputs) if model.get_output_embeddings() is not None else None
-    if split is None or split.body is None or split.head is None:
-        return model(**batch).loss
-    hidden = split.body(**inputs)[0]
-    labels = batch["labels"][:, 1:]
-    return chunked_cross_entropy(hidden[:, :-1], labels, split.head) / labels.numel()
+    inputs = {"input_ids": ids, "attention_mask": mask}
+    if "classification" in case.settings.get("task", ""):
+        return Batch(inputs, zeros, rows, rows * length, rows)
+    return Batch(inputs, ids, rows * length, rows * length, rows)
 
 
 # All of them --------------------------------------------------------------------------------------------------------
@@ -246,7 +260,9 @@ def main() -> None:
     if options.one:
         print(json.dumps(run(CASES[options.one])))
         return
-    print(f"{'configuration':28} {'estimate':>10} {'measured':>10} {'ratio':>6} {'rss':>10}  peak at  (MiB)", flush=True)
+    print(
+        f"{'configuration':28} {'estimate':>10} {'measured':>10} {'ratio':>6} {'rss':>10}  peak at  (MiB)", flush=True
+    )
     rows = []
     for name in CASES:
         if options.only and options.only not in name:
@@ -254,10 +270,8 @@ def main() -> None:
         row = measure(name)
         rows.append(row)
         mib = {key: row[f"{key}_bytes"] / 2**20 for key in ("estimated", "measured", "rss")}
-        print(
-            f"{name:28} {mib['estimated']:10.1f} {mib['measured']:10.1f} {row['ratio']:6.3f} {mib['rss']:10.1f}  {row['peak']}",
-            flush=True,
-        )
+        sizes = f"{mib['estimated']:10.1f} {mib['measured']:10.1f} {row['ratio']:6.3f} {mib['rss']:10.1f}"
+        print(f"{name:28} {sizes}  {row['peak']}", flush=True)
     if not options.only:
         _write(rows)
 

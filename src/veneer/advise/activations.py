@@ -25,8 +25,9 @@ from veneer.advise.shapes import Block, Matrix
 
 __all__ = ["Pass", "backward_workspace", "kept", "kept_outside"]
 
-INSIDE = {  # inner tensors an activation keeps, in units of the MLP's width; relu keeps its output, which the next matrix reads
-    "relu": 0,
+NORMED = ("x", "y", "c")  # outputs of norms: fp32 under autocast
+INSIDE = {  # inner tensors an activation keeps, in units of the MLP's width
+    "relu": 0,  # its output, which the next matrix reads
     "gelu_new": 4,  # written out in Python in transformers
     "gelu_fast": 4,
     "quick_gelu": 2,
@@ -40,6 +41,7 @@ class Pass:
     tokens: int  # in a row
     width: int = 4  # bytes of an activation
     full: bool = False  # the base's own weights are trained
+    autocast: bool = False  # weights and residual stream in fp32, products in `width`
     ranks: Mapping[str, int] = field(default_factory=dict)  # matrix of the block -> rank of its adapter
     dropout: float = 0.0  # the adapters' own
     dora: bool = False
@@ -66,9 +68,10 @@ def kept(block: Block, how: Pass) -> dict[str, float]:
 
 
 def _norms(block: Block, how: Pass) -> float:
-    per_norm = block.hidden * 4 + 4 if block.norm == "rms" else block.hidden * how.width + 8
+    stream = 4 if how.autocast else how.width
+    per_norm = block.hidden * 4 + 4 if block.norm == "rms" else block.hidden * stream + 8
     if how.full and block.norm == "rms":
-        per_norm += block.hidden * how.width  # what the gain multiplies
+        per_norm += block.hidden * stream  # what the gain multiplies
     if not block.head_norms:
         return block.norms * per_norm
     heads = block.heads + block.kv_heads
@@ -77,7 +80,7 @@ def _norms(block: Block, how: Pass) -> float:
 
 
 def _inputs(block: Block, how: Pass) -> float:
-    """Matrices that read one tensor share one copy, unless each adapter drops out its own."""
+    """Matrices that read one tensor share a copy, unless each adapter drops out its own or autocast makes one each."""
     total, seen = 0.0, set()
     for matrix in block.matrices:
         adapted = bool(how.ranks.get(matrix.name))
@@ -85,7 +88,8 @@ def _inputs(block: Block, how: Pass) -> float:
             total += matrix.n * (how.mask_width + how.width)
             adapted = False
         if (adapted or how.full) and matrix.reads not in seen and not _kept_anyway(block, matrix, how):
-            seen.add(matrix.reads)
+            if not (how.autocast and matrix.reads in NORMED):
+                seen.add(matrix.reads)
             total += matrix.n * how.width * _per_token(block, matrix)
     return total
 
@@ -145,16 +149,22 @@ def _dropout(block: Block, how: Pass) -> float:
 
 def kept_outside(hidden: int, norm: str, head_dim: int, rope: bool, rows: int, how: Pass) -> float:
     """Bytes a token outside the blocks: the last norm, and the angles of rotary positions, made once for all rows."""
-    last = hidden * (4 + how.width * 2 if how.full else 4) + 4 if norm == "rms" else hidden * how.width * (1 + how.full) + 8
+    stream = 4 if how.autocast else how.width
+    rms = norm == "rms"
+    last = hidden * (4 + 2 * stream * how.full) + 4 if rms else hidden * stream * (1 + how.full) + 8
     return last + (2 * head_dim * how.width / rows if rope else 0)
 
 
 def backward_workspace(block: Block, how: Pass) -> float:
-    """Bytes a token that live for a moment while the block's backward runs, beyond what is kept and not yet freed."""
+    """Bytes a token that live for a moment while the block's backward runs, beyond what is kept when it begins.
+
+    The MLP goes first, with everything still there; what it kept is gone when attention's scores come back.
+    """
     query, key = block.heads * block.head_dim, block.kv_heads * block.head_dim
     stream = 2 * block.hidden * how.width  # the gradient of the residual stream, and of the part being left
     mlp = block.mid * block.experts_per_token * how.width * (2 if block.gated else 1)
     scores = 0 if is_fused(block, how) else 2 * block.heads * how.tokens * 4
-    attention = (2 * query + 2 * key) * how.width + scores
+    freed = _mlp(block, how) + (block.mid * how.width if how.full or any(how.ranks.values()) else 0)
+    attention = (2 * query + 2 * key) * how.width + max(0, scores - freed)
     fp32_norm = 2 * block.hidden * 4 if block.norm == "rms" and how.width < 4 else 0
     return stream + max(mlp, attention, fp32_norm)

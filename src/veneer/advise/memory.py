@@ -22,11 +22,12 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 from veneer.advise.activations import Pass, backward_workspace, kept, kept_outside
+from veneer.advise.device import free_memory, usual_device
 from veneer.advise.shapes import Block, Shapes, bytes_of, shapes_of
 from veneer.core.registry import near
 from veneer.errors import ConfigError, TargetError
 
-__all__ = ["PARTS", "Estimate", "Knob", "Plan", "adapter_bytes", "estimate_memory", "gib"]
+__all__ = ["PARTS", "Estimate", "Knob", "Plan", "adapter_bytes", "estimate_memory", "free_memory", "gib"]
 
 PARTS = ("weights", "adapter", "gradients", "optimizer", "activations", "loss", "workspace")
 
@@ -68,7 +69,7 @@ class Plan:
     layers: int | Sequence[int] | None = None
     dropout: float = 0.0
     combine: str = "add"
-    precision: str = "bf16"
+    precision: str = "auto"  # bf16 on a GPU, fp32 on a CPU
     quant: str = "none"
     batch_size: int = 1
     max_len: int = 2048
@@ -78,10 +79,12 @@ class Plan:
     loss: str = "chunked"
     padded: bool | None = None  # rows of unequal length; None: when there are several
     optimizer: str = "adamw"
-    device: str = "cuda"
+    device: str = field(default_factory=usual_device)
     mode: str = "train"
 
     def __post_init__(self) -> None:
+        if self.precision == "auto":
+            object.__setattr__(self, "precision", "bf16" if self.device == "cuda" else "fp32")
         problems = [p for name, known in CHOICES.items() if (p := _choice_problem(name, getattr(self, name), known))]
         for name in ("r", "batch_size", "max_len", "labels"):
             value = getattr(self, name)
@@ -95,6 +98,11 @@ class Plan:
     @property
     def width(self) -> int:
         return FLOAT_BYTES[self.precision]
+
+    @property
+    def autocast(self) -> bool:
+        """Weights that are trained stay in fp32, so a narrower precision is autocast's."""
+        return self.method != "lora" and self.width < 4
 
     @property
     def has_padding(self) -> bool:
@@ -198,7 +206,7 @@ def estimate_memory(model: Any, *, memory: str | int | None = None, **settings: 
     model: a folder, config.json, cached hub id, config, model, or a size such as "8B". memory: what the device has, as
     in "24GB". settings: the fields of Plan, which are the training settings of the same names.
 
-    >>> e = estimate_memory("8B", method="lora", r=16, precision="bf16", batch_size=2, recompute="full")
+    >>> e = estimate_memory("8B", device="cuda", r=16, batch_size=2, recompute="full")
     >>> round(e.parts["weights"] / 2**30, 1), e.fits
     (15.0, None)
     """
@@ -221,7 +229,9 @@ def estimate_memory(model: Any, *, memory: str | int | None = None, **settings: 
 # Parts that are always there ----------------------------------------------------------------------------------------
 
 
-def adapter_bytes(matrices: Sequence[tuple[int, int]], r: int, *, param: int = 4, grad: int = 4, moments: int = 8) -> int:
+def adapter_bytes(
+    matrices: Sequence[tuple[int, int]], r: int, *, param: int = 4, grad: int = 4, moments: int = 8
+) -> int:
     """Bytes to train one adapter: parameters, gradients and Adam's two moments.
 
     >>> layer = [(4096, 4096), (1024, 4096), (1024, 4096), (4096, 4096), (14336, 4096), (14336, 4096), (4096, 14336)]
@@ -235,39 +245,45 @@ def weight_bytes(shapes: Shapes, plan: Plan) -> int:
     """Bytes of the base as it is stored. Weights that are trained are kept in fp32."""
     if plan.quant == "none":
         return shapes.parameters * plan.width if plan.method == "lora" else _trained_base_bytes(shapes, plan)
-    scales = 0 if plan.quant == "nf4" else 4 * sum(b.count * m.copies * m.out for b in shapes.blocks for m in b.matrices)
+    scales = (
+        0 if plan.quant == "nf4" else 4 * sum(b.count * m.copies * m.out for b in shapes.blocks for m in b.matrices)
+    )
     packed = shapes.packable * PACKED_BITS[plan.quant] / 8 + scales
     return int(packed + (shapes.parameters - shapes.packable) * plan.width)
 
 
 def _trained_base_bytes(shapes: Shapes, plan: Plan) -> int:
     trained = trained_base(shapes, plan)
-    return 4 * trained + plan.width * (shapes.parameters - trained) if plan.mode == "train" else plan.width * shapes.parameters
+    return (
+        4 * trained + plan.width * (shapes.parameters - trained)
+        if plan.mode == "train"
+        else plan.width * shapes.parameters
+    )
 
 
 def trained_base(shapes: Shapes, plan: Plan) -> int:
-    """Parameters of the base that are trained."""
+    """Parameters of the base that are trained: none, all, or the last blocks of each stack and a new head."""
     if plan.method == "full":
         return shapes.parameters
     if plan.method == "lora":
         return 0
-    own = sum(block.parameters for i, block in enumerate(_blocks(shapes)) if i in _chosen_layers(shapes, plan))
-    return own + sum(m.parameters for m in shapes.tail) + shapes.other
+    blocks = sum(len(_chosen(block, plan)) * block.parameters for block in shapes.blocks)
+    return blocks + sum(m.parameters for m in shapes.tail if _is_new(m.name))
 
 
-def _blocks(shapes: Shapes) -> list[Block]:
-    return [block for block in shapes.blocks for _ in range(block.count)]
-
-
-def _chosen_layers(shapes: Shapes, plan: Plan) -> set[int]:
-    """Block indices that `layers` names: a number is that many from the end, None all (two under freeze)."""
-    count = shapes.layers
-    chosen = plan.layers if plan.layers is not None or plan.method != "freeze" else 2
+def _chosen(block: Block, plan: Plan) -> set[int]:
+    """Indices in one stack that `layers` names: a number is that many from the end, None all (two under freeze)."""
+    chosen = 2 if plan.layers is None and plan.method == "freeze" else plan.layers
     if chosen is None:
-        return set(range(count))
+        return set(range(block.count))
     if isinstance(chosen, int):
-        return set(range(max(0, count - chosen), count))
-    return {i % count for i in chosen if -count <= i < count}
+        return set(range(max(0, block.count - chosen), block.count))
+    return {i % block.count for i in chosen if -block.count <= i < block.count}
+
+
+def _is_new(name: str) -> bool:
+    """A task's head: made new for the task, so it is always trained whole."""
+    return name.split(".")[0] in ("classifier", "score", "pre_classifier")
 
 
 def ranks(shapes: Shapes, plan: Plan) -> dict[str, int]:
@@ -279,13 +295,11 @@ def ranks(shapes: Shapes, plan: Plan) -> dict[str, int]:
     names = [name for name, *_ in rows if name not in whole]
     wanted = _matching(names, plan.targets, "targets")
     refused = _matching(names, plan.exclude, "exclude") if plan.exclude else set()
-    inside = _chosen_layers(shapes, plan)
-    found, at = {}, -1
-    for name, matrix, block, i in rows:
-        at += block is not None and matrix is block.matrices[0]
-        if name in wanted - refused and (block is None or at in inside):
-            found[name] = min(plan.r, matrix.out, matrix.n)
-    return found
+    return {
+        name: min(plan.r, matrix.out, matrix.n)
+        for name, matrix, block, i in rows
+        if name in wanted - refused and (plan.layers is None or (block is not None and i in _chosen(block, plan)))
+    }
 
 
 def _matching(names: Sequence[str], patterns: str | Sequence[str], what: str) -> set[str]:
@@ -317,7 +331,7 @@ def _saved_whole(shapes: Shapes, plan: Plan) -> dict[str, int]:
     known = {m.name: m.parameters for m in shapes.tail}
     if shapes.head is not None:
         known |= {"lm_head": shapes.head.parameters, "embed_tokens": shapes.embeddings}
-    new = [n for n in known if n.split(".")[0] in ("classifier", "score", "pre_classifier")]
+    new = [n for n in known if _is_new(n)]
     asked = [n for n in known for ending in plan.modules_to_save if n == ending or n.endswith("." + ending)]
     return {name: known[name] for name in (*new, *asked)}
 
@@ -342,7 +356,7 @@ def _estimate(shapes: Shapes, plan: Plan) -> Estimate:
     whole = sum(_saved_whole(shapes, plan).values()) if plan.method == "lora" else 0
     adapter = sum(r * (matrices[n].out + matrices[n].n) for n, r in found.items()) + dora + whole
     trainable = adapter + trained_base(shapes, plan)
-    always = {"weights": weight_bytes(shapes, plan), "adapter": adapter * 4}
+    always: dict[str, float] = {"weights": weight_bytes(shapes, plan), "adapter": adapter * 4}
     if plan.mode == "infer":
         moments = {"prefill": always | _inference(shapes, plan)}
         trainable = 0
@@ -375,7 +389,7 @@ def _reserve(plan: Plan, total: int) -> int:
 
 
 def _training(
-    shapes: Shapes, plan: Plan, found: Mapping[str, int], always: dict[str, int], trainable: int
+    shapes: Shapes, plan: Plan, found: Mapping[str, int], always: dict[str, float], trainable: int
 ) -> dict[str, dict[str, float]]:
     tokens = plan.batch_size * (shapes.tokens_fixed or plan.max_len)
     layers = _layers(shapes, plan, found, tokens)
@@ -385,7 +399,8 @@ def _training(
     keeps = [layer.entry if plan.recompute == "full" else layer.kept for layer in layers]
     loss = _loss(shapes, plan, tokens)
     moments = {
-        "loss": always | {"gradients": held + loss["gradients"], "activations": sum(keeps) + outside, "loss": loss["loss"]}
+        "loss": always
+        | {"gradients": held + loss["gradients"], "activations": sum(keeps) + outside, "loss": loss["loss"]}
     }
     done = behind
     for i in reversed(range(len(layers))):
@@ -403,13 +418,10 @@ def _training(
 def _layers(shapes: Shapes, plan: Plan, found: Mapping[str, int], tokens: int) -> list[_Layer]:
     """Blocks in order. Below the first one that learns, no gradient flows and nothing is kept."""
     layers, cache, reached = [], {}, False
-    chosen = _chosen_layers(shapes, plan)
-    at = -1
     for block in shapes.blocks:
         for i in range(block.count):
-            at += 1
             own = tuple((m.name, found.get(f"{block.path.format(i)}.{m.name}", 0)) for m in block.matrices)
-            full = plan.method == "full" or (plan.method == "freeze" and at in chosen)
+            full = plan.method == "full" or (plan.method == "freeze" and i in _chosen(block, plan))
             learns = full or any(rank for _, rank in own)
             key = (id(block), own, full, reached)
             if key not in cache:
@@ -428,6 +440,7 @@ def _layer(
         tokens=shapes.tokens_fixed or plan.max_len,
         width=plan.width,
         full=full,
+        autocast=plan.autocast,
         ranks=own,
         dropout=plan.dropout,
         dora=plan.combine == "dora",
@@ -442,7 +455,7 @@ def _layer(
     unpacked = max(m.out * m.n for m in block.matrices) * plan.width if plan.quant != "none" else 0
     return _Layer(
         kept=per_token * tokens,
-        entry=block.hidden * plan.width * tokens,
+        entry=block.hidden * (4 if plan.autocast else plan.width) * tokens,
         workspace=backward_workspace(block, how) * tokens + unpacked,
         gradients=4 * trained,
     )
@@ -450,16 +463,20 @@ def _layer(
 
 def _outside(shapes: Shapes, plan: Plan, tokens: int) -> float:
     block = shapes.blocks[-1]
-    how = Pass(tokens=plan.max_len, width=plan.width, full=plan.method != "lora")
+    how = Pass(tokens=plan.max_len, width=plan.width, full=plan.method == "full", autocast=plan.autocast)
     per_token = kept_outside(shapes.hidden, block.norm, block.head_dim, block.rope, plan.batch_size, how)
-    return per_token * tokens
+    encoder = kept_outside(shapes.hidden, block.norm, block.head_dim, False, 1, how) if block.cross else 0
+    return (per_token + encoder + (shapes.hidden * plan.width if block.cross else 0)) * tokens
 
 
 def _casts(shapes: Shapes, plan: Plan, found: Mapping[str, int]) -> int:
-    """Adapters are kept in fp32 and multiply in the activations' type: a rounded copy of A and B lives until backward."""
+    """What is trained is kept in fp32 and multiplies in the activations' type: a rounded copy lives until backward."""
     if plan.width == 4:
         return 0
-    return plan.width * sum(found[n] * (m.out + m.n) for n, m, *_ in shapes.linears() if n in found)
+    if plan.method == "lora":
+        return plan.width * sum(found[n] * (m.out + m.n) for n, m, *_ in shapes.linears() if n in found)
+    share = trained_base(shapes, plan) / shapes.parameters
+    return int(plan.width * share * (shapes.packable + (shapes.head.parameters if shapes.head else 0)))
 
 
 def _largest(shapes: Shapes) -> int:
@@ -472,14 +489,14 @@ def _loss(shapes: Shapes, plan: Plan, tokens: int) -> dict[str, float]:
         return {"loss": tokens * shapes.hidden * plan.width, "gradients": 0}
     head = shapes.head.out * shapes.head.n
     trains_head = plan.method == "full" or "lm_head" in plan.modules_to_save
-    if plan.loss == "plain":
-        return {"loss": tokens * shapes.vocab * (plan.width + LOGIT_BYTES), "gradients": 0}
+    if plan.loss == "plain" or shapes.task == "seq2seq":
+        return {"loss": tokens * shapes.vocab * LOGIT_BYTES, "gradients": 0}
     rows = min(CHUNK_ROWS, tokens)
     hidden = 3 * tokens * shapes.hidden * plan.width  # the last norm's output, the trained rows of it, their gradient
     logits = rows * shapes.vocab * LOGIT_BYTES
     if not trains_head:
         return {"loss": hidden + logits, "gradients": 0}
-    # The head's gradient is summed over chunks; a chunk's own share is made when only the gradient of its logits is left.
+    # The head's gradient is summed over chunks; a chunk's share is made when only the logits' gradient is left.
     return {"loss": hidden + max(logits, rows * shapes.vocab * 4 + 4 * head), "gradients": 4 * head}
 
 
@@ -518,7 +535,13 @@ def _knobs(estimate: Estimate, count: int = 3) -> tuple[Knob, ...]:
     tried: list[tuple[str, dict[str, Any], str]] = []
     if plan.batch_size > 1:
         half = plan.batch_size // 2
-        tried.append((f"batch_size {half}", {"batch_size": half, "padded": plan.has_padding}, "same global batch, more steps of it"))
+        tried.append(
+            (
+                f"batch_size {half}",
+                {"batch_size": half, "padded": plan.has_padding},
+                "same global batch, more steps of it",
+            )
+        )
     if plan.mode == "train" and plan.recompute == "none":
         tried.append(("recompute full", {"recompute": "full"}, "about a third more time"))
     if plan.method != "lora":
@@ -531,7 +554,10 @@ def _knobs(estimate: Estimate, count: int = 3) -> tuple[Knob, ...]:
         tried.append((f"max_len {plan.max_len // 2}", {"max_len": plan.max_len // 2}, "longer rows are dropped or cut"))
     if plan.dropout:
         tried.append(("dropout 0", {"dropout": 0.0}, "each adapter keeps its own masked input with it"))
-    found = [Knob(label, estimate.total_bytes - _estimate(shapes, replace(plan, **change)).total_bytes, cost) for label, change, cost in tried]
+    found = [
+        Knob(label, estimate.total_bytes - _estimate(shapes, replace(plan, **change)).total_bytes, cost)
+        for label, change, cost in tried
+    ]
     return tuple(sorted((k for k in found if k.saves_bytes > 0), key=lambda k: -k.saves_bytes)[:count])
 
 

@@ -4,10 +4,10 @@
       Block           one kind of transformer block, repeated `count` times under names like "model.layers.{}"
         Matrix        one weight (out, in), and which of the block's tensors it multiplies
 
-Every number that `advise` gives - bytes, FLOPs, adapter parameters - is a sum over these. A model family is one function
-in FAMILIES that turns config keys into Shapes; the tests hold each to the parameter count and the names of the model
-that transformers builds on the meta device. A family that is not there is taken for Llama-like, and `assumed` says so.
-No torch here: `veneer recommend` answers before torch would have been imported.
+Every number that `advise` gives - bytes, FLOPs, adapter parameters - is a sum over these. A model family is one
+function in FAMILIES that turns config keys into Shapes; the tests hold each to the parameter count and the names of the
+model that transformers builds on the meta device. A family that is not there is taken for Llama-like, and `assumed`
+says so. No torch here: `veneer recommend` answers before torch would have been imported.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "m
 
 @dataclass(frozen=True)
 class Matrix:
-    """A weight (out, n). `reads` names the tensor it multiplies, because matrices that read the same one share its copy."""
+    """A weight (out, n). `reads` names the tensor it multiplies: matrices that read the same one share its copy."""
 
     name: str
     out: int
@@ -75,7 +75,9 @@ class Block:
     def parameters(self) -> int:
         """Of one block."""
         width = self.hidden * (1 if self.norm == "rms" else 2)
-        return sum(m.parameters for m in self.matrices) + self.norms * width + self.head_norms * self.head_dim + self.other
+        return (
+            sum(m.parameters for m in self.matrices) + self.norms * width + self.head_norms * self.head_dim + self.other
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,7 +150,7 @@ def shapes_of(model: Any, task: str | None = None, labels: int = 2) -> Shapes:
         return _from_config(dict(model), "the given mapping", task, labels)
     if isinstance(model, (str, Path)):
         return _from_name(str(model), task, labels)
-    config = model if hasattr(model, "to_dict") else getattr(model, "config", None)
+    config: Any = model if hasattr(model, "to_dict") else getattr(model, "config", None)
     if config is not None and hasattr(config, "to_dict"):
         task = task or _task_of_class(type(model).__name__ if config is not model else "")
         return _from_config(config.to_dict(), type(model).__name__, task, labels)
@@ -173,7 +175,9 @@ def _from_name(name: str, task: str | None, labels: int) -> Shapes:
             fix="give a folder that holds config.json, a hub id that is in the local cache, or a size such as '8B'",
         )
     found = _typical(float(inside[1]) * {"m": 1e6, "b": 1e9}[inside[2].lower()], inside[0])
-    return replace(found, assumed=(f"no config.json of {name!r} on this machine: its size is read from the name", *found.assumed))
+    return replace(
+        found, assumed=(f"no config.json of {name!r} on this machine: its size is read from the name", *found.assumed)
+    )
 
 
 def find_config(name: str) -> Path | None:
@@ -333,7 +337,9 @@ def _llama_like(
     if fused:
         attention = [Matrix("self_attn.qkv_proj", q + 2 * kv, hidden, "x", qkv_bias)]
     else:
-        attention = [Matrix(f"self_attn.{n}_proj", w, hidden, "x", qkv_bias) for n, w in zip("qkv", (q, kv, kv), strict=True)]
+        attention = [
+            Matrix(f"self_attn.{n}_proj", w, hidden, "x", qkv_bias) for n, w in zip("qkv", (q, kv, kv), strict=True)
+        ]
     o_bias = bias or (qkv_bias and bool(keys("attention_bias", False)))
     attention.append(Matrix("self_attn.o_proj", hidden, q, "attention", o_bias))
     mlp_bias = bias or bool(keys("mlp_bias", False))
@@ -445,18 +451,35 @@ def _opt(keys: Keys, task: str | None, labels: int) -> Shapes:
     found = _decoder(keys, task, labels, block, tied=tied, final=2 * hidden, positions=positions, width=width)
     if width == hidden:
         return found
-    ends = (Matrix("model.decoder.project_in", hidden, width, "e"), Matrix("model.decoder.project_out", width, hidden, "z"))
+    ends = (
+        Matrix("model.decoder.project_in", hidden, width, "e"),
+        Matrix("model.decoder.project_out", width, hidden, "z"),
+    )
     return replace(found, tail=(*found.tail, *ends))
 
 
 def _decoder(
-    keys: Keys, task: str | None, labels: int, block: Block, *, tied: bool, final: int, positions: int = 0, width: int | None = None
+    keys: Keys,
+    task: str | None,
+    labels: int,
+    block: Block,
+    *,
+    tied: bool,
+    final: int,
+    positions: int = 0,
+    width: int | None = None,
 ) -> Shapes:
     """Token embedding, blocks, a last norm, and a head over the vocabulary or over a task's labels."""
     hidden, vocab = block.hidden, keys("vocab")
     width = width or hidden
     task = task or "causal_lm"
-    common = {"family": "", "blocks": (block,), "hidden": hidden, "embeddings": vocab * width + positions, "other": final}
+    common = {
+        "family": "",
+        "blocks": (block,),
+        "hidden": hidden,
+        "embeddings": vocab * width + positions,
+        "other": final,
+    }
     if task == "causal_lm":
         head = Matrix("lm_head", vocab, width, "z")
         return Shapes(task=task, vocab=vocab, head=head, tied=tied, **common)

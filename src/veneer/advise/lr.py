@@ -1,0 +1,117 @@
+"""The learning rate when nobody gives one: `lr: auto`.
+
+    lr = 2e-4  x  (parameters / 8e9) ** -0.27  x  (32 / strength) ** POWER  x  the method  x  the run's length
+
+One rule with an anchor and four corrections, each with a source:
+
+    anchor     2e-4 for a 7-8 B model at r = 16, alpha = 32: what Axolotl and Unsloth ship and QLoRA used
+               (arXiv:2305.14314, table 9: 2e-4 at 7 B and 13 B, 1e-4 at 33 B and 65 B)
+    size       Tinker's fit for Llama, lr ~ hidden ** -0.781, with hidden ~ parameters ** 0.345 over Llama's sizes:
+               1.1e-4 at 70 B (QLoRA 1e-4), 3.3e-4 at 1.2 B (torchtune 3e-4), 6e-4 at 135 M
+    strength   s r, which is alpha for LoRA and alpha sqrt(r) for rsLoRA. B starts at zero and Adam moves each of its
+               entries by lr, so the first steps move the layer by lr s r: at a fixed alpha the best rate hardly
+               depends on the rank ("LoRA Without Regret"), at alpha = 2 r it falls as the rank grows
+    method     full fine-tuning a tenth ("LoRA Without Regret": the best LoRA rate is 10 times full's)
+    length     x 1.5 below 100 steps (the same: 15 times full's in short runs)
+
+A rule is a start, not an optimum: the best rate of a task lies within a factor of two or three of it either way.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+from veneer.core.registry import near
+from veneer.errors import ConfigError
+
+__all__ = ["LearningRate", "learning_rate"]
+
+ANCHOR, ANCHOR_PARAMETERS, ANCHOR_STRENGTH = 2e-4, 8e9, 32.0
+SIZE_POWER = -0.27
+STRENGTH_POWER = 0.5
+SHORT_STEPS = 100
+METHODS = {"lora": 1.0, "full": 0.1, "freeze": 0.1}
+COMBINES = {"add": 1.0, "dora": 1.0}
+LOWEST, HIGHEST = 1e-6, 5e-3
+
+
+class LearningRate(NamedTuple):
+    value: float
+    reason: str
+
+
+def learning_rate(
+    params: float,
+    rank: int = 16,
+    alpha: float | None = None,
+    scaling: str = "lora",
+    combine: str = "add",
+    method: str = "lora",
+    task: str = "causal_lm",
+    steps: int | None = None,
+) -> LearningRate:
+    """A peak learning rate for AdamW and why. `params` counts the base, `alpha` is twice the rank when None.
+
+    >>> learning_rate(8e9, rank=16, alpha=32)
+    LearningRate(value=0.0002, reason='rule: 2.0e-4 for 8 B at alpha 32')
+    >>> learning_rate(8e9, method="full").value
+    2e-05
+    """
+    alpha = 2.0 * rank if alpha is None else float(alpha)
+    _check(params, rank, alpha, scaling, combine, method)
+    reasons = [f"2.0e-4 for 8 B at alpha {ANCHOR_STRENGTH:g}"]
+    value = ANCHOR * (params / ANCHOR_PARAMETERS) ** SIZE_POWER
+    if not math.isclose(params, ANCHOR_PARAMETERS, rel_tol=0.2):
+        reasons.append(f"x {(params / ANCHOR_PARAMETERS) ** SIZE_POWER:.2g} for {_count(params)}")
+    if method == "lora":
+        factor, said = _strength(rank, alpha, scaling)
+        value *= factor * COMBINES[combine]
+        reasons += [said] if said else []
+        reasons += [f"x {COMBINES[combine]:.2g} for {combine}"] if COMBINES[combine] != 1 else []
+    else:
+        value *= METHODS[method]
+        reasons.append(f"x {METHODS[method]:g} for method {method}")
+    if steps is not None and 0 < steps < SHORT_STEPS and method == "lora":
+        value *= 1.5
+        reasons.append(f"x 1.5 for a run of {steps} steps")
+    return LearningRate(_round(min(max(value, LOWEST), HIGHEST)), "rule: " + ", ".join(reasons))
+
+
+def _strength(rank: int, alpha: float, scaling: str) -> tuple[float, str]:
+    strength = alpha * math.sqrt(rank) if scaling == "rslora" else alpha
+    factor = (ANCHOR_STRENGTH / strength) ** STRENGTH_POWER
+    if math.isclose(factor, 1.0, rel_tol=0.01):
+        return 1.0, ""
+    what = f"alpha {alpha:g} x sqrt(r = {rank})" if scaling == "rslora" else f"alpha {alpha:g}"
+    return factor, f"x {factor:.2g} for {what}"
+
+
+def _check(params: float, rank: int, alpha: float, scaling: str, combine: str, method: str) -> None:
+    problems = [
+        f"{name}={value!r} is none of {', '.join(known)}.{near(str(value), known)}"
+        for name, value, known in (
+            ("scaling", scaling, ("lora", "rslora")),
+            ("combine", combine, tuple(COMBINES)),
+            ("method", method, tuple(METHODS)),
+        )
+        if value not in known
+    ]
+    for name, number in (("params", params), ("rank", rank), ("alpha", alpha)):
+        if not math.isfinite(number) or number <= 0:
+            problems.append(f"{name}={number!r} must be above zero")
+    if problems:
+        raise ConfigError("no learning rate for this", problems=problems)
+
+
+def _count(params: float) -> str:
+    """
+    >>> _count(1.7e9), _count(135e6)
+    ('1.7 B', '135 M')
+    """
+    return f"{params / 1e9:.3g} B" if params >= 1e9 else f"{params / 1e6:.3g} M"
+
+
+def _round(value: float) -> float:
+    """Two figures: more would claim what no rule knows."""
+    return float(f"{value:.1e}")
