@@ -116,7 +116,8 @@ def test_an_error_is_three_lines_and_a_programs_error_has_the_same_fields(
 
     monkeypatch.setattr("veneer.app.commands.runs.run", fails)
     assert veneer("runs").err.splitlines() == [
-        "error: 2 rows cannot be used", "    - d.jsonl:1: a [b]", "    - d.jsonl:7: c", "  at: d.jsonl", "  do: mend them",
+        "error: 2 rows cannot be used", "    - d.jsonl:1: a [b]", "    - d.jsonl:7: c",
+        "  at: d.jsonl", "  do: mend them",
     ]  # fmt: skip
     fields = veneer("runs", "--json").json["error"]
     assert fields == {

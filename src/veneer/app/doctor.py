@@ -233,7 +233,7 @@ def _cpuinfo(field: str) -> str:
 
 @check("memory")
 def _memory() -> Iterator[Finding]:
-    from veneer.advise.memory import free_memory
+    from veneer.advise.device import free_memory
 
     free = free_memory("cpu")
     low = free < 2e9
@@ -298,7 +298,7 @@ def _self_test() -> Iterator[Finding]:
     spec, x, live = LoRA(rank=2, targets=["0", "2"]), torch.ones(3, 16), model()
     base = live(x)
     attach(live, spec)
-    step = torch.optim.SGD([p for p in live.parameters() if p.requires_grad], lr=0.5)
+    step = torch.optim.SGD([p for p in live.parameters() if p.requires_grad], lr=0.05)
     for _ in range(2):  # B is 0 at first, so A only moves in the second step
         live(x).square().sum().backward()
         check_alive(live)
@@ -308,6 +308,6 @@ def _self_test() -> Iterator[Finding]:
         save(live, folder)
         load(again := model(), folder)
     apart, moved = float((again(x) - live(x)).detach().abs().max()), float((live(x) - base).detach().abs().max())
-    good = apart < 1e-5 < moved
+    good = apart < 1e-5 < moved < 100
     text = f"trained, saved and loaded a toy adapter: differs from its base by {moved:.2g}, from itself by {apart:.1g}"
     yield Finding("self-test", "ok" if good else "fail", text, "" if good else "please report this with the line above")

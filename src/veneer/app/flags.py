@@ -1,4 +1,4 @@
-"""Flags out of the schema: what `veneer train --lr 1e-4 --use-dora MODEL DATA` says, in the words of train/settings.py.
+"""Flags out of schemas: what `veneer train --lr 1e-4 --use-dora MODEL DATA` says, in the words of train/settings.py.
 
 No flag of a setting is written down anywhere. A word that starts with `--` and names a key or one of its aliases is
 such a flag; dashes and underscores are the same; `--no-x` says x is false. Whether a value follows is asked of the
@@ -10,14 +10,16 @@ cases. Values stay text here: `settings.resolve` reads, checks and explains them
 from __future__ import annotations
 
 import argparse
+import dataclasses
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 from veneer.errors import ConfigError
+from veneer.infer.sampling import Sampling
 from veneer.train.aliases import ALIASES, DEFERRED, NOT_NEEDED
 from veneer.train.settings import KEYS, Key, Resolved, resolve
 
-__all__ = ["Said", "add_help", "from_said", "split"]
+__all__ = ["Said", "add_help", "add_sampling", "from_said", "sampling_of", "split"]
 
 GROUPS = {
     "subject": "what to adapt, and to what",
@@ -159,3 +161,21 @@ def _help(key: Key) -> str:
         default = "" if key.default in (None, (), {}, False) else str(key.default)
     unit = f" ({key.unit})" if key.unit else ""
     return f"{key.help}{unit}{f' [{default}]' if default else ''}".replace("%", "%%")
+
+
+def add_sampling(parser: argparse.ArgumentParser) -> None:
+    """The fields of `Sampling` as flags."""
+    section = parser.add_argument_group("how tokens are picked")
+    for each in dataclasses.fields(Sampling):
+        kind = {"int": int, "float": float}.get(str(each.type), str)
+        flag, default = "--" + each.name.replace("_", "-"), each.default
+        if each.name == "stop":
+            section.add_argument(flag, action="append", default=[], metavar="TEXT", help=each.metadata["help"])
+        else:
+            shown = f"{each.metadata['help']} [{default}]".replace("%", "%%")
+            section.add_argument(flag, type=kind, default=default, metavar="X", help=shown)
+
+
+def sampling_of(args: argparse.Namespace) -> Sampling:
+    found = {each.name: getattr(args, each.name) for each in dataclasses.fields(Sampling)}
+    return Sampling(**{**found, "stop": tuple(args.stop)})

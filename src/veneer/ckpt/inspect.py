@@ -9,20 +9,35 @@ either dW being formed. Everything runs in float64, since a difference of two ne
 
 from __future__ import annotations
 
+import json
 import math
+import os
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from veneer.ckpt.base import Base, differences, hash_of, meaningful
+from veneer.ckpt.config import CONFIG, parse, read_config
+from veneer.ckpt.hub import WEIGHTS, find
+from veneer.ckpt.layout import parse_key
+from veneer.ckpt.peft import METADATA
+from veneer.ckpt.tensorfile import TensorFile
+from veneer.core.spec import LoRA
+from veneer.errors import CheckpointError
+
 __all__ = [
     "Comparison",
     "Factors",
+    "Held",
     "Layer",
     "Spectrum",
+    "base_of_config",
+    "base_problems",
     "compare",
     "compare_layers",
     "cosine",
@@ -33,6 +48,7 @@ __all__ = [
     "inner",
     "norm",
     "overlap",
+    "read",
     "spectrum",
     "stable_rank",
 ]
@@ -212,3 +228,63 @@ def compare(first: Mapping[str, Factors], second: Mapping[str, Factors]) -> list
     """Layer by layer, for the layers that both adapt in the same shape, in the order of `first`."""
     shared = [site for site in first if site in second and _shape(first[site]) == _shape(second[site])]
     return [compare_layers(site, first[site], second[site]) for site in shared]
+
+
+# ------------------------------------------------------------------ from files
+
+
+@dataclass(frozen=True)
+class Held:
+    """What an adapter's folder holds, read without any model. `whole` are modules and biases saved as they are."""
+
+    path: Path
+    spec: LoRA
+    base: Base
+    factors: Mapping[str, Factors] = field(repr=False)
+    whole: tuple[str, ...]
+    parameters: int
+    bytes: int
+
+
+def read(where: str | os.PathLike[str], name: str = "default") -> Held:
+    """The adapter in a folder, a run's folder or on a hub. NaN is no obstacle here: it is what one looks for."""
+    path = find(where, name)
+    config = read_config(path / CONFIG)
+    spec, file = parse(config, str(path / CONFIG)).spec, TensorFile(path / WEIGHTS)
+    parts: dict[str, dict[str, Tensor]] = {}
+    whole: dict[str, None] = {}
+    for stored in file:
+        key = parse_key(stored.name)
+        if key is not None and key.field in ("A", "B"):
+            parts.setdefault(key.module, {})[key.field] = stored.load().flatten(1)
+        elif key is not None and key.field != "magnitude":
+            whole[key.module] = None
+    halves = [f"{site} has {' and '.join(found)} only" for site, found in parts.items() if len(found) < 2]
+    if halves or not parts:
+        fix = "download or save the adapter again"
+        raise CheckpointError("there are no pairs of A and B to look at", str(path / WEIGHTS), fix, halves)
+    factors = {site: Factors(found["A"], found["B"], spec.at(site).scale) for site, found in parts.items()}
+    base = Base(id=config.get("base_model_name_or_path") or "")
+    if METADATA in file.metadata:
+        base = Base.from_json(file.metadata[METADATA])
+    count = sum(math.prod(stored.shape) for stored in file)
+    return Held(path, spec, base, factors, tuple(whole), count, file.size)
+
+
+def base_of_config(folder: str | os.PathLike[str]) -> Base | None:
+    """Who the model in a folder is, by its config.json alone; None where there is none to read."""
+    path = Path(folder).expanduser() / "config.json"
+    try:
+        config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    facts = meaningful(config)
+    return Base(id=str(folder), config_hash=hash_of(facts), config=facts)
+
+
+def base_problems(held: Held, folder: str | os.PathLike[str]) -> list[str] | None:
+    """How the model in `folder` differs from the adapter's base; None when one of the two says nothing of itself."""
+    here = base_of_config(folder)
+    if here is None or not held.base.config_hash:
+        return None
+    return differences(held.base, here)

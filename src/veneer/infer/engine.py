@@ -29,7 +29,7 @@ from veneer.core.model import routed
 from veneer.errors import DataError
 from veneer.infer.sampling import Sampling, generators, pick
 
-__all__ = ["Adapter", "Answer", "Engine", "Piece", "TextStream"]
+__all__ = ["Adapter", "Answer", "CausalDecoder", "Engine", "Piece", "Seq2SeqDecoder", "TextStream"]
 
 Adapter = str | Mapping[str, float] | None  # what one row is answered with: a name, a weighted sum, or the base
 Ids = Sequence[int]

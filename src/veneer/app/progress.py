@@ -1,0 +1,319 @@
+"""What a person sees of a run while it goes, made from the events that the loop reports (the table in train/loop.py).
+
+    display(out) -> one of     Terminal    check marks, a bar that moves, keys that act
+                               Plain       one line every few seconds, no control codes
+                               Lines       every event as JSON, for a program
+
+All three are callables that take an event and may answer "save", "eval" or "stop", which the loop then does. The words
+come from `lines_of`, one pure function, so a log and a terminal say the same thing. What takes longer than a second is
+named while it lasts: after each event it is known what comes next.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from veneer.app.keys import Keys
+from veneer.app.output import Output
+from veneer.app.text import UNICODE, Signs, bytes_, count, duration, number, share, shorten, spark
+
+if TYPE_CHECKING:
+    from rich.console import Console, RenderableType
+
+__all__ = ["Lines", "Plain", "Progress", "Terminal", "display", "lines_of"]
+
+Event = Mapping[str, Any]
+
+EVERY_SECONDS = 10.0  # between two lines of a log
+SHOWN_SAMPLES = 3
+
+NEXT = {  # what is going on once an event has been told
+    "start": "reading the data",
+    "data": "tokenising",
+    "mask": "loading the model",
+    "tokens": "loading the model",
+    "model": "attaching the adapter",
+    "plan": "trying the longest batch",
+    "probe": "training",
+    "samples": "proving the adapter",
+    "proof": "writing the report",
+}
+KEYS = {"s": "save", "e": "eval", "q": "stop"}
+LABELS = {"probe": "memory", "tokens": "mask"}  # events whose line bears another name
+TOLD = ("data", "tokens", "mask", "model", "probe", "plan")
+WARNINGS = ("warning", "oom", "diverged", "stopping")
+
+
+def lines_of(event: Event, signs: Signs) -> Iterator[tuple[str, str]]:
+    """(style, line) for an event; nothing for those that only move the bar.
+
+    >>> from veneer.app.text import ASCII
+    >>> list(lines_of({"event": "plan", "text": "r16, 60 steps"}, ASCII))
+    [('ok', 'ok plan     r16, 60 steps')]
+    """
+    kind, text = str(event.get("event")), str(event.get("text", ""))
+    if kind in TOLD and text:
+        first, *more = text.split("\n")
+        yield "ok", f"{signs.ok} {LABELS.get(kind, kind):<8} {first}"
+        yield from (("dim", f"{'':<{len(signs.ok) + 10}}{line}") for line in more)
+    elif kind in WARNINGS:
+        yield "warn", f"{signs.warn} {text}"
+    elif kind == "note":
+        yield "dim", f"{signs.dot} {text}"
+    elif kind == "proof":
+        good = bool(event.get("passed"))
+        sign = signs.ok if good else signs.fail
+        yield "ok" if good else "fail", f"{sign} proof    " + text.replace(UNICODE.dot, signs.dot)
+
+
+@dataclass
+class Progress:
+    """How far the run is, gathered from its events."""
+
+    step: int = 0
+    steps: int = 0
+    losses: list[float] = field(default_factory=list)
+    val: float | None = None
+    first_val: float | None = None
+    is_best: bool = False
+    latest: dict[str, Any] = field(default_factory=dict)
+    total_memory: int | None = None
+    doing: str = "starting"
+    since: float = field(default_factory=time.monotonic)
+
+    def take(self, event: Event) -> None:
+        kind = str(event.get("event"))
+        if kind == "step":
+            self.latest = dict(event)
+            self.step, self.steps = int(event["step"]), int(event["steps"])
+            if event.get("loss") is not None:
+                self.losses.append(float(event["loss"]))
+        elif kind == "eval" and event.get("val_loss") is not None:
+            self.val, self.is_best = float(event["val_loss"]), bool(event.get("best"))
+            self.first_val = self.val if self.first_val is None else self.first_val
+        elif kind == "probe":
+            self.total_memory = event.get("total_memory_bytes")
+        doing = NEXT.get(kind)
+        if kind == "step":
+            doing = "evaluating and saving" if self.step >= self.steps else "training"
+        if doing and doing != self.doing:
+            self.doing, self.since = doing, time.monotonic()
+
+    # ------------------------------------------------------------------ the parts of a line
+
+    def share(self) -> float:
+        return self.step / self.steps if self.steps else 0.0
+
+    def left(self) -> str:
+        seconds = self.latest.get("seconds_left")
+        return f"{duration(float(seconds))} left" if seconds is not None else ""
+
+    def loss(self) -> str:
+        return f"loss {number(self.losses[-1])}" if self.losses else ""
+
+    def held_out(self, signs: Signs) -> str:
+        if self.val is None:
+            return ""
+        return f"val {number(self.val)}{f' {signs.down} best' if self.is_best else ''}"
+
+    def speed(self) -> str:
+        rate, trained = self.latest.get("tokens_per_second"), self.latest.get("trained_tokens_per_second")
+        if rate is None:
+            return ""
+        return f"{count(float(rate))} tok/s" + (f" ({count(float(trained))} trained)" if trained is not None else "")
+
+    def memory(self) -> str:
+        used = self.latest.get("memory_bytes")
+        if used is None:
+            return ""
+        return f"{bytes_(float(used))}/{bytes_(self.total_memory)}" if self.total_memory else bytes_(float(used))
+
+    def details(self, signs: Signs) -> str:
+        """The second line: what only those who look closely want to know."""
+        norm, rate = self.latest.get("gnorm"), self.latest.get("lr")
+        parts = [self.speed(), self.memory()]
+        parts += [f"gnorm {number(float(norm))}"] if norm is not None else []
+        parts += [f"lr {number(float(rate))}"] if rate is not None else []
+        return f" {signs.dot} ".join(part for part in parts if part)
+
+    def line(self, signs: Signs) -> str:
+        """All of it on one line, for a log."""
+        head = f"step {self.step}/{self.steps} ({share(self.share())})"
+        parts = [head, self.loss(), self.held_out(signs), self.speed(), self.memory(), self.left()]
+        return "  ".join(part for part in parts if part)
+
+    def summary(self, signs: Signs) -> str:
+        first = f"{number(self.losses[0])} {signs.arrow} " if len(self.losses) > 1 else ""
+        last = number(self.losses[-1]) if self.losses else "-"
+        curve = spark(self.losses, 12, signs)
+        return f"{signs.ok} training {self.step} steps   loss {first}{last} {curve}"
+
+
+# ------------------------------------------------------------------ for a program
+
+
+class Lines:
+    """Every event as it comes, one JSON object per line."""
+
+    def __init__(self, out: Output) -> None:
+        self.out = out
+
+    def __call__(self, event: Event) -> None:
+        self.out.line(event)
+
+    def __enter__(self) -> Lines:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+
+# ------------------------------------------------------------------ for a log
+
+
+class Plain:
+    """Lines without control codes. A timer names what has been going on for over a second without a word."""
+
+    def __init__(self, out: Output, every: float = EVERY_SECONDS, patience: float = 1.0) -> None:
+        self.out, self.every, self.patience = out, every, patience
+        self.progress = Progress()
+        self.printed = 0.0
+        self.timer: threading.Timer | None = None
+
+    def __enter__(self) -> Plain:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._quieten()
+
+    def __call__(self, event: Event) -> None:
+        self._quieten()
+        self.progress.take(event)
+        for _, line in lines_of(event, self.out.signs):
+            self._print(line)
+        self._steps(event)
+        if event.get("event") == "done":
+            return
+        if self.progress.doing != "training":
+            self.timer = threading.Timer(self.patience, self._print, [f"{self.progress.doing} ..."])
+            self.timer.daemon = True
+            self.timer.start()
+
+    def _steps(self, event: Event) -> None:
+        kind, p = event.get("event"), self.progress
+        due = time.monotonic() - self.printed >= self.every or p.step in (1, p.steps)
+        if (kind == "step" and due) or (kind == "eval" and p.steps):
+            self._print(p.line(self.out.signs))
+            self.printed = time.monotonic()
+
+    def _print(self, line: str) -> None:
+        if not self.out.quiet or line.startswith((self.out.signs.warn, self.out.signs.fail)):
+            self.out.console.print(line, markup=False, soft_wrap=True)
+
+    def _quieten(self) -> None:
+        if self.timer is not None:
+            self.timer.cancel()
+            self.timer = None
+
+
+# ------------------------------------------------------------------ for a person
+
+STYLES = {"ok": "", "warn": "yellow", "dim": "dim", "fail": "bold red"}
+
+
+class Terminal:
+    """Check marks that stay, above two lines that move. Keys: s saves now, e evaluates, q stops and can be resumed."""
+
+    def __init__(self, out: Output) -> None:
+        self.out, self.progress = out, Progress()
+        self.keys = Keys(KEYS)
+        self.live: Any = None
+
+    def __enter__(self) -> Terminal:
+        from rich.live import Live
+
+        self.keys.start()
+        self.live = Live(console=self.out.console, get_renderable=self._moving, refresh_per_second=8, transient=True,
+                         redirect_stdout=False, redirect_stderr=False)  # fmt: skip
+        self.live.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.keys.stop()
+        if self.live is not None:
+            self.live.stop()
+
+    def __call__(self, event: Event) -> str | None:
+        was_training = self.progress.doing == "training"
+        self.progress.take(event)
+        if was_training and self.progress.doing != "training":
+            self.out.console.print(self._marked("ok", self.progress.summary(self.out.signs)), soft_wrap=True)
+        for style, line in lines_of(event, self.out.signs):
+            self.out.console.print(self._marked(style, line), soft_wrap=True)
+        return self.keys.take()
+
+    def _marked(self, style: str, line: str) -> RenderableType:
+        from rich.text import Text
+
+        made = Text(line, style=STYLES[style])
+        if style == "ok":
+            made.stylize("green", 0, len(self.out.signs.ok))
+        return made
+
+    def _moving(self) -> RenderableType:
+        """The lines below the marks: a spinner before and after the training, the bar during it."""
+        from rich.spinner import Spinner
+
+        p = self.progress
+        if p.doing == "training" and p.steps:
+            return self._training()
+        waited = time.monotonic() - p.since
+        return Spinner("dots", f" {p.doing}{f'  {duration(waited)}' if waited > 2 else ''}", style="cyan")
+
+    def _training(self) -> RenderableType:
+        from rich.console import Group
+        from rich.progress_bar import ProgressBar
+        from rich.table import Table
+        from rich.text import Text
+
+        p, signs, width = self.progress, self.out.signs, self.out.console.width
+        curve = spark(p.losses, 10, signs)
+        facts = [f"{100 * p.share():.0f} %", f"step {p.step}/{p.steps}", p.left(), p.loss(), curve, p.held_out(signs)]
+        text = "  ".join(fact for fact in facts if fact)
+        room = max(8, min(28, width - len(text) - 14))
+        row = Table.grid(padding=(0, 1))
+        row.add_row(Text(" training", style="bold"), ProgressBar(100, 100 * p.share(), width=room), Text(text))
+        keys = "[s]ave now  [e]val  [q]uit and resume later" if self.keys.on else ""
+        below = f"          {p.details(signs)}"
+        gap = " " * max(3, width - len(below) - len(keys) - 1)
+        shown = below + gap + keys if len(below) + len(keys) + 4 <= width else below
+        return Group(row, Text(shorten(shown, width - 1, signs), style="dim"))
+
+
+@contextlib.contextmanager
+def display(out: Output) -> Iterator[Callable[[dict[str, Any]], Any]]:
+    """The display that fits who is looking, for the length of a run."""
+    shown = Lines(out) if out.json else Terminal(out) if out.is_terminal and not out.quiet else Plain(out)
+    with shown:
+        yield shown
+
+
+# ------------------------------------------------------------------ at the end
+
+
+def print_samples(console: Console, samples: list[Mapping[str, Any]], signs: Signs, most: int = SHOWN_SAMPLES) -> None:
+    """Prompts with what was said before and after the training, side by side."""
+    from veneer.app.tables import table
+
+    if not samples:
+        return
+    cells = [[shorten(str(row.get(key) or "-"), 300, signs) for key in KEYS_OF_SAMPLES] for row in samples[:most]]
+    console.print(table([f"+{heading}" for heading in KEYS_OF_SAMPLES.values()], ([*row] for row in cells)))
+
+
+KEYS_OF_SAMPLES = {"prompt": "prompt", "expected": "wanted", "before": "before", "after": "after"}

@@ -1,0 +1,228 @@
+"""Folders become something that answers: base, adapters, tokenizer and renderer, with the proof that the adapters act.
+
+    ready = load("SmolLM2", {"sql": Path("runs/sql/adapter")})
+    ready.engine.generate([ready.prompt(messages)], adapters=["sql"])
+
+A silent base model is the worst failure of adapters in use: everything runs and nothing was learned. So each adapter
+must match the base in every layer (loading refuses otherwise), a proof that lies beside it is replayed - the same
+prompts must give the logits they gave when the run ended - and without one the adapter must at least change what the
+base says to a probe. What was shown is kept in `evidence`, one sentence for each adapter.
+
+The tokenizer and its chat template come from the adapter's folder when they lie there: what was trained is what is
+asked. `Source` says all that has to be known of one word on a command line; who finds it out is not this file's matter.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from veneer.ckpt import peft
+from veneer.ckpt.config import CONFIG, read_config
+from veneer.core.model import activate, adapters, disabled
+from veneer.data.template import Renderer
+from veneer.data.types import Message
+from veneer.errors import CheckpointError, ProofFailed
+from veneer.infer.engine import Engine
+from veneer.prove.canary import replay
+from veneer.prove.proof import Proof
+from veneer.tasks.base import TASKS
+
+__all__ = ["Ready", "Source", "adapter_name", "load", "source_of_folder"]
+
+Say = Callable[[str], object]
+PEFT_TASKS = {"CAUSAL_LM": "causal_lm", "SEQ_2_SEQ_LM": "seq2seq", "SEQ_CLS": "sequence_classification"}
+PEFT_TASKS |= {"TOKEN_CLS": "token_classification"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """Where a model that answers comes from. Without `adapter` it is the base itself, or a model trained in full."""
+
+    label: str
+    base: str
+    adapter: Path | None = None
+    proof: Path | None = None
+    template: str | None = None
+    system: str | None = None
+    task: str = "causal_lm"
+    options: Mapping[str, Any] = field(default_factory=dict)  # more for from_pretrained: the classes of a head
+
+    @property
+    def name(self) -> str | None:
+        """What the adapter is called inside the model; None for a base."""
+        return adapter_name(self.label) if self.adapter is not None else None
+
+    @property
+    def tokenizer(self) -> str:
+        held = self.adapter is not None and any(self.adapter.glob("tokenizer*"))
+        return str(self.adapter) if held else self.base
+
+
+def adapter_name(label: str) -> str:
+    """
+    >>> adapter_name("runs/support.v2-a1/")
+    'support_v2-a1'
+    """
+    return re.sub(r"[^\w-]", "_", Path(label).name) or "adapter"
+
+
+def source_of_folder(where: str, base: str | None = None) -> Source:
+    """An adapter's folder, a model's folder, or a model's id. `base` overrides what the adapter says of itself."""
+    folder = Path(where).expanduser()
+    if not (folder / CONFIG).is_file():
+        return Source(label=where, base=where)
+    config = read_config(folder / CONFIG)
+    named = base or config.get("base_model_name_or_path")
+    if not named:
+        fix = "name it with --base"
+        raise CheckpointError("the adapter does not say which base it belongs to", str(folder / CONFIG), fix)
+    proof = next((p for p in (folder / "proof.json", folder.parent / "proof.json") if p.is_file()), None)
+    task = PEFT_TASKS.get(config.get("task_type") or "", "causal_lm")
+    return Source(label=where, base=named, adapter=folder, proof=proof, task=task)
+
+
+@dataclass
+class Ready:
+    """A model that answers. `sources` are in the order they were asked for."""
+
+    model: nn.Module
+    tokenizer: Any
+    renderer: Renderer
+    engine: Engine
+    sources: Sequence[Source]
+    evidence: dict[str, str]
+
+    def prompt(self, messages: Sequence[Message] | str, tools: Sequence[dict[str, Any]] = ()) -> list[int]:
+        """The tokens after which the model speaks; a plain string is continued as it stands."""
+        return self.renderer.prompt_ids(messages, tools)
+
+
+def load(sources: Sequence[Source], *, device: str | None = None, dtype: str | None = None, say: Say = print) -> Ready:
+    """Load the base that all `sources` share, and every adapter of theirs onto it. `say` hears what is waited for."""
+    first = next((source for source in sources if source.adapter is not None), sources[0])
+    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    say(f"loading {first.base}")
+    tokenizer = _tokenizer(first.tokenizer)
+    model = _base(first, place, _dtype(dtype, place))
+    for source in sources:
+        if source.adapter is not None and source.name not in adapters(model):
+            say(f"loading adapter {source.label}")
+            with _notes(say):
+                peft.load(model, source.adapter, str(source.name))
+    renderer = Renderer(tokenizer, first.template, first.system)
+    engine = Engine(model, tokenizer, renderer.stop_ids)
+    ready = Ready(model, tokenizer, renderer, engine, sources, {})
+    for source in sources:
+        if source.name is not None:
+            ready.evidence[source.name] = _prove(ready, source)
+    return ready
+
+
+def _dtype(name: str | None, device: torch.device) -> torch.dtype:
+    """fp32 on a CPU, whose bf16 is slow unless it has AMX; bf16 on a GPU that knows it."""
+    if name is not None:
+        return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
+    if device.type == "cuda" and torch.cuda.is_bf16_supported():
+        return torch.bfloat16
+    return torch.float32
+
+
+def _tokenizer(where: str) -> Any:
+    from transformers import AutoTokenizer
+
+    with _plain_errors(where, "tokenizer"):
+        return AutoTokenizer.from_pretrained(where)
+
+
+def _base(source: Source, device: torch.device, dtype: torch.dtype) -> nn.Module:
+    import transformers
+
+    with _plain_errors(source.base, "model"), _quiet():
+        kind = getattr(transformers, TASKS[source.task].auto_class)
+        return kind.from_pretrained(source.base, dtype=dtype, **source.options).to(device).eval()
+
+
+@contextmanager
+def _plain_errors(where: str, what: str) -> Any:
+    """transformers says in ten lines that a name is neither a folder nor a model on the hub."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        here = Path(where).exists()
+        short = str(error).strip().splitlines()[0]
+        text = f"the {what} cannot be read: {short}" if here else f"there is no such model: {where}"
+        fix = "name the folder of a model in transformers' format" if here else "check the path or the hub id"
+        raise CheckpointError(text, where, fix) from error
+
+
+@contextmanager
+def _quiet() -> Any:
+    """Without transformers' bar over shards and its advice; our own lines say what is going on."""
+    from transformers.utils import logging
+
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
+
+
+@contextmanager
+def _notes(say: Say) -> Any:
+    """What loading has to remark, as a line instead of Python's warning with its file and line."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        yield
+    for warning in caught:
+        say(str(warning.message))
+
+
+# ------------------------------------------------------------------ does the adapter act
+
+
+def _prove(ready: Ready, source: Source) -> str:
+    """Replay the canary of the run; without one, look whether the adapter changes anything at all."""
+    if source.proof is not None and _has_canary(source.proof):
+        check = replay(ready.model, source.proof, ready.tokenizer, name=source.name)
+        if not check.passed:
+            fix = "load the base and the tokenizer it was trained with; `veneer inspect` compares them"
+            raise ProofFailed(f"{source.label}: {check.statement}", str(source.proof), fix)
+        return check.statement
+    moved = _change(ready, str(source.name))
+    if moved == 0:
+        fix = "take a later checkpoint; `veneer inspect` shows which layers were trained"
+        raise ProofFailed(f"{source.label} changes nothing: the model answers as its base does", fix=fix)
+    return f"no canary to replay; it changes the base's logits by up to {moved:.3g}"
+
+
+def _has_canary(proof: Path) -> bool:
+    try:
+        return bool(Proof.load(proof).canary.get("rows"))
+    except (CheckpointError, json.JSONDecodeError):
+        return False
+
+
+@torch.no_grad()
+def _change(ready: Ready, name: str) -> float:
+    """How far the adapter moves the logits of a few ordinary tokens."""
+    ids = ready.renderer.ids("The quick brown fox jumps over the lazy dog. 1 + 1 =")[:32]
+    decoder = ready.engine.decoder(ready.model, [ids], 0)
+    activate(ready.model, name)
+    with_adapter = decoder.start()
+    with disabled(ready.model):
+        without = ready.engine.decoder(ready.model, [ids], 0).start()
+    return float((with_adapter.float() - without.float()).abs().max())
