@@ -39,8 +39,8 @@ CASES: dict[str, tuple[str, str | None, dict[str, Any]]] = {
     "patterns": (
         "llama",
         None,
-        {**LM, "target_modules": ["q_proj", "v_proj"], "rank_pattern": {"v_proj": 2, "^model.layers.0.self_attn.q_proj": 3},
-         "alpha_pattern": {"q_proj": 5}},
+        {**LM, "target_modules": ["q_proj", "v_proj"], 
+         "rank_pattern": {"v_proj": 2, "^model.layers.0.self_attn.q_proj": 3}, "alpha_pattern": {"q_proj": 5}},
     ),
     "head and embedding whole": ("llama", None, {**LM, "modules_to_save": ["embed_tokens", "lm_head"]}),
     "embedding": ("llama", None, {**LM, "target_modules": ["embed_tokens", "q_proj"]}),

@@ -32,7 +32,7 @@ from veneer.peft.targets import default_targets
 __all__ = ["LoraConfig", "LoraRuntimeConfig", "PeftConfig", "PeftType", "TaskType", "get_peft_config", "spec_for"]
 
 
-class TaskType(str, enum.Enum):
+class TaskType(enum.StrEnum):
     """What the model is for. It decides the class of the PeftModel and which new head is trained whole."""
 
     SEQ_CLS = "SEQ_CLS"
@@ -43,7 +43,7 @@ class TaskType(str, enum.Enum):
     FEATURE_EXTRACTION = "FEATURE_EXTRACTION"
 
 
-class PeftType(str, enum.Enum):
+class PeftType(enum.StrEnum):
     """The one method that Veneer implements of PEFT's many."""
 
     LORA = "LORA"
@@ -201,14 +201,14 @@ class LoraConfig(PeftConfig):
     def _problems(self) -> Iterator[str]:
         yield from super()._problems()
         yield from _unserved(self)
-        if _init_name(self.init_lora_weights) is None:
-            yield _wrong_init(self.init_lora_weights)
+        if not self.inference_mode:  # else it describes a trained adapter, and where that began does not matter
+            yield from _unserved_starts(self)
         if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
             yield "layers_to_transform needs target_modules as a list; a regular expression can name the layers itself"
         if self.layers_pattern and self.layers_to_transform is None:
             yield "layers_pattern says where the layers' numbers stand, so it needs layers_to_transform"
         try:
-            parse({**self.to_dict(), **dict.fromkeys(REFUSED), "init_lora_weights": True, "peft_type": "LORA"})
+            parse({**self.to_dict(), **dict.fromkeys(REFUSED), **PLAIN_START, "peft_type": "LORA"})
         except CheckpointError as error:
             yield from error.problems or [error.what]
 
@@ -219,9 +219,9 @@ def _is_names(value: Any) -> bool:
 
 # ---------------------------------------------------------------- what is refused, and what to do instead
 
+PLAIN_START = {"init_lora_weights": True}
 INIT_INSTEAD = "init_lora_weights='pissa' also starts from the base's weights; True starts as the paper does"
-UNSERVED = {  # besides what changes the function in ways that files are refused for
-    "lora_bias": ("a bias inside B", "bias='lora_only' trains the layer's own bias and keeps the change apart"),
+STARTS = {
     "loftq_config": ("an init against quantisation errors (LoftQ)", INIT_INSTEAD),
     "eva_config": ("an init from activations (EVA)", INIT_INSTEAD),
     "corda_config": ("an init from activations (CorDA)", INIT_INSTEAD),
@@ -231,15 +231,22 @@ UNSERVED = {  # besides what changes the function in ways that files are refused
 
 def _unserved(config: LoraConfig) -> Iterator[str]:
     if config.peft_type != PeftType.LORA:
-        yield f"peft_type={_plain(config.peft_type)!r} is another method. Way out: LORA, or use peft itself for this one"
-    for key, (why, fix) in UNSERVED.items():
-        if getattr(config, key):
-            yield f"{key}={getattr(config, key)!r} asks for {why}, which is not built. Way out: {fix}"
+        yield f"peft_type={_plain(config.peft_type)!r} is another method. Way out: LORA, or peft itself"
+    if config.lora_bias:
+        yield "lora_bias=True asks for a bias inside B. Way out: bias='lora_only' trains the layer's own"
     for key, (why, fix) in REFUSED.items():
         if getattr(config, key):
             yield f"{key}={getattr(config, key)!r}: an adapter that {why} is not built. Way out: {fix}"
     if config.runtime_config.ephemeral_gpu_offload:
         yield "runtime_config: ephemeral_gpu_offload is not built. Way out: leave it out; nothing is saved by it here"
+
+
+def _unserved_starts(config: LoraConfig) -> Iterator[str]:
+    for key, (why, fix) in STARTS.items():
+        if getattr(config, key):
+            yield f"{key}={getattr(config, key)!r} asks for {why}, which is not built. Way out: {fix}"
+    if _init_name(config.init_lora_weights) is None:
+        yield _wrong_init(config.init_lora_weights)
 
 
 def _init_name(init: bool | str | None) -> str | None:
@@ -268,7 +275,7 @@ def spec_for(config: LoraConfig, model: nn.Module) -> LoRA:
     if config.target_modules is None:
         config.target_modules = default_targets(model)
     _add_task_head(config, model)
-    spec = parse(config.to_dict()).spec
+    spec = parse({**config.to_dict(), **PLAIN_START}).spec
     if config.layers_pattern:
         spec = dataclasses.replace(spec, targets=_in_layers(config, model), layers=None)
     return dataclasses.replace(spec, init=_init_name(config.init_lora_weights) or "kaiming")

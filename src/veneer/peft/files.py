@@ -1,9 +1,10 @@
 """What PEFT's users do with files and state dicts, by way of `veneer.ckpt.peft`.
 
-A folder that a Trainer calls checkpoint-<step> gets one file more: model.safetensors, with the adapters' live state under
-the model's own names. The Trainer looks for that name when it resumes or fetches the best model, and hands what it finds
-to `load_state_dict`. There is nothing of the base in it, and it is exact where the PEFT layout is a translation (PiSSA's
-pair becomes a LoRA of twice the rank there). So an unchanged Trainer resumes bit for bit from a few megabytes.
+A folder that a Trainer calls checkpoint-<step> gets one file more: model.safetensors, with the adapters' live state
+under the model's own names. The Trainer looks for that name when it resumes or fetches the best model, and hands what
+it finds to `load_state_dict`. There is nothing of the base in it, and it is exact where the PEFT layout is a
+translation (PiSSA's pair becomes a LoRA of twice the rank there). So an unchanged Trainer resumes bit for bit from a
+few megabytes.
 """
 
 from __future__ import annotations
@@ -158,9 +159,7 @@ def _put(model: nn.Module, name: str, file: TensorFile, config: Mapping[str, Any
     put(model, name, _same_start(model, name, store._values(model, fitted, name)))
 
 
-def _same_start(
-    model: nn.Module, name: str, values: dict[tuple[str, str], Tensor]
-) -> dict[tuple[str, str], Tensor]:
+def _same_start(model: nn.Module, name: str, values: dict[tuple[str, str], Tensor]) -> dict[tuple[str, str], Tensor]:
     """A live PiSSA or OLoRA adapter takes its factors out of the pair [A; A0], [B, -B0] that a file holds of it."""
     own = tensors(model, name)
     for (site, key), a0 in own.items():
@@ -191,7 +190,7 @@ def _refuse_other_values(model: nn.Module, state_dict: Mapping[str, Any] | None)
 
 
 def _wants_embeddings(model: Any, choice: bool | str) -> bool:
-    """"auto": only where the vocabulary was resized, because then the base alone could not give the rows back."""
+    """With "auto" only where the vocabulary was resized, because then the base alone could not give the rows back."""
     if choice != "auto":
         return bool(choice)
     config, base = getattr(model, "config", None), getattr(model, "name_or_path", None)
@@ -206,7 +205,9 @@ def _wants_embeddings(model: Any, choice: bool | str) -> bool:
 
 def _embeddings(model: Any, found: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The weights of the input and output embeddings, unless the adapter brings its own copy of them."""
-    layers = [getattr(model, getter, lambda: None)() for getter in ("get_input_embeddings", "get_output_embeddings")]
+    layers: list[Any] = [
+        getattr(model, getter, lambda: None)() for getter in ("get_input_embeddings", "get_output_embeddings")
+    ]
     if not any(layers):
         raise ConfigError("this model does not say which layers are its embeddings", fix="save_embedding_layers=False")
     names = {id(module): name for name, module in store.plain_modules(model).items()}
@@ -254,7 +255,7 @@ def _chosen(model: nn.Module, selected: Iterable[str] | None) -> list[str]:
     unknown = [f"{n!r}.{near(n, adapters(model))}" for n in names if n not in adapters(model)]
     if unknown or not names:
         there = ", ".join(adapters(model)) or "none"
-        raise StateError("selected_adapters names no adapter of this model", problems=unknown, fix=f"there are: {there}")
+        raise StateError("selected_adapters: no such adapter", problems=unknown, fix=f"there are: {there}")
     return names
 
 
@@ -262,10 +263,10 @@ def _complete(model: Any, path: Path, config: LoraConfig, save_embedding_layers:
     """What only the LoraConfig knows (task, base, revision, keys from elsewhere), and embeddings where they belong."""
     written = read_config(path / CONFIG)
     config.base_model_name_or_path = config.base_model_name_or_path or written["base_model_name_or_path"]
-    own = {"base_model_name_or_path": config.base_model_name_or_path, "revision": config.revision}
+    own = {key: getattr(config, key) for key in ("base_model_name_or_path", "revision") if getattr(config, key)}
     if config.task_type is not None:
         own |= {"task_type": config.to_dict()["task_type"], "auto_mapping": None}
-    completed = {**config.unknown, **written, **{key: value for key, value in own.items() if value or key == "auto_mapping"}}
+    completed = {**config.unknown, **written, **own}
     if completed != written:
         atomic_write(path / CONFIG, json.dumps(completed, indent=2, sort_keys=True) + "\n")
     if _wants_embeddings(model, save_embedding_layers):
@@ -276,10 +277,11 @@ def _complete(model: Any, path: Path, config: LoraConfig, save_embedding_layers:
             os.replace(Path(temp, WEIGHTS), path / WEIGHTS)
 
 
-IGNORED = frozenset(
-    "torch_device device_map max_memory offload_folder offload_dir offload_index token use_auth_token cache_dir "
-    "local_files_only force_download use_safetensors user_agent proxies etag_timeout".split()
-)  # say where to run or how to download; an adapter goes where its layer is
+IGNORED = (  # say where to run or how to download; an adapter goes where its layer is
+    *("torch_device", "device_map", "max_memory", "offload_folder", "offload_dir", "offload_index"),
+    *("token", "use_auth_token", "cache_dir", "local_files_only", "force_download", "proxies", "user_agent"),
+    *("use_safetensors", "etag_timeout"),
+)
 
 
 def refuse_options(**options: Any) -> None:

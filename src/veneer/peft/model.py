@@ -104,7 +104,7 @@ class PeftModel(nn.Module):
         batch = next((len(v) for v in (*args, *kwargs.values()) if isinstance(v, Tensor) and v.ndim), len(names))
         if len(names) != batch:
             raise ConfigError(
-                f"{len(names)} adapter_names for a batch of {batch}", fix=f"give one name for each row; {BASE!r} for none"
+                f"{len(names)} adapter_names for a batch of {batch}", fix=f"one name for each row; {BASE!r} for none"
             )
         with routed(self, [None if name == BASE else name for name in names]):
             yield
@@ -274,13 +274,14 @@ class PeftModel(nn.Module):
         adapter_name: str,
         combination_type: str = "svd",
         **options: Any,
-    ) -> None:
-        """A new adapter that is the weighted sum of others, taken on dW: what the sum of their effects is."""
+    ) -> Any:
+        """A new adapter, idle and frozen, that does what others do together, mixed on dW. Returns what the mix lost."""
         if adapter_name in self.peft_config:
-            return
-        with _same_active(self):
-            config = weighted.add(self, adapters, weights, adapter_name, combination_type, options)
-        self.peft_config[adapter_name] = config
+            return None
+        report = weighted.add(self, adapters, weights, adapter_name, combination_type, **options)
+        self.set_requires_grad(adapter_name, False)
+        self.peft_config[adapter_name] = files.config_of(self, adapter_name, _task(self.peft_config[adapters[0]]))
+        return report
 
     # --- counting and looking ---
 
@@ -446,26 +447,29 @@ def release(model: Any) -> Any:
 
 def get_peft_model(
     model: nn.Module,
-    peft_config: LoraConfig,
+    peft_config: Any,
     adapter_name: str = "default",
     mixed: bool = False,
     autocast_adapter_dtype: bool = True,
     revision: str | None = None,
     low_cpu_mem_usage: bool = False,
 ) -> Any:
-    """Put a new adapter on `model` and give it PEFT's methods. The model changes in place and is what is returned."""
+    """Put a new adapter on `model` and give it PEFT's methods. The model changes in place and is what is returned.
+
+    peft_config: a LoraConfig of veneer.peft.
+    """
+    config = _checked(peft_config)
     if mixed:
         raise ConfigError("mixed=True mixes methods, and there is one method here", fix="leave it out")
-    peft_config.base_model_name_or_path = getattr(model, "name_or_path", None) or None
-    peft_config.revision = revision or peft_config.revision
-    kind = KINDS.get(_task(peft_config), PeftModel)
-    return kind(model, peft_config, adapter_name, autocast_adapter_dtype)
+    config.base_model_name_or_path = getattr(model, "name_or_path", None) or None
+    config.revision = revision or config.revision
+    return KINDS.get(_task(config), PeftModel)(model, config, adapter_name, autocast_adapter_dtype)
 
 
 def _build(
     kind: type[PeftModel],
     model: nn.Module,
-    peft_config: LoraConfig,
+    peft_config: Any,
     adapter_name: str = "default",
     autocast_adapter_dtype: bool = True,
     low_cpu_mem_usage: bool = False,
@@ -500,7 +504,7 @@ def inject_adapter_in_model(
 def _checked(config: Any) -> LoraConfig:
     if not isinstance(config, LoraConfig):
         kind = f"{type(config).__module__}.{type(config).__name__}"
-        raise ConfigError(f"a LoraConfig of veneer.peft is needed, not {kind}", fix="from veneer.peft import LoraConfig")
+        raise ConfigError(f"a LoraConfig of ours is needed, not {kind}", fix="from veneer.peft import LoraConfig")
     return config
 
 

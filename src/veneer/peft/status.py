@@ -54,7 +54,7 @@ class TunerModelStatus:
     requires_grad: dict[str, Mixed]
     available_adapters: list[str]
     devices: dict[str, list[str]]
-    quantization_backend: str | None | Literal["irregular"]
+    quantization_backend: str | Literal["irregular"] | None
 
 
 def get_layer_status(model: nn.Module) -> list[TunerLayerStatus]:

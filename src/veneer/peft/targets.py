@@ -13,7 +13,8 @@ from veneer.errors import ConfigError
 __all__ = ["default_targets"]
 
 TARGETS: dict[tuple[str, ...], str] = {  # target modules -> model types (config.model_type)
-    ("q_proj", "v_proj"): "bart gemma gemma2 gemma3_text gpt_neo gptj llama llama4 mistral mixtral opt qwen2 qwen3 stablelm",
+    ("q_proj", "v_proj"): "bart gemma gemma2 gemma3_text gpt_neo gptj llama llama4 mistral mixtral opt qwen2 qwen3 "
+    "stablelm",
     ("query", "value"): "bert electra layoutlm roberta xlm-roberta",
     ("q", "v"): "t5 mt5",
     ("query_key_value",): "bloom chatglm falcon gpt_neox RefinedWeb RefinedWebModel",

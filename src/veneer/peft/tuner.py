@@ -18,8 +18,9 @@ if TYPE_CHECKING:
 
 __all__ = ["LoraModel"]
 
-ASKED_BY_TRANSFORMERS = frozenset(
-    "get_encoder set_encoder get_decoder set_decoder get_input_embeddings set_input_embeddings _tp_plan _pp_plan".split()
+ASKED_BY_TRANSFORMERS = (
+    *("get_encoder", "set_encoder", "get_decoder", "set_decoder", "get_input_embeddings", "set_input_embeddings"),
+    *("_tp_plan", "_pp_plan"),
 )
 
 

@@ -1,0 +1,175 @@
+"""LoraConfig: all of PEFT's fields with PEFT's defaults; what is not served says so, with a way out."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+import veneer.peft
+from veneer.errors import CheckpointError, ConfigError, TargetError
+from veneer.peft import LoraConfig, PeftConfig, TaskType, get_peft_config, get_peft_model
+from veneer.peft.config import spec_for
+from veneer.peft.targets import BY_TYPE, PATTERNS
+
+
+def test_every_field_of_pefts_with_its_default(peft: ModuleType) -> None:
+    theirs = {f.name: f for f in dataclasses.fields(peft.LoraConfig) if f.init}
+    ours = {f.name: f for f in dataclasses.fields(LoraConfig) if f.init}
+    assert theirs.keys() == ours.keys()
+    a, b = peft.LoraConfig().to_dict(), LoraConfig().to_dict()
+    same = {key for key in a if key not in ("peft_version", "peft_type")}
+    assert {key: a[key] for key in same} == {key: b[key] for key in same}
+
+
+def test_default_targets_are_pefts(peft: ModuleType) -> None:
+    from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as theirs
+
+    assert BY_TYPE.keys() | PATTERNS.keys() == theirs.keys()
+    assert all(BY_TYPE.get(kind, PATTERNS.get(kind)) in (targets, set(targets)) for kind, targets in theirs.items())
+
+
+REFUSED: dict[str, Any] = {
+    "lora_bias": True,
+    "trainable_token_indices": [1, 2],
+    "loftq_config": {"loftq_bits": 4},
+    "eva_config": {"rho": 2.0},
+    "corda_config": {},
+    "lora_ga_config": {"stable_gamma": 16},
+    "velora_config": {"num_groups": 2},
+    "alora_invocation_tokens": [5],
+    "use_qalora": True,
+    "monteclora_config": {"num_samples": 2},
+    "layer_replication": [(0, 2), (1, 2)],
+    "target_parameters": ["experts.gate_up_proj"],
+    "use_bdlora": {"nblocks": 2},
+    "arrow_config": {"top_k": 2},
+    "kasa_config": {"beta": 1.0},
+    "ensure_weight_tying": True,
+    "megatron_config": {"hidden_size": 8},
+    "peft_type": "ADALORA",
+    "init_lora_weights": "loftq",
+    "task_type": "CAUSAL",
+    "bias": "some",
+    "r": 0,
+    "lora_alpha": -1,
+    "lora_dropout": 1.5,
+}
+
+
+@pytest.mark.parametrize("field", [f for f in REFUSED if REFUSED[f] != {}])
+def test_what_is_not_served_is_refused_where_it_is_said(field: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        LoraConfig(**{field: REFUSED[field]})
+    assert caught.value.problems
+    alias = {"r": "rank", "lora_alpha": "alpha", "lora_dropout": "dropout"}
+    assert any(alias.get(field, field) in problem for problem in caught.value.problems)
+
+
+def test_all_problems_come_at_once() -> None:
+    with pytest.raises(ConfigError) as caught:
+        LoraConfig(r=0, init_lora_weights="pisa", use_qalora=True, task_type="CAUSAL_LM ")
+    text = str(caught.value)
+    assert "Did you mean 'pissa'?" in text and "use_qalora" in text and "rank=0" in text
+    assert "Did you mean 'CAUSAL_LM'?" in text
+
+
+@pytest.mark.parametrize("init", [True, False, "gaussian", "orthogonal", "pissa", "pissa_niter_4", "olora"])
+def test_starts_that_are_served(init: bool | str) -> None:
+    assert LoraConfig(init_lora_weights=init).init_lora_weights == init
+
+
+def test_words_become_the_cores(make_model: Callable[..., Any]) -> None:
+    config = LoraConfig(
+        r=4, lora_alpha=6, lora_dropout=0.1, use_rslora=True, use_dora=True, init_lora_weights="pissa_niter_2",
+        target_modules=["q_proj", "v_proj"], exclude_modules="x.*", layers_to_transform=1, bias="lora_only",
+        rank_pattern={"v_proj": 2}, alpha_pattern={"v_proj": 3}, modules_to_save=["lm_head"],
+    )  # fmt: skip
+    spec = spec_for(config, make_model("llama"))
+    assert (spec.rank, spec.alpha, spec.dropout, spec.scaling, spec.combine) == (4, 6, 0.1, "rslora", "dora")
+    assert (spec.init, spec.layers, spec.bias, spec.exclude) == ("pissa", (1,), "lora_only", "x.*")
+    assert set(spec.targets) == {"q_proj", "v_proj"} and spec.modules_to_save == ("lm_head",)
+    assert spec.at("model.layers.1.self_attn.v_proj").rank == 2
+
+
+def test_fields_assigned_later_count(make_model: Callable[..., Any]) -> None:
+    config = LoraConfig(target_modules=["q_proj"])
+    config.r = 2
+    assert get_peft_model(make_model("llama"), config).get_nb_trainable_parameters()[0] == 2 * 2 * (32 + 32)
+    config.use_qalora = True
+    with pytest.raises(ConfigError, match="use_qalora"):
+        spec_for(config, make_model("llama"))
+
+
+def test_an_unknown_architecture_needs_targets(make_model: Callable[..., Any]) -> None:
+    model = make_model("llama")
+    model.config.model_type = "lama"
+    with pytest.raises(ConfigError, match=r"no default for model type 'lama'. Did you mean 'llama'"):
+        get_peft_model(model, LoraConfig())
+
+
+def test_a_misspelt_target_is_an_error_even_beside_right_ones(make_model: Callable[..., Any]) -> None:
+    model = make_model("llama")
+    with pytest.raises(TargetError) as caught:
+        get_peft_model(model, LoraConfig(target_modules=["q_proj", "v_prj"]))
+    assert "v_prj" in str(caught.value) and "v_proj" in str(caught.value)
+    assert not veneer.adapters(model) and type(model).__mro__[1].__name__ != "PeftModel"
+
+
+def test_read_and_write_are_inverse(tmp_path: Path) -> None:
+    config = LoraConfig(r=3, target_modules=["b", "a"], task_type=TaskType.CAUSAL_LM, rank_pattern={"a": 2})
+    config.save_pretrained(tmp_path)
+    again = PeftConfig.from_pretrained(tmp_path)
+    assert again == config
+    assert isinstance(again, LoraConfig)
+
+
+def test_a_file_of_a_newer_version(tmp_path: Path) -> None:
+    """Unknown keys are said, kept and written back; where training began does not matter any more."""
+    LoraConfig(target_modules=["q"]).save_pretrained(tmp_path)
+    file = tmp_path / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "new_thing": 7, "inference_mode": True,
+                                "init_lora_weights": "eva", "eva_config": {"rho": 1.0}}))  # fmt: skip
+    with pytest.warns(UserWarning, match="new_thing"):
+        config = PeftConfig.from_pretrained(tmp_path)
+    config.save_pretrained(tmp_path / "again")
+    assert json.loads((tmp_path / "again" / "adapter_config.json").read_text())["new_thing"] == 7
+
+
+def test_an_adapter_of_another_method(tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text('{"peft_type": "VERA", "r": 8}')
+    with pytest.raises(ConfigError, match="peft_type='VERA'"):
+        PeftConfig.from_pretrained(tmp_path)
+
+
+def test_no_adapter_there(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"adapter_config\.json"):
+        PeftConfig.from_pretrained(tmp_path / "missing")
+    assert not veneer.peft.check_if_peft_model(str(tmp_path))
+
+
+def test_get_peft_config() -> None:
+    config = get_peft_config({"peft_type": "LORA", "r": 4, "task_type": "SEQ_CLS"})
+    assert isinstance(config, LoraConfig) and config.r == 4
+
+
+def test_names_that_are_not_served_say_so() -> None:
+    with pytest.raises(ImportError, match="IA3Config"):
+        from veneer.peft import IA3Config  # noqa: F401
+    with pytest.raises(AttributeError, match="Did you mean 'LoraConfig'"):
+        _ = veneer.peft.LoraConfg
+
+
+def test_importing_the_names_is_cheap() -> None:
+    import subprocess
+    import sys
+
+    code = "import veneer.peft, sys; assert 'torch' not in sys.modules and 'peft' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+    code = "from veneer.peft import LoraConfig, PeftModel, get_peft_model; import sys; assert 'peft' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
