@@ -217,7 +217,7 @@ def test_all_problems_are_said_at_once_with_their_lines(tmp_path: Path) -> None:
         ({"lora_r": 4, "r": 8}, "'r' is said twice: 4 and 8"),
         ({"method": "full", "r": 8}, "r has no effect with method: full; it is for lora"),
         ({"task": "ner", "packing": "on"}, "packing has no effect with task: token_classification"),
-        ({"patience": 2, "val": 0}, "patience counts evaluations"),
+        ({"patience": 2, "val": 0}, "patience has no effect with val: 0"),
         ({"method": "freeze", "layers": [1, 2]}, "say how many of the last layers train"),
         ({"batch_size": 8, "global_batch": 4}, "global_batch 4 is smaller than batch_size 8"),
     ],

@@ -20,10 +20,13 @@ from torch import Tensor, nn
 
 from veneer.core.registry import Registry
 from veneer.data.batch import Batch
+from veneer.data.encode import Encodings
 from veneer.data.labels import LabelSet
-from veneer.errors import ConfigError
+from veneer.data.template import Renderer
+from veneer.data.types import Encoded
+from veneer.errors import ConfigError, StateError
 
-__all__ = ["TASKS", "Judged", "Task", "class_options", "new_heads"]
+__all__ = ["TASKS", "Judged", "Shown", "Task", "class_options", "new_heads"]
 
 TASKS: Registry[type[Task]] = Registry("task")
 
@@ -36,16 +39,52 @@ class Judged(NamedTuple):
     wanted: Sequence[Any] = ()
 
 
-class Task(ABC):
-    """One kind of learning. `labels` are the classes of the training rows, for tasks that have some."""
+class Shown(NamedTuple):
+    """One row as people look at it: what is asked, what is right, what the model says."""
 
-    name: ClassVar[str]
+    prompt: str
+    expected: str
+    answer: str
+
+
+class Task(ABC):
+    """One kind of learning. `labels` are the classes of the training rows and `renderer` writes conversations, for
+    tasks that have such."""
+
+    name: ClassVar[str] = ""
     auto_class: ClassVar[str]  # of transformers
     kinds: ClassVar[tuple[type[Any], ...]]  # of example, in veneer.data.types
+    renders: ClassVar[bool] = False  # whether rows are conversations or plain text that a template may write
     labelled: ClassVar[bool] = False  # whether rows hold classes, and the model a head for them
 
-    def __init__(self, tokenizer: Any = None, labels: LabelSet | None = None) -> None:
-        self.tokenizer, self.labels = tokenizer, labels
+    def __init__(self, tokenizer: Any = None, labels: LabelSet | None = None, renderer: Renderer | None = None) -> None:
+        self.tokenizer, self.labels, self.renderer = tokenizer, labels, renderer
+
+    @abstractmethod
+    def encode(
+        self,
+        examples: Sequence[Any],
+        *,
+        max_len: int | None = None,
+        overlong: str = "drop",
+        skip_bad: bool = False,
+        loss_on: str = "assistant",
+        report: Callable[[int, int], None] | None = None,
+    ) -> Encodings:
+        """Token ids and labels of rows, and what was left out. `loss_on` is for tasks that mask a text."""
+
+    @property
+    def ends(self) -> tuple[int, ...]:
+        """The tokens that end an answer; none where there are no answers."""
+        return ()
+
+    @property
+    def known_labels(self) -> LabelSet:
+        if self.labels is None:
+            raise StateError(
+                f"the task {self.name} needs the classes of its rows", fix="give it the training data's labels"
+            )
+        return self.labels
 
     # ---------------------------------------------------------------- the model
 
@@ -70,6 +109,10 @@ class Task(ABC):
     def loss(self, model: nn.Module, batch: Batch) -> Float[Tensor, ""]:
         """The summed loss of a batch: what is trained."""
         return self.judge(model, batch).loss
+
+    def shown(self, model: nn.Module, rows: Sequence[Encoded]) -> list[Shown]:
+        """A few rows with the model's answers, for people to look at."""
+        return []
 
     def metrics(self, predicted: Sequence[Any], wanted: Sequence[Any]) -> dict[str, float]:
         return {}

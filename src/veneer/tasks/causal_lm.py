@@ -6,22 +6,42 @@ the whole vocabulary never exist for more than a chunk; `prepare` finds out once
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import nn
 
 from veneer.data.batch import Batch
-from veneer.data.types import Chat, Completion, Text, Tokens
-from veneer.tasks.base import TASKS, Judged, Task
+from veneer.data.encode import Encodings, encode
+from veneer.data.types import IGNORE, Chat, Completion, Encoded, Text, Tokens
+from veneer.errors import StateError
+from veneer.tasks.base import TASKS, Judged, Shown, Task
 from veneer.tasks.cross_entropy import HeadSplit, chunked_cross_entropy, head_split, plain_cross_entropy
 
-__all__ = ["CausalLM"]
+__all__ = ["CausalLM", "greedy"]
+
+SHOWN_TOKENS = 40  # of an answer that is only to be looked at
 
 
 @TASKS.register("causal_lm")
 class CausalLM(Task):
+    name = "causal_lm"
     auto_class = "AutoModelForCausalLM"
     kinds = (Chat, Completion, Text, Tokens)
+    renders = True
     split: HeadSplit = HeadSplit(None, None, "not looked at yet")
+
+    def encode(self, examples: Sequence[Any], *, loss_on: str = "assistant", **options: Any) -> Encodings:
+        if self.renderer is None:
+            raise StateError(
+                "conversations cannot be encoded without a renderer", fix="CausalLM(tokenizer, renderer=...)"
+            )
+        return encode(examples, self.renderer, loss_on=loss_on, **options)
+
+    @property
+    def ends(self) -> tuple[int, ...]:
+        return self.renderer.stop_ids if self.renderer is not None else ()
 
     def prepare(self, model: nn.Module, batch: Batch) -> str:
         self.split = head_split(model, batch.inputs)
@@ -35,15 +55,32 @@ class CausalLM(Task):
         hidden = self.split.body(**batch.inputs)[0][:, :-1]
         return Judged(chunked_cross_entropy(hidden, labels, self.split.head))
 
-    @torch.no_grad()
-    def answers(self, model: nn.Module, prompts: list[list[int]], new_tokens: int = 48) -> list[str]:
-        """Greedy continuations of token ids, for the samples of a run."""
+    def shown(self, model: nn.Module, rows: Sequence[Encoded]) -> list[Shown]:
+        """What the model makes of the prompts of these rows, greedily."""
         found = []
-        for ids in prompts:
-            inputs = torch.tensor([ids], device=next(model.parameters()).device)
-            out = model.generate(
-                input_ids=inputs, attention_mask=torch.ones_like(inputs), max_new_tokens=new_tokens, do_sample=False,
-                pad_token_id=self.tokenizer.pad_token_id or self.tokenizer.eos_token_id,
-            )  # fmt: skip
-            found.append(self.tokenizer.decode(out[0, len(ids) :], skip_special_tokens=True))
+        for row in rows:
+            start = next(place for place, label in enumerate(row.labels) if label != IGNORE)
+            start = start if start > 1 else max(1, len(row) // 3)  # a text that is trained whole: its beginning
+            wanted = [int(label) for label in row.labels[start:] if label != IGNORE]
+            prompt = [int(token) for token in row.input_ids[:start]]
+            answer = greedy(model, prompt, self.ends, SHOWN_TOKENS)
+            found.append(Shown(self._text(prompt), self._text(wanted), self._text(answer)))
         return found
+
+    def _text(self, ids: Sequence[int]) -> str:
+        return str(self.tokenizer.decode(list(ids), skip_special_tokens=True)).strip()
+
+
+@torch.no_grad()
+def greedy(model: nn.Module, prompt: Sequence[int], ends: Sequence[int], limit: int) -> list[int]:
+    """The likeliest continuation, token by token, up to one of `ends` (which is left off)."""
+    found: list[int] = []
+    ids, past = torch.tensor([list(prompt)], device=next(model.parameters()).device), None
+    while len(found) < limit:
+        out = model(input_ids=ids, past_key_values=past, use_cache=True)
+        token = int(out.logits[0, -1].argmax())
+        if token in ends:
+            break
+        found.append(token)
+        ids, past = ids.new_tensor([[token]]), out.past_key_values
+    return found

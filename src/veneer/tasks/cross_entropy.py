@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from veneer.data.types import IGNORE
 
-__all__ = ["HeadSplit", "chunked_cross_entropy", "head_split", "plain_cross_entropy"]
+__all__ = ["HeadSplit", "chunked_cross_entropy", "evaluating", "head_split", "plain_cross_entropy"]
 
 ROWS = 2048  # tokens whose logits exist at a time: 0.5 GiB in bf16 at a vocabulary of 128,256
 
@@ -100,7 +100,7 @@ def head_split(model: nn.Module, inputs: Mapping[str, Any]) -> HeadSplit:
     if not isinstance(head, nn.Module) or not isinstance(body, nn.Module):
         return HeadSplit(None, None, "the model does not say what its body and its head are")
     few = {name: value[:1, :16] if isinstance(value, Tensor) else value for name, value in inputs.items()}
-    with _evaluating(model):
+    with evaluating(model):
         try:
             whole, split = model(**few).logits, head(body(**few)[0])
         except (TypeError, ValueError, RuntimeError, AttributeError) as error:
@@ -111,7 +111,7 @@ def head_split(model: nn.Module, inputs: Mapping[str, Any]) -> HeadSplit:
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Any:
+def evaluating(model: nn.Module) -> Any:
     """Evaluation mode for a moment, each module back to what it was."""
     before = [(module, module.training) for module in model.modules()]
     model.eval()

@@ -13,10 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from veneer.data.batch import Batch
-from veneer.data.types import IGNORE, Completion, Pair
+from veneer.data.batch import Batch, collate, pad_id_of
+from veneer.data.encode import Encodings
+from veneer.data.labelled import encode_pairs
+from veneer.data.types import IGNORE, Completion, Encoded, Pair
 from veneer.errors import ConfigError
-from veneer.tasks.base import TASKS, Judged, Task
+from veneer.tasks.base import TASKS, Judged, Shown, Task
 from veneer.tasks.cross_entropy import plain_cross_entropy
 from veneer.tasks.metrics import exact_match, rouge_l
 
@@ -27,9 +29,13 @@ ANSWERED = 32  # rows of an evaluation that are also generated
 
 @TASKS.register("seq2seq")
 class Seq2Seq(Task):
+    name = "seq2seq"
     auto_class = "AutoModelForSeq2SeqLM"
     kinds = (Pair, Completion)
     answered = 0
+
+    def encode(self, examples: Sequence[Any], *, loss_on: str = "assistant", **options: Any) -> Encodings:
+        return encode_pairs(examples, self.tokenizer, **options)
 
     def judge(self, model: nn.Module, batch: Batch) -> Judged:
         logits = model(**batch.inputs, decoder_input_ids=shifted(model, batch.labels), use_cache=False).logits
@@ -47,6 +53,14 @@ class Seq2Seq(Task):
 
     def metrics(self, predicted: Sequence[Any], wanted: Sequence[Any]) -> dict[str, float]:
         return {"exact_match": exact_match(predicted, wanted), "rouge_l": rouge_l(predicted, wanted)}
+
+    def shown(self, model: nn.Module, rows: Sequence[Encoded]) -> list[Shown]:
+        found = []
+        for row in rows:
+            batch = collate([row], pad_id_of(self.tokenizer)).to(next(model.parameters()).device)
+            prompt = self.tokenizer.decode(list(row.input_ids), skip_special_tokens=True)
+            found.append(Shown(prompt, *self._texts(batch.labels), *self.answers(model, batch)))
+        return found
 
     @torch.no_grad()
     def answers(self, model: nn.Module, batch: Batch) -> list[str]:

@@ -14,12 +14,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import nn
 
-from veneer.data.batch import Batch
-from veneer.data.types import Labelled
-from veneer.tasks.base import TASKS, Judged, Task, class_options
+from veneer.data.batch import Batch, collate, pad_id_of
+from veneer.data.encode import Encodings
+from veneer.data.labelled import encode_labelled
+from veneer.data.types import Encoded, Labelled
+from veneer.tasks.base import TASKS, Judged, Shown, Task, class_options
 from veneer.tasks.metrics import accuracy, f1, macro_f1, mean_squared_error, spearman
 
 __all__ = ["SequenceClassification"]
@@ -33,6 +36,7 @@ PROBLEMS = {
 
 @TASKS.register("sequence_classification")
 class SequenceClassification(Task):
+    name = "sequence_classification"
     auto_class = "AutoModelForSequenceClassification"
     kinds = (Labelled,)
     labelled = True
@@ -44,6 +48,9 @@ class SequenceClassification(Task):
     def model_options(self) -> dict[str, Any]:
         return {**class_options(self.labels), "problem_type": PROBLEMS[self.kind]}
 
+    def encode(self, examples: Sequence[Any], *, loss_on: str = "assistant", **options: Any) -> Encodings:
+        return encode_labelled(examples, self.tokenizer, self.known_labels, **options)
+
     def judge(self, model: nn.Module, batch: Batch) -> Judged:
         logits, labels = model(**batch.inputs).logits.float(), batch.labels
         if self.kind == "one":
@@ -54,6 +61,27 @@ class SequenceClassification(Task):
             return Judged(loss, (logits > 0).int().tolist(), labels.int().tolist())
         values = logits.squeeze(-1)
         return Judged(F.mse_loss(values, labels.float(), reduction="sum"), values.tolist(), labels.tolist())
+
+    @torch.no_grad()
+    def shown(self, model: nn.Module, rows: Sequence[Encoded]) -> list[Shown]:
+        batch = collate(rows, pad_id_of(self.tokenizer)).to(next(model.parameters()).device)
+        judged = self.judge(model, batch)
+        texts = [self.tokenizer.decode(list(row.input_ids), skip_special_tokens=True) for row in rows]
+        return [
+            Shown(text, self.said(w), self.said(p))
+            for text, w, p in zip(texts, judged.wanted, judged.predicted, strict=True)
+        ]
+
+    def said(self, label: Any) -> str:
+        """A label in words."""
+        if self.kind == "number":
+            return f"{label:.3g}"
+        names = self.known_labels.names
+        return (
+            names[label]
+            if self.kind == "one"
+            else ", ".join(n for n, has in zip(names, label, strict=True) if has) or "none"
+        )
 
     def metrics(self, predicted: Sequence[Any], wanted: Sequence[Any]) -> dict[str, float]:
         if self.kind == "number":

@@ -9,9 +9,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import nn
 
 from veneer.data.batch import Batch
+from veneer.data.encode import Encodings
+from veneer.data.labelled import encode_tagged
 from veneer.data.types import IGNORE, Tagged
 from veneer.tasks.base import TASKS, Judged, Task, class_options
 from veneer.tasks.cross_entropy import plain_cross_entropy
@@ -22,6 +25,7 @@ __all__ = ["TokenClassification"]
 
 @TASKS.register("token_classification")
 class TokenClassification(Task):
+    name = "token_classification"
     auto_class = "AutoModelForTokenClassification"
     kinds = (Tagged,)
     labelled = True
@@ -29,8 +33,13 @@ class TokenClassification(Task):
     def model_options(self) -> dict[str, Any]:
         return class_options(self.labels)
 
+    def encode(self, examples: Sequence[Any], *, loss_on: str = "assistant", **options: Any) -> Encodings:
+        return encode_tagged(examples, self.tokenizer, self.known_labels, **options)
+
     def judge(self, model: nn.Module, batch: Batch) -> Judged:
         logits = model(**batch.inputs).logits
+        if torch.is_grad_enabled():
+            return Judged(plain_cross_entropy(logits, batch.labels))
         guesses = logits.detach().argmax(-1)
         rows = zip(guesses, batch.labels, batch.labels != IGNORE, strict=True)
         pairs = [(guess[has].tolist(), label[has].tolist()) for guess, label, has in rows]

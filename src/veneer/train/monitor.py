@@ -8,7 +8,6 @@ import sys
 import time
 from collections import deque
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 
 from veneer.core.model import adapter_of, adapters, sites
 
-__all__ = ["Meter", "Movement", "Watchdog", "memory_bytes", "not_finite", "total_memory_bytes"]
+__all__ = ["Meter", "Movement", "Watchdog", "memory_bytes", "not_finite"]
 
 
 class Watchdog:
@@ -130,15 +129,6 @@ def memory_bytes(device: torch.device) -> int:
         return torch.cuda.max_memory_allocated(device)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
-
-
-def total_memory_bytes(device: torch.device) -> int | None:
-    if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).total_memory
-    try:
-        return int(Path("/proc/meminfo").read_text().split()[1]) * 1024
-    except (OSError, ValueError, IndexError):
-        return None
 
 
 def not_finite(tensors: Mapping[str, Tensor]) -> list[str]:

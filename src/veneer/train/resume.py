@@ -28,7 +28,19 @@ from torch import nn
 from veneer.ckpt.atomic import atomic_folder
 from veneer.errors import CheckpointError
 
-__all__ = ["Progress", "apply", "capture", "checkpoint", "random_state", "read", "restore_random", "same_random"]
+__all__ = [
+    "STATE",
+    "Progress",
+    "apply",
+    "capture",
+    "checkpoint",
+    "put_values",
+    "random_state",
+    "read",
+    "restore_random",
+    "same_random",
+    "values_of",
+]
 
 STATE = "state.pt"
 VERSION = 1
@@ -62,12 +74,16 @@ def capture(
 ) -> dict[str, Any]:
     """The whole state as plain values and tensors."""
     return {
-        "version": VERSION,
         "progress": asdict(progress),
-        "parameters": {name: parameter.detach() for name, parameter in parameters.items()},
+        **values_of(parameters),
         "optimizer": optimizer.state_dict(),
         "random": random_state(),
     }
+
+
+def values_of(parameters: Mapping[str, nn.Parameter]) -> dict[str, Any]:
+    """The trained values alone: enough for the best checkpoint, which nobody goes on from."""
+    return {"version": VERSION, "parameters": {name: parameter.detach() for name, parameter in parameters.items()}}
 
 
 def checkpoint(folder: Path, write_model: Callable[[Path], None], state: Mapping[str, Any]) -> None:
@@ -99,6 +115,14 @@ def apply(
     state: Mapping[str, Any], parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer, where: Path
 ) -> Progress:
     """Put a state back: values into the parameters, moments into the optimiser, the random states into place."""
+    put_values(state, parameters, where)
+    optimizer.load_state_dict(state["optimizer"])
+    restore_random(state["random"])
+    return Progress(**state["progress"])
+
+
+def put_values(state: Mapping[str, Any], parameters: Mapping[str, nn.Parameter], where: Path) -> None:
+    """Copy saved values into the parameters; on any misfit nothing is copied."""
     saved = state["parameters"]
     problems = [f"{name}: in the checkpoint, not in the model" for name in saved.keys() - parameters.keys()]
     problems += [f"{name}: in the model, not in the checkpoint" for name in parameters.keys() - saved.keys()]
@@ -117,9 +141,6 @@ def apply(
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(saved[name])
-    optimizer.load_state_dict(state["optimizer"])
-    restore_random(state["random"])
-    return Progress(**state["progress"])
 
 
 # ------------------------------------------------------------------ random states

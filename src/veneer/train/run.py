@@ -60,15 +60,25 @@ class Run:
     # ---------------------------------------------------------------- making and finding
 
     @classmethod
-    def create(cls, resolved: Resolved, *, root: str | os.PathLike[str] = "runs", argv: list[str] | None = None) -> Run:
-        """A new folder for a run with these settings. Never touches an existing run."""
-        run = cls(_new_folder(resolved.settings, Path(root)))
+    def create(
+        cls,
+        resolved: Resolved,
+        *,
+        out: str | None = None,
+        name: str | None = None,
+        root: str | os.PathLike[str] = "runs",
+    ) -> Run:
+        """A new folder for a run with these settings: `out`, else root/name, else a name from the data and the day.
+
+        Never touches an existing run.
+        """
+        run = cls(_new_folder(out, name, resolved.settings.data, Path(root)))
         (run.folder / "checkpoints").mkdir()
         now = time.time()
         run._write_info(
             {
                 "name": run.name, "status": "preparing", **_process(), "started": now, "heartbeat": now, "ended": None,
-                "argv": sys.argv if argv is None else argv, "versions": _versions(), "git": _git(), "device": None,
+                "argv": sys.argv, "versions": _versions(), "git": _git(), "device": None,
                 "sessions": 1, "error": None, "result": {},
             }
         )  # fmt: skip
@@ -116,16 +126,23 @@ class Run:
         return self.folder.joinpath(*parts)
 
     def link_adapter(self) -> None:
-        """adapter -> checkpoints/best, relative, so that a moved run still finds it; a copy where links fail."""
-        if self.adapter.is_symlink() and os.readlink(self.adapter) == "checkpoints/best":
+        """adapter -> checkpoints/best (last while there is no best), relative, so that a moved run still finds it.
+
+        Where the disk knows no links it is a copy.
+        """
+        target = "checkpoints/best" if self.best.exists() else "checkpoints/last"
+        if self.adapter.is_symlink() and os.readlink(self.adapter) == target:
             return
-        try:
-            self.adapter.symlink_to("checkpoints/best", target_is_directory=True)
-        except FileExistsError:
+        if self.adapter.is_symlink():
+            self.adapter.unlink()
+        elif (
+            self.adapter.exists()
+        ):  # a copy: of an earlier best, or of a link that was followed when the run was copied
             shutil.rmtree(self.adapter)
-            self.link_adapter()
+        try:
+            self.adapter.symlink_to(target, target_is_directory=True)
         except OSError:
-            shutil.copytree(self.best, self.adapter, ignore=shutil.ignore_patterns("state.pt"))
+            shutil.copytree(self.path(target), self.adapter, ignore=shutil.ignore_patterns("state.pt"))
 
     # ---------------------------------------------------------------- run.json
 
@@ -250,10 +267,10 @@ class Run:
 # ------------------------------------------------------------------ names
 
 
-def _new_folder(settings: Settings, root: Path) -> Path:
+def _new_folder(out: str | None, name: str | None, data: Any, root: Path) -> Path:
     """Make and return the folder: `out`, runs/<name>, or runs/<data>-<month><day>-<letter><number>."""
-    if settings.out or settings.name:
-        folder = Path(settings.out) if settings.out else root / str(settings.name)
+    if out or name:
+        folder = Path(out) if out else root / str(name)
         if folder.exists() and any(folder.iterdir()):
             holds = "a run" if (folder / "run.json").exists() else "files"
             raise ConfigError(
@@ -262,7 +279,7 @@ def _new_folder(settings: Settings, root: Path) -> Path:
             )  # fmt: skip
         folder.mkdir(parents=True, exist_ok=True)
         return folder
-    first = settings.data if isinstance(settings.data, str) else (settings.data or ("run",))[0]
+    first = data if isinstance(data, str) else (data or ("run",))[0]
     stem = re.sub(r"[^a-z0-9]+", "-", Path(str(first)).stem.lower()).strip("-")[:32] or "run"
     day = f"{datetime.now():%m%d}"
     for letter in "abcdefghijklmnopqrstuvwxyz":

@@ -26,7 +26,7 @@ from veneer.train import parse
 from veneer.train.aliases import ALIASES, DEFERRED, NOT_NEEDED
 from veneer.train.parse import Reader, number, one_of, optional, whole
 
-__all__ = ["KEYS", "Key", "Origin", "Resolved", "Settings", "explain", "resolve"]
+__all__ = ["KEYS", "Key", "Origin", "Reads", "Resolved", "Settings", "explain", "resolve"]
 
 Kind = Literal["text", "path", "number", "whole", "choice", "flag", "names", "mapping"]
 
@@ -279,6 +279,29 @@ class Resolved(NamedTuple):
         )
 
 
+class Reads:
+    """The settings, as the rules settle them one by one. What was read is remembered: a key that is given and read by
+    nobody would have no effect, and proof P0 says so."""
+
+    def __init__(self, resolved: Resolved) -> None:
+        self.resolved = resolved
+        self.consumed: set[str] = set()
+
+    def __getattr__(self, name: str) -> Any:
+        value = getattr(self.resolved.settings, name)
+        self.consumed.add(name)
+        return value
+
+    def settle(self, name: str, value: Any, reason: str) -> None:
+        self.resolved = self.resolved.settled(name, value, reason)
+
+    @property
+    def given(self) -> dict[str, str]:
+        """The keys that somebody set, and where."""
+        origins = self.resolved.origins.items()
+        return {name: str(origin) for name, origin in origins if origin.how in ("file", "call", "flag")}
+
+
 class Given(NamedTuple):
     value: Any
     origin: Origin
@@ -421,8 +444,9 @@ def _contradictions(settings: Settings, given: dict[str, Given]) -> list[str]:
         found.append("layers: with method freeze say how many of the last layers train, as a number")
     if settings.global_batch is not None and settings.global_batch < settings.batch_size and "batch_size" in given:
         found.append(f"global_batch {settings.global_batch} is smaller than batch_size {settings.batch_size}")
-    if settings.patience and settings.val == 0:
-        found.append("patience counts evaluations, and val: 0 leaves none")
+    for name in ("patience", "eval_every"):
+        if settings.val == 0 and getattr(settings, name):
+            found.append(f"{name} has no effect with val: 0, which leaves nothing to evaluate on. Leave it out")
     return found
 
 

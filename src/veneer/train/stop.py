@@ -18,8 +18,10 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Stop:
-    """`with Stop(say) as stop:` `stop.requested` turns true at the first signal. Elsewhere than in the main thread, where
-    Python takes no signals, only `request` stops."""
+    """`with Stop(say) as stop:` `stop.requested` turns true at the first signal.
+
+    Python takes signals in the main thread only; elsewhere `request` stops.
+    """
 
     def __init__(self, say: Callable[[str], Any] = lambda reason: None) -> None:
         self.requested, self.reason = False, ""
@@ -39,7 +41,9 @@ class Stop:
             self._before = {each: signal.signal(each, self._received) for each in SIGNALS}
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         for each, handler in self._before.items():
             signal.signal(each, handler)
 

@@ -1,0 +1,114 @@
+"""The frozen base: its configuration, its tokenizer, its weights, and the type they are kept in."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from veneer.errors import ConfigError
+from veneer.tasks.base import Task
+
+__all__ = [
+    "check_head",
+    "config_of",
+    "context_of",
+    "load_model",
+    "precision_of",
+    "recompute_",
+    "tokenizer_of",
+    "usual_device",
+]
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+LIMITS = ("max_position_embeddings", "n_positions", "max_sequence_length", "n_ctx")
+
+
+def usual_device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def precision_of(model: nn.Module | str) -> tuple[str, str]:
+    """The precision when nobody says, and why: a loaded module stays as it is."""
+    if isinstance(model, nn.Module):
+        held = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+        return ("bf16" if held in (torch.bfloat16, torch.float16) else "fp32"), f"the model came in {held}"
+    if not torch.cuda.is_available():
+        return "fp32", "on a CPU, where bf16 is slower"
+    if torch.cuda.is_bf16_supported(including_emulation=False):
+        return "bf16", f"{torch.cuda.get_device_name()} computes in it"
+    return "fp32", f"{torch.cuda.get_device_name()} has no bf16"
+
+
+def config_of(model: nn.Module | str) -> Any:
+    """The model's configuration, before its weights are read."""
+    if isinstance(model, nn.Module):
+        return getattr(model, "config", None)
+    from transformers import AutoConfig
+
+    return _from_pretrained(AutoConfig, model)
+
+
+def tokenizer_of(model: nn.Module | str) -> Any:
+    """The tokenizer that belongs to the model."""
+    where = model if isinstance(model, str) else getattr(model, "name_or_path", "")
+    if not where:
+        raise ConfigError(
+            f"{type(model).__name__} was given without its tokenizer", fix="veneer.train(model, data, tokenizer=...)"
+        )
+    from transformers import AutoTokenizer
+
+    return _from_pretrained(AutoTokenizer, where)
+
+
+def load_model(where: str, task: Task, precision: str, device: torch.device) -> nn.Module:
+    import transformers
+
+    options = task.model_options()
+    model = _from_pretrained(getattr(transformers, task.auto_class), where, dtype=DTYPES[precision], **options)
+    return model.to(device)
+
+
+def _from_pretrained(kind: Any, where: str, **options: Any) -> Any:
+    """transformers' loading, with its long errors cut to what happened, where, and what to do."""
+    if not where:
+        raise ConfigError("no model was named", fix="give a folder or a hub id: veneer train MODEL DATA")
+    try:
+        return kind.from_pretrained(where, **options)
+    except (OSError, ValueError, KeyError) as error:
+        what = str(error).strip().splitlines()[0]
+        raise ConfigError(
+            f"this model cannot be loaded as {kind.__name__.removeprefix('Auto')}: {what}", where,
+            "check the spelling; a folder needs config.json, the weights as safetensors, and the tokenizer's files",
+        ) from error  # fmt: skip
+
+
+def context_of(config: Any) -> int | None:
+    """The longest text the model has positions for, where it says so."""
+    found = [getattr(config, name, None) for name in LIMITS]
+    return min((limit for limit in found if isinstance(limit, int) and limit > 0), default=None)
+
+
+def check_head(model: nn.Module, task: Task) -> None:
+    """A loaded model must have as many outputs as the data has classes."""
+    wanted = task.model_options().get("num_labels")
+    held = getattr(getattr(model, "config", None), "num_labels", None)
+    if wanted is not None and held is not None and wanted != held:
+        raise ConfigError(
+            f"the model's head has {held} outputs, the data {wanted} classes",
+            fix=f"load it with num_labels={wanted}, or give its folder instead of the loaded model",
+        )
+
+
+def recompute_(model: nn.Module) -> None:
+    """Recompute activations in the backward pass. Only the non-reentrant kind: the other needs inputs that require
+    gradients, which a frozen embedding's outputs do not, and then trains nothing."""
+    if not hasattr(model, "gradient_checkpointing_enable"):
+        raise ConfigError(
+            f"{type(model).__name__} knows no gradient checkpointing",
+            fix="leave recompute: none, or wrap its blocks yourself",
+        )
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if (config := getattr(model, "config", None)) is not None:
+        config.use_cache = False

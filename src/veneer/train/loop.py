@@ -1,0 +1,356 @@
+"""The recipe: how a model learns from rows. Read it from top to bottom.
+
+    veneer.train("model-folder", "rows.jsonl", r=8, epochs=2) -> Run
+
+One step takes `global_batch` rows, cut into micro-batches that fit. Each adds the gradient of its *summed* loss,
+divided by the trained tokens of the whole step: the mean over all trained tokens, however the rows were cut.
+
+    g = sum over micro-batches of d( sum of losses of trained tokens / N ) ,   N = trained tokens of the global batch
+
+Then: clip g, set the rate for this step, AdamW. Around it stand the things that make a run trustworthy: the longest
+batch is tried before anything is promised, every adapter must get a gradient, a loss that leaves the ground sends the
+run back to its last good state once at half the rate, memory that runs out halves the micro-batch and nothing else,
+and every checkpoint holds all it takes to go on bit for bit.
+
+The loop knows no terminal. It calls `report(event)` with a dict whose "event" says what it is; the answer "save",
+"eval" or "stop" is done after the step. All that it reports is in the run's files too (see run.py).
+
+| event | fields beside `text` |
+| --- | --- |
+| start | run, resumed |
+| data, model, plan, note, warning | facts in words |
+| probe | seconds, memory_bytes, total_memory_bytes, micro_batch |
+| step | step, steps, loss, lr, gnorm, tokens, trained_tokens, tokens_per_second, memory_bytes, seconds_left ... |
+| eval | step, val_loss, best, and the task's metrics |
+| save | step, folder |
+| oom, diverged, stopping | what was done about it |
+| samples | samples: prompt, expected, before, after |
+| proof | passed, failed |
+| done | status, folder, val_before, val_after, seconds |
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from veneer.core.model import check_alive
+from veneer.data.batch import Batch, batches
+from veneer.data.loader import Loader, Step
+from veneer.data.types import Encoded
+from veneer.errors import Diverged
+from veneer.prove.frozen import snapshot
+from veneer.tasks.cross_entropy import evaluating
+from veneer.train.companions import write_companions
+from veneer.train.finish import finish, show
+from veneer.train.memory import back_off
+from veneer.train.method import ADAPTER, write_model
+from veneer.train.monitor import Meter, Movement, Watchdog, memory_bytes, not_finite
+from veneer.train.optim import adamw, clip_, gradient_norms, set_rate
+from veneer.train.prepare import Job, prepare
+from veneer.train.resume import STATE, Progress, apply, capture, checkpoint, read, same_random, values_of
+from veneer.train.run import Run
+from veneer.train.schedule import rate_factor, warmup_steps
+from veneer.train.session import Report, Tell, named, session
+from veneer.train.settings import Resolved, resolve
+from veneer.train.stop import Stop
+
+__all__ = ["Loop", "train"]
+
+T = TypeVar("T")
+MEASURED = 50  # times in a run that |dW| is written down, besides at evaluations
+
+
+def train(
+    model: str | Path | nn.Module | None = None,
+    data: Any = None,
+    *,
+    tokenizer: Any = None,
+    report: Report | None = None,
+    resolved: Resolved | None = None,
+    **keys: Any,
+) -> Run:
+    """Train and prove an adapter. Returns the run; `run.adapter` is the folder of what was learned.
+
+    model: a folder, a hub id, or a loaded module (then it is adapted in place and ends with the best adapter active).
+    data: files or a hub id, or rows in memory. keys: any settings of `veneer.train.settings`; or `resolved`, where a
+    command line has read them already. Ctrl-C stops after the step and saves: status "stopped", resumable.
+    """
+    asked = resolved or resolve(mapping=named(model, data) | keys)
+    with session(asked, report) as (run, settings, tell, stop), same_random(settings.seed):
+        job = prepare(run, settings, model, data, tokenizer, tell)
+        loop = Loop(job, run, tell, stop)
+        loop.run_steps()
+        if stop.requested:
+            run.update(status="stopped")
+        else:
+            finish(job, run, loop.progress, loop.before, tell)
+    return run
+
+
+class Loop:
+    """The steps of one run. Its methods stand in the order in which they first happen."""
+
+    def __init__(self, job: Job, run: Run, tell: Tell, stop: Stop) -> None:
+        self.job, self.run, self.tell, self.stop = job, run, tell, stop
+        self.settings = settings = job.settings
+        ratio = settings.lora_plus_ratio if settings.method == "lora" else 1.0
+        self.optimizer = adamw(job.trained, lora_plus_ratio=ratio, weight_decay=settings.weight_decay)
+        self.loader = Loader(job.train, settings.global_batch, seed=settings.seed)
+        self.source = self.loader.steps(job.steps)
+        self.warm = warmup_steps(settings.warmup, job.steps)
+        self.progress = Progress(micro_batch=settings.batch_size)
+        self.watchdog, self.meter = Watchdog(), Meter()
+        self.movement = Movement(job.model, ADAPTER)
+        self.saved = -1  # the step of the last checkpoint
+        self.is_alive = settings.method != "lora"  # whether every adapter has been seen to get a gradient
+        self.wish: Any = None  # what the listener asked for: save, eval or stop
+
+    def run_steps(self) -> None:
+        """From where the run is to its end, or to where it is stopped."""
+        self.begin()
+        while True:
+            if self.is_time_to_evaluate():
+                self.evaluate()
+            if self.is_time_to_save():
+                self.save()
+            if self.is_over() or self.stop.requested:
+                return
+            self.step()
+
+    def begin(self) -> None:
+        """Take up the last checkpoint, or try the heaviest batches before anything is promised."""
+        job = self.job
+        job.model.train()
+        first = next(self.batches(job.val[:4] or job.train[:4], 4))
+        self.before = snapshot(job.model, ADAPTER, [first.inputs])
+        self.tell("note", text=job.task.prepare(job.model, first))
+        self.run.update(status="training", total_steps=job.steps)
+        if (self.run.last / STATE).exists():
+            self.go_back()
+            self.tell("note", text=f"going on after step {self.progress.step} of {job.steps}")
+        else:
+            self.probe()
+            with same_random(), evaluating(job.model):
+                show(job, self.run, "before", self.tell)
+
+    def probe(self) -> None:
+        """The longest rows forward and backward, and one evaluation batch: what fits now will fit later.
+
+        Nothing of it stays: no gradient, no random number drawn, no weight moved.
+        """
+        started = time.perf_counter()
+        longest = sorted(self.job.train, key=len, reverse=True)[: self.settings.global_batch]
+        heavy = sorted(self.job.val, key=len, reverse=True)[: self.settings.batch_size]
+        with same_random():
+            loss = self.fitting(lambda rows: self.gradients(longest, rows))
+            self.optimizer.zero_grad()
+            self.fitting(lambda rows: self.judged(heavy, rows))
+        if not math.isfinite(loss):
+            broken = [f"{name} holds NaN or infinity" for name in not_finite(self.job.model.state_dict())]
+            raise Diverged(
+                f"the loss is {loss} before any step", fix="mend the base model; no setting will", problems=broken
+            )
+        self.tell(
+            "probe", seconds=round(time.perf_counter() - started, 3), memory_bytes=memory_bytes(self.job.device),
+            micro_batch=self.progress.micro_batch, longest_tokens=len(longest[0]),
+        )  # fmt: skip
+
+    # ---------------------------------------------------------------- one step
+
+    def step(self) -> None:
+        """One optimiser step over one global batch."""
+        step, trained = next(self.source), self.job.trained.values()
+        loss = self.fitting(lambda rows: self.gradients(step.samples, rows))
+        norms = gradient_norms(trained)
+        norm = float(norms.norm())
+        if reason := self.watchdog.verdict(loss, norm):
+            return self.restart(reason, step)
+        clip_(trained, norm, self.settings.clip)
+        rate = self.rate()
+        set_rate(self.optimizer, rate)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.progress.step += 1
+        return self.measure(step, loss, norm, rate)
+
+    def gradients(self, samples: Sequence[Encoded], rows: int) -> float:
+        """Add the gradient of the mean loss over all trained tokens of `samples`, `rows` of them at a time."""
+        mean, trained_tokens = 0.0, sum(sample.trained_tokens for sample in samples)
+        for batch in self.batches(samples, rows):
+            with self.arithmetic():
+                loss = self.job.task.loss(self.job.model, batch) / trained_tokens
+            loss.backward()
+            mean += float(loss.detach())
+            self.run.beat()
+        if not self.is_alive:
+            check_alive(self.job.model)
+            self.is_alive = True
+        return mean
+
+    def rate(self) -> float:
+        """The learning rate of the step to come."""
+        factor = rate_factor(self.progress.step, self.job.steps, self.warm, self.settings.schedule)
+        return self.settings.lr * self.progress.rate_scale * factor
+
+    def measure(self, step: Step, loss: float, norm: float, rate: float) -> None:
+        """Write the step down and tell the listener, whose answer is done before the next step."""
+        progress, total = self.progress, self.job.steps
+        progress.tokens += step.tokens
+        progress.trained_tokens += step.trained_tokens
+        self.meter.add(step.tokens, step.trained_tokens)
+        row = {
+            "step": progress.step, "epoch": round(progress.step / len(self.loader), 4), "loss": loss, "lr": rate,
+            "gnorm": norm, "tokens": progress.tokens, "trained_tokens": progress.trained_tokens,
+            **self.meter.read(), "memory_bytes": memory_bytes(self.job.device),
+        }  # fmt: skip
+        self.run.log_metrics(row)
+        if progress.step % max(1, total // MEASURED) == 0 or progress.step == total:
+            self.log_movement()
+        left = round((total - progress.step) * row["seconds"], 1)
+        self.wish = self.tell("step", **row, steps=total, seconds_left=left)
+        if self.wish == "stop":
+            self.stop.request("stopped by the listener")
+
+    def log_movement(self) -> None:
+        if found := self.movement.now():
+            self.run.log_metrics({"step": self.progress.step, **found})
+
+    # ---------------------------------------------------------------- evaluation
+
+    def is_time_to_evaluate(self) -> bool:
+        done, every = self.progress.step, self.settings.eval_every
+        if not self.job.val or self.progress.evaluated == done:
+            return False
+        return done in (0, self.job.steps) or self.wish == "eval" or (every > 0 and done % every == 0)
+
+    def evaluate(self) -> None:
+        """The loss on the held-out rows. The best one so far is kept in a checkpoint of its own."""
+        progress = self.progress
+        found = self.fitting(lambda rows: self.judged(self.job.val, rows))
+        self.meter.restart()
+        if not found:  # stopped in the middle: the resumed run evaluates here first
+            return None
+        loss = found["val_loss"]
+        if not math.isfinite(loss):
+            return self.restart(f"the held-out loss is {loss}", None)
+        progress.evaluated = progress.step
+        is_best = progress.step > 0 and progress.is_better(loss)
+        if is_best:
+            progress.best_loss, progress.best_step, progress.worse = loss, progress.step, 0
+            self.write(self.run.best, values_of(self.job.trained))
+        elif progress.step > 0:
+            progress.worse += 1
+        self.run.log_metrics({"step": progress.step, **found})
+        self.tell("eval", step=progress.step, best=is_best, best_step=progress.best_step, **found)
+        return self.warn_of_overfitting()
+
+    def judged(self, samples: Sequence[Encoded], rows: int) -> dict[str, float]:
+        """The task's loss and metrics on these rows, in evaluation mode."""
+        with evaluating(self.job.model), self.arithmetic():
+            return self.job.task.evaluate(self.job.model, self.batches(samples, rows), self.stop)
+
+    def warn_of_overfitting(self) -> None:
+        if self.progress.worse == 2 and not self.settings.patience:
+            best = f"{self.progress.best_loss:.4g} at step {self.progress.best_step}"
+            text = (
+                f"the held-out loss has risen twice since its best, {best}, which is kept; patience: 2 would stop here"
+            )
+            self.tell("warning", text=text)
+
+    def is_over(self) -> bool:
+        patience = self.settings.patience
+        return self.progress.step >= self.job.steps or (patience > 0 and self.progress.worse >= patience)
+
+    # ---------------------------------------------------------------- saving and going back
+
+    def is_time_to_save(self) -> bool:
+        done = self.progress.step
+        if self.saved == done:
+            return False
+        if self.is_over() or self.stop.requested or self.wish == "save":
+            return True
+        return self.watchdog.is_calm and (
+            done == 0 or done % self.settings.save_every == 0 or self.progress.evaluated == done
+        )
+
+    def save(self) -> None:
+        """All it takes to go on from here, as one folder."""
+        self.write(self.run.last, self.state())
+        self.saved = self.progress.step
+        self.run.link_adapter()
+        self.tell("save", step=self.progress.step, folder=str(self.run.last))
+        self.meter.restart()
+
+    def state(self) -> dict[str, Any]:
+        self.progress.loader = self.loader.state_dict()
+        self.progress.watchdog = self.watchdog.state()
+        self.progress.metrics_position = self.run.metrics_position()
+        return capture(self.progress, self.job.trained, self.optimizer)
+
+    def write(self, folder: Path, state: dict[str, Any]) -> None:
+        def files(temp: Path) -> None:
+            write_model(self.job.model, temp, self.settings.method)
+            if not (folder / "tokenizer_config.json").exists():  # else it is carried over
+                write_companions(temp, self.job.task, self.job.model)
+
+        checkpoint(folder, files, state)
+
+    def go_back(self) -> None:
+        """To the last checkpoint: weights, moments, random states, place in the data, end of metrics.jsonl."""
+        self.optimizer.zero_grad()
+        self.progress = apply(read(self.run.last), self.job.trained, self.optimizer, self.run.last)
+        self.loader.load_state_dict(self.progress.loader)
+        self.source = self.loader.steps(self.job.steps - self.progress.step)
+        self.watchdog.restore(self.progress.watchdog)
+        self.run.cut_metrics(self.progress.metrics_position)
+        self.saved = self.progress.step
+        self.meter.restart()
+
+    def restart(self, reason: str, step: Step | None) -> None:
+        """The loss has left the ground: once, go back to the last good state and on at half the rate."""
+        at, restarts = self.progress.step, self.progress.restarts
+        rows = [f"row {sample.where}" for sample in (step.samples if step else ()) if sample.where]
+        if restarts or not (self.run.last / STATE).exists():
+            rate = self.settings.lr * self.progress.rate_scale
+            again = f"again at half the rate, {rate:.2g}" if restarts else "before any step"
+            raise Diverged(
+                f"{reason} at step {at + 1}, {again}",
+                where=str(self.run.folder), problems=rows[:8],
+                fix="lower lr; if it is the same step each time, look at the rows above. The last good state is kept",
+            )  # fmt: skip
+        self.go_back()
+        self.progress.restarts, self.progress.rate_scale = restarts + 1, self.progress.rate_scale / 2
+        rate = self.settings.lr * self.progress.rate_scale
+        text = f"{reason} at step {at + 1}: back to step {self.progress.step}, on with lr {rate:.2g}"
+        self.tell("diverged", text=text, step=at + 1, reason=reason, back_to=self.progress.step, lr=rate, rows=rows[:8])
+        self.save()  # so that a run killed now remembers the lower rate
+
+    # ---------------------------------------------------------------- means
+
+    def batches(self, samples: Sequence[Encoded], rows: int) -> Iterator[Batch]:
+        return (batch.to(self.job.device) for batch in batches(samples, rows, self.job.pad))
+
+    def arithmetic(self) -> Any:
+        """bf16 products over fp32 weights where weights themselves are trained; adapters need none of it."""
+        if self.settings.precision == "bf16" and self.settings.method != "lora":
+            return torch.autocast(self.job.device.type, torch.bfloat16)
+        return nullcontext()
+
+    def fitting(self, attempt: Callable[[int], T]) -> T:
+        """`attempt(rows)` with as many rows at a time as fit into memory."""
+        found, self.progress.micro_batch = back_off(
+            attempt, self.progress.micro_batch, self.optimizer.zero_grad, self.say_smaller
+        )
+        return found
+
+    def say_smaller(self, before: int, after: int, message: str) -> None:
+        text = f"out of memory with {before} rows at a time ({message}): going on with {after}; the global batch stays"
+        self.tell("oom", text=text, micro_batch=after, before=before)

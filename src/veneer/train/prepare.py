@@ -1,0 +1,298 @@
+"""Everything before the first step, in the order in which it can go wrong.
+
+    data      read and checked, all rows, before any model is loaded
+    tokens    rendered, masked and encoded; what is left out is said
+    model     loaded, or taken as it is, in the type the device is fast at
+    method    adapters attached, or layers thawed: from here on it is known what trains
+    plan      packing, steps and the learning rate, each with its reason
+
+Every choice made here that nobody asked for is a `rule` in config.yaml and is told as it is made. Rules are settled
+once: a run that is resumed finds their results in its config.yaml.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from veneer.advise.lr import learning_rate
+from veneer.data.batch import pad_id_of
+from veneer.data.dataset import Dataset, Split, load, split
+from veneer.data.encode import Encodings
+from veneer.data.isolation import check as check_isolation
+from veneer.data.pack import obstacle, pack, packed_times
+from veneer.data.template import Renderer
+from veneer.data.types import Encoded
+from veneer.errors import ConfigError, DataError
+from veneer.tasks.base import TASKS, Task
+from veneer.train import base
+from veneer.train.method import place
+from veneer.train.run import Run
+from veneer.train.settings import Reads
+
+__all__ = ["Job", "prepare"]
+
+Tell = Callable[..., Any]
+TOO_MANY_LOST = 0.05  # of the samples over-long: beyond this the user is asked
+ENOUGH_STEPS = 200  # packing leaves fewer, longer rows; below this many steps it would cost more than it saves
+EVALUATIONS = 10  # in a run, when nobody says how often
+SAVE_AT_LEAST = 100  # steps
+
+
+@dataclass
+class Job:
+    """What the loop works on."""
+
+    settings: Reads
+    task: Task
+    model: nn.Module
+    train: list[Encoded]
+    val: list[Encoded]
+    trained: Mapping[str, nn.Parameter]
+    samples: list[Encoded]  # the training samples before packing
+
+    @property
+    def device(self) -> torch.device:
+        return next(iter(self.trained.values())).device
+
+    @property
+    def pad(self) -> int:
+        return pad_id_of(self.task.tokenizer)
+
+    @property
+    def steps(self) -> int:
+        return self.settings.steps
+
+
+def prepare(run: Run, settings: Reads, model: Any, data: Any, tokenizer: Any, tell: Tell) -> Job:
+    """From settings to a job. Afterwards the run's config.yaml holds what the rules worked out, data.json the data."""
+    named = settings.model or ""
+    source = model if isinstance(model, nn.Module) else named
+    refuse_quant(settings.quant)
+
+    parts = read_data(settings, data, tell)
+    task = make_task(settings, source, tokenizer, parts, tell)
+    settle_length(settings, source)
+    train, val = encode_rows(task, settings, parts, tell)
+
+    device = settle_precision(settings, source, tell)
+    model = source if isinstance(source, nn.Module) else base.load_model(source, task, settings.precision, device)
+    base.check_head(model, task)
+    if settings.recompute == "full":
+        base.recompute_(model)
+    trained = place(model, settings, task.heads(model))
+    if not trained:
+        raise ConfigError("nothing would be trained", fix="choose other targets or layers")
+    tell("model", text=size_of(model, trained), **numbers_of(model, trained))
+
+    rows = settle_packing(settings, task, model, train, device, tell)
+    settle_plan(settings, model, len(rows), tell)
+    run.write_config(settings.resolved)
+    run.write_json("data.json", facts(parts, train, val, rows))
+    run.update(device=device_name(device), base=named or type(model).__name__)
+    return Job(settings, task, model, rows, val.samples, trained, train.samples)
+
+
+# ------------------------------------------------------------------ data and tokens
+
+
+def read_data(settings: Reads, data: Any, tell: Tell) -> Split:
+    """All rows, checked, and the part of them that is held out."""
+    found = settings.data if settings.data is not None else data
+    if found is None:
+        raise ConfigError("no data was named", fix="give a file, a folder or a hub id: veneer train MODEL DATA")
+    kinds = TASKS[settings.task].kinds
+    options = {"columns": settings.columns, "skip_bad": settings.skip_bad}
+    dataset = found if isinstance(found, Dataset) else load(found, kinds=kinds, **options)
+    refuse_kind(settings.task, dataset)
+    tell("data", text=str(dataset), rows=len(dataset))
+    val = settings.val
+    if isinstance(val, str):
+        val = load(val, format=dataset.format, split="validation", **options)
+    parts = split(dataset, val, settings.seed)
+    tell("data", text=str(parts), rows=len(parts.train), val_rows=len(parts.validation))
+    return parts
+
+
+def refuse_kind(task: str, dataset: Dataset) -> None:
+    """Rows that another task could use are the commonest mistake: say which."""
+    kinds = TASKS[task].kinds
+    if dataset.examples and not isinstance(dataset.examples[0], kinds):
+        fitting = [name for name, other in TASKS.items() if isinstance(dataset.examples[0], other.kinds)]
+        raise DataError(
+            f"the task {task} cannot use rows of {dataset.format}", dataset.source,
+            f"set task: {' or '.join(fitting)}" if fitting else "choose other data",
+        )  # fmt: skip
+
+
+def make_task(settings: Reads, source: Any, tokenizer: Any, parts: Split, tell: Tell) -> Task:
+    kind = TASKS[settings.task]
+    tokenizer = tokenizer if tokenizer is not None else base.tokenizer_of(source)
+    labels = parts.train.labels if kind.labelled else None
+    renderer = Renderer(tokenizer, settings.template, settings.system) if kind.renders else None
+    if labels is not None:
+        tell("note", text=str(labels))
+    if renderer is not None:
+        tell("note", text=renderer.decision)
+        for warning in renderer.warnings:
+            tell("warning", text=warning)
+    return kind(tokenizer, labels, renderer)
+
+
+def encode_rows(task: Task, settings: Reads, parts: Split, tell: Tell) -> tuple[Encodings, Encodings]:
+    """Training and validation rows as tokens. Losing many of them to their length needs a yes."""
+    options = {name: getattr(settings, name) for name in ("max_len", "overlong", "skip_bad", "loss_on")}
+
+    def encoded(part: Dataset, what: str) -> Encodings:
+        found = task.encode(
+            part.examples, **options, report=lambda done, total: tell("tokenising", what=what, done=done, total=total)
+        )
+        tell("data", text=f"{what}: {found}", lengths=found.lengths.facts(), trained_share=found.trained_share)
+        return found
+
+    train = encoded(parts.train, "train")
+    if not settings.yes and train.lost_share > TOO_MANY_LOST:
+        raise DataError(
+            f"{train.lost_share:.1%} of the samples are longer than max_len {settings.max_len:,} and would be lost "
+            f"({train.lengths})",
+            where="max_len",
+            fix="raise max_len, choose overlong: split, or say yes: true",
+        )
+    if not len(parts.validation):
+        return train, Encodings([], 0, train.lengths)
+    return train, encoded(parts.validation, "held out")
+
+
+def settle_length(settings: Reads, source: Any) -> None:
+    """No row may be longer than the model has positions for."""
+    context = base.context_of(base.config_of(source))
+    if context is not None and context < settings.max_len:
+        settings.settle("max_len", context, f"the model has {context:,} positions")
+
+
+# ------------------------------------------------------------------ the model
+
+
+def refuse_quant(quant: str) -> None:
+    if quant != "none":
+        raise ConfigError(
+            f"quant: {quant} is not there yet", fix="leave quant out; precision: bf16 halves the base's memory"
+        )
+
+
+def settle_precision(settings: Reads, source: Any, tell: Tell) -> torch.device:
+    """The device and the type of the arithmetic."""
+    if settings.precision == "auto":
+        settings.settle("precision", *base.precision_of(source))
+        origin = settings.resolved.origins["precision"]
+        tell("note", text=f"precision {settings.precision}: {origin.note}")
+    if not isinstance(source, nn.Module):
+        return base.usual_device()
+    held, _ = base.precision_of(source)
+    if held != settings.precision:
+        source.to(base.DTYPES[settings.precision])
+        tell("note", text=f"the model came in {held} and was turned to {settings.precision}, as precision says")
+    return next(source.parameters()).device
+
+
+def numbers_of(model: nn.Module, trained: Mapping[str, nn.Parameter]) -> dict[str, int]:
+    learned = {id(parameter) for parameter in trained.values()}
+    rest = sum(parameter.numel() for parameter in model.parameters() if id(parameter) not in learned)
+    count = sum(parameter.numel() for parameter in trained.values())
+    return {"trainable": count, "frozen": rest}
+
+
+def size_of(model: nn.Module, trained: Mapping[str, nn.Parameter]) -> str:
+    count, rest = numbers_of(model, trained).values()
+    return f"{type(model).__name__}: {count:,} parameters trained beside {rest:,} ({count / (count + rest):.2%})"
+
+
+def device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{device.type}, {torch.get_num_threads()} threads"
+
+
+# ------------------------------------------------------------------ the plan
+
+
+def settle_packing(
+    settings: Reads, task: Task, model: nn.Module, train: Encodings, device: torch.device, tell: Tell
+) -> list[Encoded]:
+    """The rows to train on: packed, where that was asked for or pays."""
+    if settings.packing == "auto":
+        settings.settle("packing", *_packing_rule(settings, task, model, train, device))
+    reason = settings.resolved.origins["packing"].note
+    if settings.packing == "off":
+        tell("note", text=f"not packed{f': {reason}' if reason else ''}")
+        return train.samples
+    off = check_isolation(model)
+    rows = pack(train.samples, settings.max_len)
+    times = packed_times(train.samples, rows)
+    tell(
+        "note",
+        text=f"packed {times:.1f} samples to a row; on this model they do not see each other (rounding {off:.1g})",
+    )
+    return rows
+
+
+def _packing_rule(
+    settings: Reads, task: Task, model: nn.Module, train: Encodings, device: torch.device
+) -> tuple[str, str]:
+    if not task.renders:
+        return "off", f"the task {settings.task} has one label or target per sample"
+    if (why := obstacle(model)) is not None:
+        return "off", why
+    if device.type == "cpu":
+        return "off", "it pays on a GPU"
+    steps = math.ceil(train.tokens / settings.max_len / settings.global_batch) * settings.epochs
+    if steps < ENOUGH_STEPS:
+        return "off", f"packed, the run would have only about {steps:.0f} steps"
+    return "on", "one row holds several samples, and little is padding"
+
+
+def settle_plan(settings: Reads, model: nn.Module, rows: int, tell: Tell) -> None:
+    """Steps, how often to look, and the learning rate."""
+    per_epoch = math.ceil(rows / settings.global_batch)
+    if settings.steps is None:
+        steps = max(1, round(settings.epochs * per_epoch))
+        settings.settle(
+            "steps", steps, f"{settings.epochs:g} epochs of {rows:,} rows, {settings.global_batch} to a step"
+        )
+    if settings.eval_every is None:
+        settings.settle("eval_every", max(1, settings.steps // EVALUATIONS), f"about {EVALUATIONS} times in the run")
+    if settings.save_every is None:
+        every = min(settings.eval_every or SAVE_AT_LEAST, SAVE_AT_LEAST)
+        settings.settle("save_every", every, f"at each evaluation, and at least every {SAVE_AT_LEAST} steps")
+    if settings.lr == "auto":
+        settings.settle("lr", *_rate_rule(settings, model))
+    origins = settings.resolved.origins
+    tell(
+        "plan", steps=settings.steps, per_epoch=per_epoch, lr=settings.lr, lr_reason=str(origins["lr"]),
+        text=f"{settings.steps:,} steps of {settings.global_batch} rows, {settings.batch_size} at a time "
+        f"({per_epoch:,} steps an epoch), lr {settings.lr:.2g} ({origins['lr']}), {settings.schedule}",
+    )  # fmt: skip
+
+
+def _rate_rule(settings: Reads, model: nn.Module) -> tuple[float, str]:
+    names = ("alpha", "scaling", "combine", "method", "task", "steps")
+    size = sum(parameter.numel() for parameter in model.parameters())
+    found = learning_rate(size, rank=settings.r, **{name: getattr(settings, name) for name in names})
+    return found.value, found.reason.removeprefix("rule: ")
+
+
+def facts(parts: Split, train: Encodings, val: Encodings, rows: list[Encoded]) -> dict[str, Any]:
+    """data.json."""
+    return {
+        **parts.train.facts(),
+        "split": parts.facts(),
+        "train": train.facts(),
+        "validation": val.facts(),
+        "packed_rows": len(rows),
+        "packed_times": packed_times(train.samples, rows),
+    }
