@@ -49,7 +49,7 @@ test: lint assets
 lint: $(VENV)/test.stamp
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/pyright
+	$(BIN)/pyright --pythonpath $(BIN)/python
 
 .PHONY: assets
 assets: $(VENV)/test.stamp

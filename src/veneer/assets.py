@@ -185,10 +185,10 @@ def _dequantise(source: Path, gguf: str, folder: Path) -> None:
     # without dequantize=True the weights stay packed in 4 bits, and what is saved cannot be read again
     packed = GgufConfig(dequantize=True)
     model = AutoModelForCausalLM.from_pretrained(
-        source, gguf_file=gguf, dtype=torch.float32, quantization_config=packed
+        source, gguf_file=gguf, dtype=torch.bfloat16, quantization_config=packed
     )
     vars(model.config).pop("quantization_config", None)  # some versions would claim that the plain weights are packed
-    model.to(torch.bfloat16).save_pretrained(folder)
+    model.save_pretrained(folder)
     AutoTokenizer.from_pretrained(source, gguf_file=gguf).save_pretrained(folder)
 
 
