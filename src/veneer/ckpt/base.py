@@ -14,22 +14,24 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-__all__ = ["Base", "base_of", "differences"]
+from veneer.core.host import Hosted
+
+__all__ = ["Base", "base_of", "differences", "is_hub_id"]
 
 LOADING = """
     _name_or_path _commit_hash _attn_implementation attn_implementation architectures auto_map bos_token_id
     chunk_size_feed_forward decoder_start_token_id dtype eos_token_id forced_bos_token_id forced_eos_token_id
     gradient_checkpointing id2label initializer_range label2id num_labels output_attentions output_hidden_states
     pad_token_id prefix pretraining_tp problem_type pruned_heads quantization_config return_dict sep_token_id
-    task_specific_params tokenizer_class torch_dtype torchscript transformers_version use_bfloat16 use_cache
-"""  # how a model is loaded, run or labelled, not what its layers compute; so are all kinds of dropout
+    task_specific_params tie_word_embeddings tokenizer_class torch_dtype torchscript transformers_version use_bfloat16 use_cache
+"""  # how a model is loaded, stored, run or labelled, not what its layers compute; so are all kinds of dropout
 IGNORED = frozenset(LOADING.split())
 
 SAMPLES, VALUES, TOLERANCE = 4, 8, 2**-6  # norm layers looked at, values of each, and what rounding may explain
@@ -55,8 +57,11 @@ class Base:
         return Base(**{key: value for key, value in json.loads(text).items() if key in known})
 
 
-def base_of(model: nn.Module) -> Base:
-    """The identity of the frozen model under whatever adapters it carries."""
+def base_of(model: nn.Module, read: Callable[[str], Tensor | None] | None = None) -> Base:
+    """The identity of the frozen model under whatever adapters it carries.
+
+    read: where the values of a parameter come from when the model itself has none (on the meta device).
+    """
     config: Any = getattr(model, "config", None)
     if not hasattr(config, "to_dict"):
         return Base()
@@ -66,7 +71,7 @@ def base_of(model: nn.Module) -> Base:
         revision=getattr(config, "_commit_hash", None) or "",
         config_hash=hash_of(facts),
         config=facts,
-        sample=_sample(model),
+        sample=_sample(model, read),
     )
 
 
@@ -109,24 +114,26 @@ def _other_values(a: Mapping[str, list[float]], b: Mapping[str, list[float]]) ->
             yield f"{name} has other values here, so these are other weights of the same shape"
 
 
-def _sample(model: nn.Module) -> dict[str, list[float]]:
+def _sample(model: nn.Module, read: Callable[[str], Tensor | None] | None) -> dict[str, list[float]]:
     """The first values of a few norm weights, evenly spread over the model's depth."""
-    norms = [(name, m) for name, m in _norms(model) if not m._parameters["weight"].is_meta]  # type: ignore[union-attr]
-    step = max(1, (len(norms) - 1) // max(1, SAMPLES - 1))
+    norms = list(_norms(model))
+    chosen = norms[:: max(1, (len(norms) - 1) // max(1, SAMPLES - 1))][:SAMPLES]
+    values = {name: weight if read is None else read(name) for name, weight in chosen}
     return {
-        f"{name}.weight": m._parameters["weight"].detach().flatten()[:VALUES].float().tolist()  # type: ignore[union-attr]
-        for name, m in norms[::step][:SAMPLES]
+        name: value.detach().flatten()[:VALUES].float().tolist()
+        for name, value in values.items()
+        if value is not None and not value.is_meta
     }
 
 
-def _norms(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
-    """Modules whose one-dimensional weight is all they have but a bias; adapters' own parts are not walked."""
+def _norms(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
+    """One-dimensional weights, which are those of norms; the inside of adapters is not walked."""
     for name, child in model._modules.items():
-        if child is None or name == "lora":
+        if child is None or (name == "lora" and isinstance(model, Hosted)):
             continue
         weight = child._parameters.get("weight")
         if weight is not None and weight.ndim == 1 and weight.dtype in (torch.float32, torch.float16, torch.bfloat16):
-            yield prefix + name, child
+            yield f"{prefix}{name}.weight", weight
         yield from _norms(child, f"{prefix}{name}.")
 
 

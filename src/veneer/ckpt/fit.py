@@ -33,6 +33,10 @@ from veneer.errors import CheckpointError
 __all__ = ["Fit", "fit", "plain_modules", "renamings"]
 
 
+Read = Callable[[str], Tensor | None]
+"""The value of a parameter of the base, by name, for models whose own parameters have none."""
+
+
 @dataclass
 class Found:
     """The contents of a file by what they belong to, under the file's own module names."""
@@ -55,18 +59,19 @@ class Fit:
     notes: list[str]
 
 
-def fit(model: nn.Module, parsed: Parsed, file: TensorFile, name: str, *, partial: bool = False) -> Fit:
+def fit(
+    model: nn.Module, parsed: Parsed, file: TensorFile, name: str, *, partial: bool = False, read: Read | None = None
+) -> Fit:
     """Bring the file and the model together, or raise CheckpointError with every reason why they cannot be.
 
-    Nothing is read but shapes (grouped convolutions excepted), and the model may be on the meta device. partial: take
-    what matches and note the rest.
+    Little is read but shapes. The model may be on the meta device if `read` gives the values of its parameters.
+    partial: take what matches and note the rest.
     """
     modules = plain_modules(model)
     found = _sort(file, name)
     name_of, notes = _renamed(model, modules, found, file)
     found = _rename(found, name_of.forward)
-    matching = _Matching(model, modules, parsed, found, file, name_of, partial, notes)
-    return matching.run()
+    return _Matching(model, modules, parsed, found, file, name_of, partial, notes, read).run()
 
 
 @dataclass
@@ -81,6 +86,7 @@ class _Matching:
     name_of: Renaming
     partial: bool
     notes: list[str]
+    read: Read | None
     problems: list[str] = field(default_factory=list)
     gaps: list[str] = field(default_factory=list)  # what `partial` forgives
 
@@ -225,18 +231,18 @@ class _Matching:
 
     def _check_base(self, site: str, stored: Stored) -> None:
         """PEFT copies an adapted embedding's own weight into the file; it must be the one that is here."""
-        own: Any = self.modules[site]._parameters.get("weight")
+        name = f"{site}.weight"
+        own: Any = self.modules[site]._parameters.get("weight") if self.read is None else self.read(name)
         if own is None or own.is_meta:
-            self.notes.append(f"the file's own copy of {site}.weight was not compared with the base's")
+            self.notes.append(f"the file's own copy of {name} was not compared with the base's")
         elif tuple(own.shape) != stored.shape:
             self.problems.append(
                 f"{site}: its weight in the file is {list(stored.shape)}, here {list(own.shape)} (another vocabulary: "
                 f"call model.resize_token_embeddings({stored.shape[0]}) before loading)"
             )
-        elif not torch.allclose(own.detach().cpu().float(), stored.load().float(), rtol=2**-7, atol=1e-6):
-            rows = int((own.detach().cpu().float() != stored.load().float()).any(-1).sum())
+        elif other := _rows_that_differ(own.detach(), stored):
             self.problems.append(
-                f"{site}: the file holds another base weight ({rows} of {own.shape[0]} rows differ); load the base "
+                f"{site}: the file holds another base weight ({other} of {own.shape[0]} rows differ); load the base "
                 "that the adapter was trained on, new tokens included"
             )
 
@@ -249,6 +255,16 @@ class _Matching:
         if self.problems:
             fix = "load it onto its own base and config; partial=True takes what matches and leaves out the rest"
             raise CheckpointError("The adapter does not fit this model; nothing was loaded.", where, fix, self.problems)
+
+
+def _rows_that_differ(own: Tensor, stored: Stored, rows: int = 1024) -> int:
+    """How many rows differ by more than a narrower type explains; a few at a time, for embeddings are large."""
+    held, other = stored.load(), 0
+    for i in range(0, len(held), rows):
+        mine, theirs = own[i : i + rows].cpu().float(), held[i : i + rows].float()
+        other += int((~torch.isclose(mine, theirs, rtol=2**-7, atol=1e-6)).any(-1).sum())
+    stored.forget()
+    return other
 
 
 MIXED_GROUPS = (
@@ -298,11 +314,8 @@ class Renaming(NamedTuple):
 SAME = Renaming(lambda name: name, lambda name: name)
 
 
-def renamings(model: nn.Module, known: Callable[[str], bool]) -> Iterator[Renaming]:
-    """Names as they are; with the base model's prefix added or taken away; as transformers renames old checkpoints.
-
-    `known` says whether a name is one of the model's; the last way needs it to look ahead.
-    """
+def renamings(model: nn.Module) -> Iterator[Renaming]:
+    """Names as they are; with the base model's prefix added or taken away; as transformers renames old checkpoints."""
     yield SAME
     prefix = getattr(model, "base_model_prefix", "") or "model"
     for p in dict.fromkeys((f"{prefix}.", "model.")):
@@ -336,7 +349,7 @@ def _renamed(
     """The renaming under which the file's layers are the model's; raises if none makes a single one match."""
     names = list(found.adapted) or [full.rpartition(".")[0] for full in found.plain]
     best, most = SAME, 0
-    for renaming in renamings(model, modules.__contains__):
+    for renaming in renamings(model):
         matches = sum(renaming.forward(name) in modules for name in names)
         if matches > most:
             best, most = renaming, matches

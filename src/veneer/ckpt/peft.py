@@ -20,7 +20,7 @@ import os
 import re
 import warnings
 import weakref
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,17 @@ from torch import Tensor, nn
 
 from veneer.ckpt.atomic import atomic_folder
 from veneer.ckpt.base import Base, base_of, differences
-from veneer.ckpt.config import CONFIG, TASK_HEADS, Parsed, Rank, parse, patterns_for, read_config, targets_for
+from veneer.ckpt.config import (
+    CONFIG,
+    RECOMPUTED,
+    TASK_HEADS,
+    Parsed,
+    Rank,
+    parse,
+    patterns_for,
+    read_config,
+    targets_for,
+)
 from veneer.ckpt.fit import Fit, fit, plain_modules
 from veneer.ckpt.hub import WEIGHTS, find
 from veneer.ckpt.layout import PREFIX, file_rank, to_file
@@ -41,7 +51,7 @@ from veneer.core.select import ends_with
 from veneer.core.spec import LoRA
 from veneer.errors import CheckpointError, TargetError
 
-__all__ = ["Loaded", "load", "save"]
+__all__ = ["Loaded", "check_base", "load", "refuse_broken", "save"]
 
 METADATA = "veneer"  # our entry in the safetensors file's metadata
 
@@ -87,10 +97,10 @@ def load(
     """
     path = find(folder, name, revision)
     parsed, file = parse(read_config(path / CONFIG), str(path / CONFIG)), TensorFile(path / WEIGHTS)
-    base, notes = _check_base(model, parsed, file, allow_other_base)
+    base, notes = check_base(base_of(model), parsed, file, allow_other_base)
     fitted = fit(model, parsed, file, name, partial=partial)
     if not allow_nan:
-        _refuse_broken(((f"{s}.{f}", t) for (s, f), t in fitted.values.items()), str(path / WEIGHTS), "loaded")
+        refuse_broken(fitted.values, str(path / WEIGHTS))
     notes += fitted.notes + [f"{key}={value!r} in {CONFIG} is not known" for key, value in parsed.unknown.items()]
     spec = _attach(model, fitted, name, trainable)
     if parsed.unknown:
@@ -102,14 +112,13 @@ def load(
 
 def _attach(model: nn.Module, fitted: Fit, name: str, trainable: bool) -> LoRA:
     """Attach without drawing values, put the file's in; on any error take it all away again."""
-    dtype, has_start = _dtype(model, fitted, trainable), fitted.spec.init != "kaiming"
-    exact = dataclasses.replace(fitted.spec, targets=_exactly(model, fitted.sites), exclude=(), layers=None)
-    for spec in (fitted.spec, exact):
+    dtype, has_start = _dtype(model, fitted, trainable), fitted.spec.init in RECOMPUTED
+    problem: TargetError | None = None
+    for spec in _specs(model, fitted):
         try:
-            attached = attach(model, spec, name, dtype=dtype, init=has_start, trainable=trainable)
-        except TargetError:  # our pattern rules differ from PEFT's for this model: by full names then
-            if spec is exact:
-                raise
+            attach(model, spec, name, dtype=dtype, init=has_start, trainable=trainable)
+        except TargetError as error:
+            problem = error
             continue
         try:
             if _adapted(model, name) == set(fitted.sites):
@@ -119,7 +128,13 @@ def _attach(model: nn.Module, fitted: Fit, name: str, trainable: bool) -> LoRA:
             detach(model, name)
             raise
         detach(model, name)
-    raise AssertionError(f"{attached.sites} were adapted instead of {fitted.sites}")
+    raise problem or CheckpointError(f"the layers {fitted.sites} cannot be targeted by their names")
+
+
+def _specs(model: nn.Module, fitted: Fit) -> Iterator[LoRA]:
+    """The config's own words; and, where our rules read them differently from PEFT's, the layers' full names."""
+    yield fitted.spec
+    yield dataclasses.replace(fitted.spec, targets=_exactly(model, fitted.sites), exclude=(), layers=None)
 
 
 def _exactly(model: nn.Module, names: tuple[str, ...]) -> str | tuple[str, ...]:
@@ -135,6 +150,8 @@ def _adapted(model: nn.Module, name: str) -> set[str]:
 def _values(model: nn.Module, fitted: Fit, name: str) -> dict[tuple[str, str], Tensor]:
     """What to put: the file's tensors, the start that PiSSA and OLoRA subtract, and biases as changes."""
     values, hosts = dict(fitted.values), sites(model, name)
+    if fitted.spec.bias == "none" and fitted.spec.init not in RECOMPUTED:
+        return values
     for (site, key), own in tensors(model, name).items():
         if key in ("A0", "B0"):
             values[site, key] = own.detach()
@@ -158,31 +175,32 @@ def _dtype(model: nn.Module, fitted: Fit, trainable: bool) -> torch.dtype | None
     return wide
 
 
-def _check_base(model: nn.Module, parsed: Parsed, file: TensorFile, allowed: bool) -> tuple[Base, list[str]]:
-    """Compare the base that the adapter was trained on with the one that is here."""
-    here, saved = base_of(model), Base(id=parsed.raw.get("base_model_name_or_path") or "")
+def check_base(here: Base, parsed: Parsed, file: TensorFile, allowed: bool) -> tuple[Base, list[str]]:
+    """Compare the base that the adapter was trained on with the one that is here; returns the former, and notes."""
+    saved = Base(id=parsed.raw.get("base_model_name_or_path") or "")
     if METADATA in file.metadata:
         try:
             saved = Base.from_json(file.metadata[METADATA])
-        except (ValueError, TypeError):
-            raise CheckpointError("The note about the base in the file is damaged.", str(file.path)) from None
+        except (ValueError, TypeError, AttributeError):
+            what = "What the file says of its base is damaged."
+            raise CheckpointError(what, str(file.path), "save it again") from None
     found = differences(saved, here)
     if found and not allowed:
         raise CheckpointError(
-            f"The adapter was trained on another base{f' ({saved.id})' if saved.id else ''}; nothing was loaded.",
+            f"The adapter was trained on another base{f' ({saved.id})' if saved.id else ''}.",
             str(file.path),
-            "load that base, or pass allow_other_base=True if you know that it fits",
+            "take that base, or pass allow_other_base=True if you know that this one fits",
             problems=found,
         )
     return saved, [f"another base, as allowed: {difference}" for difference in found]
 
 
-def _refuse_broken(values: Iterable[tuple[str, Tensor]], where: str, done: str) -> None:
+def refuse_broken(values: Mapping[Any, Tensor], where: str) -> None:
     """NaN and infinity are caught by the sum, at memory speed; only a suspicious sum is looked at closely."""
-    broken = [name for name, t in values if t.is_floating_point() and not _is_finite(t)]
+    broken = [key if isinstance(key, str) else ".".join(key) for key, t in values.items() if not _is_finite(t)]
     if broken:
         raise CheckpointError(
-            f"The adapter holds NaN or infinite values; nothing was {done}.",
+            "The adapter holds NaN or infinite values.",
             where,
             "use an earlier checkpoint; allow_nan=True takes it as it is",
             problems=broken,
@@ -190,6 +208,8 @@ def _refuse_broken(values: Iterable[tuple[str, Tensor]], where: str, done: str) 
 
 
 def _is_finite(t: Tensor) -> bool:
+    if not t.is_floating_point():
+        return True
     return bool(torch.isfinite(t.sum(dtype=torch.float32))) or bool(torch.isfinite(t).all())
 
 
@@ -204,7 +224,7 @@ def save(model: nn.Module, folder: str | os.PathLike[str], name: str = "default"
     path = Path(folder).expanduser() / ("" if name == "default" else name)
     spec, contents = spec_of(model, name), _contents(model, name)
     if not allow_nan:
-        _refuse_broken(contents.tensors.items(), str(path), "saved")
+        refuse_broken(contents.tensors, str(path))
     config = _config(model, name, spec, contents)
     with atomic_folder(path, keep=True) as temp:
         save_tensors(temp / WEIGHTS, contents.tensors, {METADATA: base_of(model).to_json()})

@@ -1,0 +1,464 @@
+"""Merge adapters into a model on disk, shard by shard, without ever holding the model.
+
+    merge_to_disk("org/model", "runs/a/adapter", "merged")
+    merge_to_disk("models/base", {"runs/sql": 0.7, "runs/tone": 0.3}, "merged", dtype=torch.bfloat16)
+
+What is in memory at any time is the adapters and a few megabytes of one tensor: tensors that no adapter touches are
+copied from file to file by the kernel, and the others pass through in pieces of rows (rows.py), read from pages that
+are given back at once and written behind a header that was known before the first byte. So a 14 GB model needs less
+memory than one of its shards, and takes about as long as a copy.
+
+Layers, shapes and ties come from a model built from the config on the meta device, where weights have shapes but no
+values. Each merged tensor is proven while it is written: its output for a random input is the adapted layer's output,
+up to the rounding of the stored type. The folder appears under its name when all of it is there and proven.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from veneer.ckpt.atomic import atomic_folder
+from veneer.ckpt.base import base_of
+from veneer.ckpt.config import CONFIG, RECOMPUTED, parse, read_config
+from veneer.ckpt.fit import Fit, Renaming, fit, plain_modules, renamings
+from veneer.ckpt.hub import WEIGHTS, find
+from veneer.ckpt.peft import check_base, load, refuse_broken
+from veneer.ckpt.rows import Change, Result, merged_rows
+from veneer.ckpt.shards import Shards, model_folder, shard_names
+from veneer.ckpt.skeleton import read_json, skeleton_of, task_config
+from veneer.ckpt.tensorfile import Stored, TensorFile, Writer, writing
+from veneer.core.init import INITS, Site
+from veneer.core.model import activate
+from veneer.core.op import op_of
+from veneer.errors import CheckpointError, ProofFailed
+
+__all__ = ["Streamed", "merge_to_disk"]
+
+Report = Callable[[dict[str, Any]], None]
+
+PIECE = 1 << 20  # elements at a time where rows do not matter
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+WEIGHT_FILES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".index.json")
+OF_THE_BASE = ("README.md", ".gitattributes")
+TRAINED_WITH = """
+    tokenizer.json tokenizer_config.json tokenizer.model special_tokens_map.json added_tokens.json vocab.json vocab.txt
+    merges.txt chat_template.jinja generation_config.json
+"""  # an adapter's own copies win: the merged model must be run with what it was trained with
+
+
+@dataclass
+class Streamed:
+    """What merge_to_disk did. By tensor: `kept` is the share of dW that survived rounding, `excess` the proof's worst
+    error in units of what rounding allows (with more than 1 nothing is written and ProofFailed is raised)."""
+
+    path: Path
+    bytes: int = 0
+    seconds: float = 0.0
+    shards: int = 0
+    kept: dict[str, float] = field(default_factory=dict)
+    excess: dict[str, float] = field(default_factory=dict)
+    whole: tuple[str, ...] = ()
+    logits_error: float | None = None
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def share(self) -> float:
+        return min(self.kept.values(), default=1.0)
+
+    def __str__(self) -> str:
+        rate = self.bytes / 2**20 / max(self.seconds, 1e-9)
+        return (
+            f"{len(self.kept)} tensors merged into {self.path}: {self.bytes / 1e9:.2f} GB in {self.seconds:.1f} s "
+            f"({rate:.0f} MiB/s), at least {100 * self.share:.1f} % of dW kept, every output within rounding"
+        )
+
+
+def merge_to_disk(
+    base: str | os.PathLike[str],
+    adapters: str | os.PathLike[str] | Mapping[Any, float],
+    out: str | os.PathLike[str],
+    *,
+    dtype: torch.dtype | None = None,
+    max_shard_size: int | None = None,
+    untie: bool = False,
+    prove_logits: bool = False,
+    allow_other_base: bool = False,
+    allow_nan: bool = False,
+    skeleton: nn.Module | None = None,
+    trust_remote_code: bool = False,
+    report: Report | None = None,
+) -> Streamed:
+    """Write base + adapters to the folder `out`.
+
+    adapters: a folder, or folders with the weight that each dW is multiplied by. dtype: the type to store weights in;
+    the base's unless given. max_shard_size: in bytes; the base's own division unless given. untie: give a tied head and
+    embedding weights of their own where an adapter changes one, instead of refusing. prove_logits: load both models
+    afterwards and compare their logits (for small models). skeleton: the base on the meta device, for models that
+    transformers cannot build from their config.json.
+
+    Raises before anything is written if adapter and base do not belong together, and leaves nothing behind if it fails
+    later.
+    """
+    began, folder = time.monotonic(), model_folder(base)
+    paths = _adapter_paths(adapters)
+    if Path(out).exists() and Path(out).resolve() == folder.resolve():
+        raise CheckpointError("The merged model would replace its own base.", str(out), "choose another folder")
+    plan = Plan(folder, skeleton if skeleton is not None else skeleton_of(folder, paths, trust_remote_code), untie)
+    for path, weight in paths.items():
+        plan.add(path, weight, allow_other_base=allow_other_base, allow_nan=allow_nan)
+    layout = plan.layout(dtype, max_shard_size)
+    result = Streamed(Path(out), sum(i.bytes for items in layout for i in items), shards=len(layout), notes=plan.notes)
+    _check_space(Path(out), result.bytes)
+    with atomic_folder(out) as temp:
+        _write(plan, layout, temp, result, report or (lambda event: None))
+        _copy_files(plan, list(paths), temp, dtype)
+        if prove_logits:
+            exact = all(i.dtype == torch.float32 for items in layout for i in items if i.parameter in plan.edits)
+            result.logits_error = _compare_logits(plan, paths, temp, 1e-3 if exact else 0.2)
+    result.seconds = time.monotonic() - began
+    _tell(result)
+    return result
+
+
+def _adapter_paths(adapters: str | os.PathLike[str] | Mapping[Any, float]) -> dict[Path, float]:
+    weights = adapters if isinstance(adapters, Mapping) else {adapters: 1.0}
+    if not weights:
+        raise CheckpointError("There is no adapter to merge.", None, "name the folder of one")
+    return {find(where): float(weight) for where, weight in weights.items()}
+
+
+def _tell(result: Streamed) -> None:
+    if result.share < 0.9:
+        worst = min(result.kept, key=result.kept.__getitem__)
+        result.notes.append(
+            f"only {100 * result.share:.0f} % of dW survived rounding in {worst}: the type is too coarse for so small "
+            "a change. dtype=torch.float32 keeps it, and so does serving the adapter unmerged"
+        )
+    for note in result.notes:
+        warnings.warn(note, stacklevel=3)
+
+
+# ---------------------------------------------------------------- the plan
+
+
+@dataclass
+class Edit:
+    """All that happens to one parameter."""
+
+    deltas: list[tuple[Fit, str, float]] = field(default_factory=list)  # low rank, for the site so called
+    whole: list[tuple[Tensor, float]] = field(default_factory=list)  # base + weight * (theirs - base)
+    added: list[tuple[Tensor, float]] = field(default_factory=list)  # base + weight * theirs
+
+
+@dataclass
+class Item:
+    """One tensor of the result."""
+
+    name: str  # in the files
+    parameter: str  # in the model
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    stored: Stored | None  # None for what only the adapter has
+
+    @property
+    def bytes(self) -> int:
+        return torch.Size(self.shape).numel() * self.dtype.itemsize
+
+
+class Plan:
+    """What will become of every tensor, known and checked before the first byte is written."""
+
+    def __init__(self, folder: Path, skeleton: nn.Module, untie: bool) -> None:
+        self.folder, self.skeleton, self.untie = folder, skeleton, untie
+        self.shards, self.modules = Shards(folder), plain_modules(skeleton)
+        self.parameters = dict(skeleton.named_parameters(remove_duplicate=False))
+        self.notes: list[str] = []
+        self.edits: dict[str, Edit] = {}
+        self.adapters: list[TensorFile] = []
+        self.renaming, self.place = self._places()
+        self.untied: dict[str, Stored] = {}  # parameters that get a weight of their own, and where its values are
+
+    def _places(self) -> tuple[Renaming, dict[str, Stored]]:
+        """The model's names of what is in the files, under the renaming that explains most of them."""
+        best: tuple[Renaming, dict[str, Stored]] | None = None
+        for renaming in renamings(self.skeleton):
+            places = {_renamed(name, renaming.forward): stored for name, stored in self.shards}
+            if best is None or len(places.keys() & self.parameters) > len(best[1].keys() & self.parameters):
+                best = renaming, places
+            if best[1].keys() >= self.parameters.keys():
+                break
+        assert best is not None
+        self.notes += [f"{self.folder}: {best[0].note}"] if best[0].note else []
+        return best
+
+    def add(self, path: Path, weight: float, *, allow_other_base: bool, allow_nan: bool) -> None:
+        """Check one adapter against the base, and note what it changes."""
+        parsed, file = parse(read_config(path / CONFIG), str(path / CONFIG)), TensorFile(path / WEIGHTS)
+        self.notes += check_base(base_of(self.skeleton, self._read), parsed, file, allow_other_base)[1]
+        fitted = fit(self.skeleton, parsed, file, "default", read=self._read)
+        self.adapters.append(file)
+        if not allow_nan:
+            refuse_broken(fitted.values, str(file.path))
+        self.notes += [f"{path}: {note}" for note in fitted.notes]
+        for site in fitted.sites:
+            self._edit(f"{site}.weight").deltas.append((fitted, site, weight))
+        for (site, key), value in fitted.values.items():
+            if key.startswith("saved."):
+                self._edit(f"{site}.{key.removeprefix('saved.')}").whole.append((value, weight))
+        for site, value in fitted.biases.items():
+            self._edit(f"{site}.bias").whole.append((value, weight))
+        for site, value in fitted.bias_changes.items():
+            self._edit(f"{site}.bias").added.append((value, weight))
+
+    def _read(self, parameter: str) -> Tensor | None:
+        return self.place[parameter].load() if parameter in self.place else None
+
+    def _edit(self, parameter: str) -> Edit:
+        return self.edits.setdefault(parameter, Edit())
+
+    def layout(self, dtype: torch.dtype | None, max_shard_size: int | None) -> list[list[Item]]:
+        """The tensors of each shard in the order in which they will be written."""
+        self._resolve_ties()
+        self._check()
+        shards: list[list[Item]] = [[] for _ in self.shards.files]
+        index = {file.path: i for i, file in enumerate(self.shards.files)}
+        for parameter, stored in self.place.items():
+            shards[index[stored.file.path]].append(self._item(stored.name, parameter, stored, dtype))
+        for parameter in {**self.untied, **self.edits}:
+            if parameter not in self.place:
+                name = _renamed(parameter, self.renaming.backward)
+                shards[-1].append(self._item(name, parameter, self.untied.get(parameter), dtype))
+        return shards if max_shard_size is None else _redivide([i for s in shards for i in s], max_shard_size)
+
+    def _item(self, name: str, parameter: str, stored: Stored | None, dtype: torch.dtype | None) -> Item:
+        own = stored.dtype if stored is not None else next(s.dtype for _, s in self.shards if s.dtype in FLOATS)
+        shape = stored.shape if stored is not None else tuple(self.edits[parameter].whole[0][0].shape)
+        return Item(name, parameter, dtype if dtype is not None and own in FLOATS else own, shape, stored)
+
+    def _resolve_ties(self) -> None:
+        """A weight that two layers share can only change for both; `untie` gives each its own."""
+        names: dict[int, list[str]] = {}
+        for name, parameter in self.parameters.items():
+            names.setdefault(id(parameter), []).append(name)
+        shared = [group for group in names.values() if len(group) > 1 and any(name in self.edits for name in group)]
+        if shared and not self.untie:
+            raise CheckpointError(
+                "An adapter changes a weight that another layer shares (tied embeddings).",
+                str(self.folder),
+                "untie=True gives each layer its own weight; the model grows by one",
+                [" = ".join(group) for group in shared],
+            )
+        for group in shared:
+            source = next((self.place[name] for name in group if name in self.place), None)
+            self.untied |= {name: source for name in group if source is not None and name not in self.place}
+
+    def _check(self) -> None:
+        problems = []
+        for parameter, edit in self.edits.items():
+            stored = self.place.get(parameter, self.untied.get(parameter))
+            if stored is None:
+                if edit.deltas or edit.added or sum(w for _, w in edit.whole) != 1:
+                    problems.append(f"{parameter}: not in the files under a name that leads to it (fused, or renamed)")
+            elif stored.dtype not in FLOATS and edit.deltas:
+                problems.append(f"{parameter}: stored as {stored.dtype}: quantised; merge into the full weights")
+            elif parameter in self.parameters and tuple(self.parameters[parameter].shape) != stored.shape:
+                shape = list(self.parameters[parameter].shape)
+                problems.append(f"{parameter}: {list(stored.shape)} in the files, {shape} by config.json")
+        if problems:
+            raise CheckpointError("These weights cannot be merged into.", str(self.folder), problems=problems)
+
+    def changes(self, parameter: str, stored: Stored) -> list[Change]:
+        return [self._change(fitted, site, weight, stored) for fitted, site, weight in self.edits[parameter].deltas]
+
+    def _change(self, fitted: Fit, site: str, weight: float, stored: Stored) -> Change:
+        """The factors in the orientation of the stored tensor (see rows.py)."""
+        host, spec = self.modules[site], fitted.spec.at(site)
+        a, b = fitted.values[site, "A"].float(), fitted.values[site, "B"].float()
+        if spec.init in RECOMPUTED:
+            a0, b0 = _start(site, host, spec.init, spec.rank, spec.scale, stored)
+            a, b = torch.cat([a, a0]), torch.cat([b, -b0], dim=1)
+        magnitude = fitted.values.get((site, "magnitude"))
+        magnitude = None if magnitude is None else magnitude.float()
+        if _is_transposed(host, stored.shape):
+            return Change((spec.scale * a.T).contiguous(), b.T.contiguous(), weight, magnitude, transposed=True)
+        return Change(spec.scale * b, a, weight, magnitude)
+
+
+def _renamed(name: str, rename: Callable[[str], str]) -> str:
+    module, _, leaf = name.rpartition(".")
+    return f"{rename(module)}.{leaf}" if module else name
+
+
+def _is_transposed(host: nn.Module, shape: tuple[int, ...]) -> bool:
+    """Whether the layer's matrix is the stored tensor turned over."""
+    flat = torch.empty(shape, device="meta").flatten(1)
+    matrix = op_of(host).to_matrix(host, torch.empty(shape, device="meta"))
+    return (matrix.shape, matrix.stride()) != (flat.shape, flat.stride())
+
+
+def _start(site: str, host: Any, init: str, rank: int, scale: float, stored: Stored) -> tuple[Tensor, Tensor]:
+    """What PiSSA or OLoRA took out of this very base: its own init, run on the stored weight."""
+    values = {"weight": nn.Parameter(stored.load(), requires_grad=False)}
+    held, host._parameters = host._parameters, {**host._parameters, **values}
+    try:
+        start = INITS[init](Site(site, host, op_of(host), rank, scale, torch.float32, torch.device("cpu")))
+    finally:
+        host._parameters = held
+        stored.forget()
+    return start.a, start.b
+
+
+def _redivide(items: list[Item], limit: int) -> list[list[Item]]:
+    """The same order in shards of at most `limit` bytes (a larger tensor has one to itself)."""
+    shards: list[list[Item]] = [[]]
+    size = 0
+    for item in items:
+        if shards[-1] and size + item.bytes > limit:
+            shards.append([])
+            size = 0
+        shards[-1].append(item)
+        size += item.bytes
+    return shards
+
+
+# ---------------------------------------------------------------- writing
+
+
+def _write(plan: Plan, layout: list[list[Item]], folder: Path, result: Streamed, report: Report) -> None:
+    names, done = shard_names(len(layout)), 0
+    for name, items in zip(names, layout, strict=True):
+        announced = {item.name: (item.dtype, item.shape) for item in items}
+        with writing(folder / name, announced) as writer:
+            for item in items:
+                _write_item(plan, item, writer, result)
+                done += item.bytes
+                report({"event": "merge", "tensor": item.name, "bytes": done, "total_bytes": result.bytes})
+    if len(names) > 1:
+        table = {item.name: name for name, items in zip(names, layout, strict=True) for item in items}
+        index = {"metadata": {"total_size": result.bytes}, "weight_map": dict(sorted(table.items()))}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _write_item(plan: Plan, item: Item, writer: Writer, result: Streamed) -> None:
+    edit, stored = plan.edits.get(item.parameter), item.stored
+    if edit is not None and edit.deltas and stored is not None:
+        _write_merged(plan, item, stored, writer, result)
+    elif edit is not None:
+        for piece in _whole(edit, stored, plan.adapters):
+            writer.write(item.name, piece.to(item.dtype))
+        result.whole += (item.name,)
+    elif stored is not None and stored.dtype == item.dtype:
+        writer.copy(item.name, stored)
+    elif stored is not None:
+        for piece in _converted(stored, item.dtype):
+            writer.write(item.name, piece)
+
+
+def _write_merged(plan: Plan, item: Item, stored: Stored, writer: Writer, result: Streamed) -> None:
+    figures = Result()
+    for piece in merged_rows(stored, plan.changes(item.parameter, stored), item.dtype, figures):
+        writer.write(item.name, piece)
+    result.kept[item.name], result.excess[item.name] = figures.kept, figures.excess
+    if not figures.is_finite:
+        raise ProofFailed(
+            f"{item.name} has values that {item.dtype} cannot hold", fix="dtype=torch.bfloat16 or float32"
+        )
+    if not figures.excess <= 1:
+        raise ProofFailed(
+            f"the merged {item.name} computes something else than the adapted layer ({figures.excess:.1f} times more "
+            "error than rounding explains); nothing was written",
+            fix="this is a defect of veneer: please report it with the adapter's config",
+        )
+
+
+def _whole(edit: Edit, stored: Stored | None, adapters: list[TensorFile]) -> Iterator[Tensor]:
+    """base + sum of weight * (theirs - base), in pieces and in fp32; what cannot be added (counters) is replaced."""
+    theirs = [(tensor.reshape(-1), weight) for tensor, weight in edit.whole]
+    if stored is None or stored.dtype not in FLOATS:
+        yield theirs[-1][0]
+        return
+    flat, width = stored.load().view(-1), stored.dtype.itemsize
+    for i in range(0, len(flat), PIECE):
+        base = flat[i : i + PIECE].float()
+        total = base.clone()
+        for tensor, weight in theirs:
+            total += weight * (tensor[i : i + PIECE].float() - base)
+        for tensor, weight in edit.added:
+            total += weight * tensor.reshape(-1)[i : i + PIECE]
+        yield total
+        stored.forget(i * width, (i + PIECE) * width)
+        for file in adapters:
+            file.forget(0, file.size)
+
+
+def _converted(stored: Stored, dtype: torch.dtype) -> Iterator[Tensor]:
+    flat, width = stored.load().view(-1), stored.dtype.itemsize
+    for i in range(0, len(flat), PIECE):
+        yield flat[i : i + PIECE].to(dtype)
+        stored.forget(i * width, (i + PIECE) * width)
+
+
+def _check_space(out: Path, needed: int) -> None:
+    parent = next(path for path in (out.absolute(), *out.absolute().parents) if path.is_dir())
+    free = shutil.disk_usage(parent).free
+    if free < needed:
+        raise CheckpointError(
+            f"The merged model needs {needed / 1e9:.1f} GB and {free / 1e9:.1f} GB are free.",
+            str(out),
+            "free some space, choose another disk, or store it in a narrower type (dtype=torch.bfloat16)",
+        )
+
+
+def _copy_files(plan: Plan, adapters: list[Path], folder: Path, dtype: torch.dtype | None) -> None:
+    """Tokenizer, template, generation settings and code beside the weights, and a config that tells the truth."""
+    for source in sorted(plan.folder.iterdir()):
+        if source.is_file() and not source.name.endswith(WEIGHT_FILES) and source.name not in OF_THE_BASE:
+            shutil.copyfile(source, folder / source.name)
+    if len(adapters) == 1:
+        for name in TRAINED_WITH.split():
+            source, target = adapters[0] / name, folder / name
+            if source.is_file():
+                if target.is_file() and source.read_bytes() != target.read_bytes():
+                    plan.notes.append(f"{name} is the adapter's, not the base's")
+                shutil.copyfile(source, target)
+    if (plan.folder / "config.json").is_file():
+        config = read_json(plan.folder / "config.json") | task_config(plan.skeleton)
+        if plan.untied:
+            config["tie_word_embeddings"] = False
+        if dtype is not None:
+            config["torch_dtype" if "torch_dtype" in config else "dtype"] = str(dtype).removeprefix("torch.")
+        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+def _compare_logits(plan: Plan, paths: Mapping[Path, float], merged: Path, limit: float) -> float:
+    """How far the merged model's outputs are from the adapted base's, in units of what the adapters change."""
+    skeleton: Any = plan.skeleton
+    kind, config = type(skeleton), skeleton.config
+    ids = torch.randint(0, config.vocab_size, (2, 16), generator=torch.Generator().manual_seed(0))
+    model = kind.from_pretrained(plan.folder, dtype=torch.float32, config=config).eval()
+    with torch.no_grad():
+        base = model(ids).logits
+        for i, path in enumerate(paths):
+            load(model, path, f"adapter{i}", allow_other_base=True)
+        activate(model, {f"adapter{i}": weight for i, weight in enumerate(paths.values())})
+        expected = model(ids).logits
+        del model
+        got = kind.from_pretrained(merged, dtype=torch.float32).eval()(ids).logits
+    error = float((got - expected).abs().max() / (expected - base).abs().max().clamp_min(1e-6))
+    if not error <= limit:
+        raise ProofFailed(
+            f"the merged model's logits are {100 * error:.1f} % of the adapter's effect away from the adapted model's",
+            fix="dtype=torch.float32 keeps all of dW",
+        )
+    return error
