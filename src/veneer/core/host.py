@@ -22,18 +22,20 @@ from functools import cache
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from veneer.core.combine import Add, Combine
 from veneer.core.delta import Delta, Lora
 from veneer.core.leaf import Leaf, host_leaf, own_parameters, release_leaf
 from veneer.core.lowrank import low_rank_linear
-from veneer.core.op import Op, op_for, op_of
+from veneer.core.op import LinearOp, Op, op_for, op_of
 from veneer.core.weight import is_plain, read_weight
 from veneer.errors import StateError, TargetError
 
 __all__ = ["Active", "Adapted", "Adapter", "Readable", "Whole", "adapted_class", "host", "original_class", "release"]
 
+FEW = 4  # rows for each adapter up to which copying the factors for every row beats going adapter by adapter
 NORMS = (nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm)
 
 
@@ -47,8 +49,10 @@ class Active:
 
     names: tuple[str, ...] = ()
     mix: Tensor | None = None
-    rows: tuple[Tensor, ...] = ()  # for a routed batch: the rows in which names[i] acts
+    routed: bool = False
     pending: weakref.WeakSet[Any] = field(default_factory=weakref.WeakSet)  # checkpointed forwards without backward
+    stacks: dict[int, Any] = field(default_factory=dict)  # stacked factors of routed rows, by id of the layer
+    _routes: dict[int, list[Route]] = field(default_factory=dict)  # by batch size, made when first needed
 
     def change(self, names: tuple[str, ...], mix: Tensor | None = None) -> None:
         """Switch. Refused while a checkpointed forward waits for its backward, which would run the new adapters."""
@@ -59,7 +63,9 @@ class Active:
                 fix="call backward() before switching, inside the `with` block where there is one",
             )
         self.names, self.mix = names, mix
-        self.rows = tuple(column.nonzero()[:, 0] for column in mix.T) if mix is not None and mix.ndim == 2 else ()
+        self.routed = mix is not None and mix.ndim == 2
+        self._routes = {}
+        self.stacks.clear()
 
     @contextmanager
     def changed(self, names: tuple[str, ...], mix: Tensor | None = None) -> Iterator[None]:
@@ -75,6 +81,20 @@ class Active:
 
     def weights(self) -> list[Tensor | float]:
         return [1.0] * len(self.names) if self.mix is None else list(self.mix.unbind(-1))
+
+    def routes(self, batch: int, layer: nn.Module) -> list[Route]:
+        """Who acts in which rows of a batch. Beams, and time folded into the batch, repeat a row in place."""
+        if batch not in self._routes:
+            mix: Tensor = self.mix  # type: ignore[assignment]
+            if not len(mix) or batch % len(mix):
+                raise StateError(
+                    f"{len(mix)} rows are routed, but {original_class(type(layer)).__name__} gets a batch of {batch}",
+                    fix="give routed() one adapter for each row of the batch",
+                )
+            columns = mix.repeat_interleave(batch // len(mix), dim=0).T
+            found = [(n, c.nonzero()[:, 0], c) for n, c in zip(self.names, columns, strict=True)]
+            self._routes[batch] = [Route.make(n, index, c[index]) for n, index, c in found if len(index)]
+        return self._routes[batch]
 
     def watch_checkpoint(self) -> None:
         """Remember a checkpointed forward until autograd drops it, whether or not the caller keeps the loss."""
@@ -92,6 +112,37 @@ class Active:
 
 def _in_backward() -> bool:
     return torch._C._current_graph_task_id() != -1
+
+
+@dataclass
+class Route:
+    """The rows of a batch in which one adapter acts, and its weight in each."""
+
+    name: str
+    index: Tensor  # (k,) row numbers
+    weights: Tensor  # (k,)
+    rows: slice | Tensor  # the same rows, as a slice where they lie together: no copy then
+    weight: float | None  # the one weight, where all rows have the same
+
+    @staticmethod
+    def make(name: str, index: Tensor, weights: Tensor) -> Route:
+        first, last = int(index[0]), int(index[-1])
+        together = last - first + 1 == len(index)
+        same = bool((weights == weights[0]).all())
+        rows = slice(first, last + 1) if together else index
+        return Route(name, index, weights, rows, float(weights[0]) if same else None)
+
+    def add_(self, y: Tensor, delta: Delta, x: Tensor) -> None:
+        """y[rows] += weight s (x[rows] A^T) B^T, for a (batch, ..., out) output that nobody else holds."""
+        a, b = delta.factors()
+        h = F.linear(x[self.rows], a)
+        if self.weight is None:
+            h = h * self.weights.to(h).view(-1, *_ones(h))
+        scale = delta.scale * (1.0 if self.weight is None else self.weight)
+        if isinstance(self.rows, slice):
+            y[self.rows].view(-1, y.shape[-1]).addmm_(h.view(-1, h.shape[-1]), b.T, alpha=scale)
+        else:
+            y.index_add_(0, self.rows, F.linear(h, b), alpha=scale)
 
 
 class Adapter(nn.Module):
@@ -204,7 +255,7 @@ class Adapted(Hosted):
         op = op_for(original_class(type(self)))
         if torch.is_grad_enabled():
             active.watch_checkpoint()
-        if active.rows:
+        if active.routed:
             return self._routed(op, x, y)
         total = y
         for name, weight in zip(active.names, active.weights(), strict=True):
@@ -215,31 +266,80 @@ class Adapted(Hosted):
 
     def _routed(self, op: Op | None, x: Tensor, y: Tensor) -> Tensor:
         """Each row of the batch has its own adapters; only the rows in which one acts meet its factors."""
-        active, total = self.active, y.clone()
-        repeat = _repeats(y.shape[0], active.mix, self)
-        for i, name in enumerate(active.names):
-            adapter, rows = self.slots.get(name), active.rows[i]
-            if adapter is None or not rows.numel():
-                continue
-            weight = active.mix[rows, i]  # type: ignore[index]
-            if repeat > 1:
-                rows = (rows[:, None] * repeat + torch.arange(repeat, device=rows.device)).flatten()
-                weight = weight.repeat_interleave(repeat)
-            change = adapter.change(self, op, x[rows], y[rows]).expand_as(y[rows])
-            weight = weight.to(y).view(-1, *[1] * (y.ndim - 1))
-            total = total.index_add(0, rows, change * weight)
-        return total
+        stack = self.active.stacks.get(id(self))
+        if stack is not None and stack.fits(y, x):
+            return stack.add(x, y, in_place=self.plain)
+        routes = [(self.slots[r.name], r) for r in self.active.routes(y.shape[0], self) if r.name in self.slots]
+        if not routes:
+            return y
+        if type(op) is LinearOp and y.ndim > 1 and all(a._quick and not a.delta.dropout for a, _ in routes):
+            if y.shape[0] <= FEW * len(routes):
+                return self._stack(routes, y.shape[0], x.dtype).add(x, y, in_place=self.plain)
+            if not torch.is_grad_enabled() and self.plain and y.is_contiguous() and x.dtype == y.dtype:
+                for adapter, route in routes:
+                    route.add_(y, adapter.delta, x)
+                return y
+        changes = [
+            adapter.change(self, op, x[r.rows], y[r.rows]).expand_as(y[r.rows]) * r.weights.to(y).view(-1, *_ones(y))
+            for adapter, r in routes
+        ]
+        return y.index_add(0, torch.cat([r.index for _, r in routes]), torch.cat(changes))
+
+    def _stack(self, routes: list[tuple[Adapter, Route]], batch: int, dtype: torch.dtype) -> Stack:
+        """The factors for every row; kept while the routing stands, if they are frozen."""
+        factors = [p for adapter, _ in routes for p in adapter.delta.parameters()]  # type: ignore[union-attr]
+        stack = Stack(*stack_rows([(adapter.delta, r) for adapter, r in routes], batch, dtype), factors, self)
+        if not any(p.requires_grad for p in factors):
+            self.active.stacks[id(self)] = stack
+        return stack
 
 
-def _repeats(batch: int, mix: Tensor | None, layer: nn.Module) -> int:
-    """Rows of the layer's input for each routed row: beams, or time folded into the batch, repeat a row in place."""
-    routed = mix.shape[0]  # type: ignore[union-attr]
-    if batch % routed:
-        raise StateError(
-            f"{routed} rows are routed, but {original_class(type(layer)).__name__} gets a batch of {batch}",
-            fix="give routed() one adapter for each row of the batch",
-        )
-    return batch // routed
+class Stack:
+    """A (batch, R, in) and B (batch, out, R): row i of a batch meets the factors of its own adapters, scaled."""
+
+    def __init__(self, a: Tensor, b: Tensor, factors: list[nn.Parameter], layer: Any) -> None:
+        self.a, self.b, self.factors = a, b, factors
+        self.layer = layer  # held, so that its id stays its own
+        self.version = sum(p._version for p in factors)
+
+    def fits(self, y: Tensor, x: Tensor) -> bool:
+        same = len(self.a) == y.shape[0] and self.a.dtype == x.dtype
+        return same and self.version == sum([p._version for p in self.factors])
+
+    def add(self, x: Tensor, y: Tensor, in_place: bool) -> Tensor:
+        """y + x A^T B^T in one batched product; into y itself where nobody needs the old one."""
+        rows = x if x.ndim == 3 else x.reshape(len(self.a), -1, x.shape[-1])
+        out = y if y.ndim == 3 else y.view(len(self.a), -1, y.shape[-1])
+        h = torch.bmm(rows, self.a.mT)
+        if in_place and not torch.is_grad_enabled() and y.dtype == h.dtype:
+            out.baddbmm_(h, self.b.mT)
+            return y
+        return torch.baddbmm(out, h.to(y.dtype), self.b.mT.to(y.dtype)).view_as(y)
+
+
+def stack_rows(routes: list[tuple[Any, Route]], batch: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The factors of each row's adapters, one under the other and filled up with zeros to the widest row."""
+    per_row: list[list[tuple[Tensor, Tensor]]] = [[] for _ in range(batch)]
+    for delta, route in routes:
+        a, b = (f.to(dtype) for f in delta.factors())
+        scaled = [(a, b * (w * delta.scale)) for w in set(route.weights.tolist())]
+        by_weight = dict(zip(set(route.weights.tolist()), scaled, strict=True))
+        for row, weight in zip(route.index.tolist(), route.weights.tolist(), strict=True):
+            per_row[row].append(by_weight[weight])
+    widest = max(sum(len(a) for a, _ in row) for row in per_row)
+    any_a, any_b = next(pair for row in per_row for pair in row)
+    left, right = [], []
+    for row in per_row:
+        missing = widest - sum(len(a) for a, _ in row)
+        pad = [(any_a.new_zeros(missing, any_a.shape[1]), any_b.new_zeros(len(any_b), missing))] if missing else []
+        pairs = [*row, *pad]
+        left.append(pairs[0][0] if len(pairs) == 1 else torch.cat([a for a, _ in pairs]))
+        right.append(pairs[0][1] if len(pairs) == 1 else torch.cat([b for _, b in pairs], dim=1))
+    return torch.stack(left), torch.stack(right)
+
+
+def _ones(y: Tensor) -> list[int]:
+    return [1] * (y.ndim - 1)
 
 
 class Readable(Hosted):
@@ -254,7 +354,7 @@ class Readable(Hosted):
         active = self.active
         if not active.names or _is_sharded(raw):
             return raw
-        if active.rows:
+        if active.routed:
             raise StateError("a layer whose weight is read by other code cannot be routed row by row")
         op, w = op_of(self), read_weight(self)  # type: ignore[arg-type]
         matrix = op.to_matrix(self, w)  # type: ignore[arg-type]
@@ -289,7 +389,7 @@ class Whole(Hosted):
         acting = [(n, w) for n, w in zip(active.names, active.weights(), strict=True) if n in self.slots]
         if not acting:
             return self._base(*args, **kwargs)
-        if active.rows:
+        if active.routed:
             return self._routed(args, kwargs)
         if len(acting) == 1 and isinstance(acting[0][1], float):
             return self.slots[acting[0][0]](*args, **kwargs)
@@ -309,18 +409,12 @@ class Whole(Hosted):
         active, total = self.active, self._base(*args, **kwargs)
         if not isinstance(total, Tensor):
             raise StateError("a module that is trained whole and returns more than a tensor cannot be routed by row")
-        repeat, out = _repeats(total.shape[0], active.mix, self), total.clone()  # type: ignore[arg-type]
-        for i, name in enumerate(active.names):
-            rows = active.rows[i]
-            if name not in self.slots or not rows.numel():
-                continue
-            weight = active.mix[rows, i]  # type: ignore[index]
-            if repeat > 1:
-                rows = (rows[:, None] * repeat + torch.arange(repeat, device=rows.device)).flatten()
-                weight = weight.repeat_interleave(repeat)
-            own = self.slots[name](*(a[rows] if isinstance(a, Tensor) else a for a in args), **kwargs)
-            weight = weight.to(own).view(-1, *[1] * (own.ndim - 1))
-            out = out.index_add(0, rows, (own - total[rows]) * weight)
+        out = total
+        for route in active.routes(total.shape[0], self):  # type: ignore[arg-type]
+            if route.name in self.slots:
+                own = self.slots[route.name](*(a[route.rows] if isinstance(a, Tensor) else a for a in args), **kwargs)
+                change = (own - total[route.rows]) * route.weights.to(own).view(-1, *_ones(own))
+                out = out.index_add(0, route.index, change)
         return out
 
 

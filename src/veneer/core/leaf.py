@@ -72,7 +72,7 @@ class Leaf(nn.Module):
         active = self.active
         if not any(name in self.slots for name in active.names) or hasattr(self.raw, "_local_tensor"):
             return self.raw
-        if active.rows:
+        if active.routed:
             raise StateError(f"{self.name} is read by other code, so it cannot be routed row by row")
         if torch.is_grad_enabled():
             active.watch_checkpoint()

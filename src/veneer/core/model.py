@@ -517,7 +517,7 @@ def merge(model: nn.Module, names: Mixture = None, *, keep_base: bool = True, un
 
 
 def _active_mixture(state: State) -> Mixture:
-    if state.active.rows:
+    if state.active.routed:
         raise StateError("rows are routed one by one, which no single weight can express", fix="leave routed() first")
     names, mix = state.active.names, state.active.mix
     return list(names) if mix is None else dict(zip(names, mix.tolist(), strict=True))
