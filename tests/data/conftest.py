@@ -68,8 +68,8 @@ def tokenizers_by_kind() -> dict[str, str]:
 
 
 @pytest.fixture
-def make_tokenizer(tokenizers_by_kind):
-    """`make_tokenizer(kind, template=None, **names of special tokens)`, a fresh one each time."""
+def tokenizer_of(tokenizers_by_kind):
+    """`tokenizer_of(kind, template=None, **names of special tokens)`, a fresh one each time."""
 
     def make(kind: str = "bytes", template: str | None = None, **options: Any) -> PreTrainedTokenizerFast:
         tokenizer = wrapped(Tokenizer.from_str(tokenizers_by_kind[kind]), **options)

@@ -31,9 +31,9 @@ EVERY = [
 
 
 @pytest.fixture
-def make_renderer(make_tokenizer):
+def make_renderer(tokenizer_of):
     def make(kind="bytes", own=None, template=None, **options):
-        return Renderer(make_tokenizer(kind, OWN.get(own, own)), template, **options)
+        return Renderer(tokenizer_of(kind, OWN.get(own, own)), template, **options)
 
     return make
 
@@ -177,8 +177,8 @@ def test_a_base_model_gets_the_plain_fallback_and_it_is_said(make_renderer):
     assert renderer.render(CHAT.messages[:1]).startswith("<s>Below is an instruction")
 
 
-def test_a_tokenizer_without_eos_or_template_can_only_take_texts(make_tokenizer):
-    renderer = Renderer(make_tokenizer(eos_token=None, pad_token="<pad>"))
+def test_a_tokenizer_without_eos_or_template_can_only_take_texts(tokenizer_of):
+    renderer = Renderer(tokenizer_of(eos_token=None, pad_token="<pad>"))
     encodings = encode([Text("a text")], renderer)
     assert encodings.counts["endless"] == 1 and renderer.stop_ids == ()
     with pytest.raises(DataError, match="no EOS token to end turns with"):
@@ -197,8 +197,8 @@ def test_a_named_template_needs_its_turn_end_in_the_vocabulary(tokenizers_by_kin
         Renderer(tokenizer, "chatml")
 
 
-def test_names_files_and_jinja_text(make_tokenizer, tmp_path):
-    tokenizer = make_tokenizer()
+def test_names_files_and_jinja_text(tokenizer_of, tmp_path):
+    tokenizer = tokenizer_of()
     path = tmp_path / "my.jinja"
     path.write_text(CHATML + GENERATE)
     texts = {Renderer(tokenizer, template).render(CHAT.messages) for template in (path, str(path), CHATML + GENERATE)}

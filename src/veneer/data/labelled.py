@@ -6,8 +6,8 @@
 | Tagged | the words' pieces with special tokens | a word's tag at its first piece, IGNORE elsewhere |
 | Pair, Completion | the source with special tokens | the target's tokens with EOS |
 
-Here the tokenizer adds its special tokens itself: no template has written any. What is too long is dropped, cut (special
-tokens are kept) or refused; splitting would tear a label from half of what it speaks of.
+Here the tokenizer adds its special tokens itself: no template has written any. What is too long is dropped, cut
+(special tokens are kept) or refused; splitting would tear a label from half of what it speaks of.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def encode_labelled(
 
     def encode(rows: Sequence[Labelled], options: Mapping[str, Any]) -> Sequence[Made]:
         second = [row.pair or "" for row in rows] if any(row.pair for row in rows) else None
-        tokens = tokenizer([row.text for row in rows], second, **options)
+        tokens = tokenizer([row.text for row in rows], text_pair=second, **options)
         types = tokens["token_type_ids"] if second and "token_type_ids" in tokens else [None] * len(rows)
         return [_row(row, ids, kinds, labels) for row, ids, kinds in zip(rows, tokens["input_ids"], types, strict=True)]
 
@@ -113,10 +113,8 @@ def _sentence(row: Tagged, ids: list[int], words: Sequence[int | None], labels: 
         tags = [labels.index(tag) for tag in row.tags]
     except DataError as error:
         return f"{row.where}: {error.what}"
-    first = [word is not None and word not in words[:place] for place, word in enumerate(words)]
-    wanted = [
-        tags[word] if is_first and word is not None else IGNORE for word, is_first in zip(words, first, strict=True)
-    ]
+    before = [None, *words[:-1]]
+    wanted = [IGNORE if word in (None, last) else tags[word] for word, last in zip(words, before, strict=True)]
     if all(tag == IGNORE for tag in wanted):
         return f"{row.where}: none of its {len(tags)} words gave a token, so no tag can be trained"
     return Encoded(array("i", ids), array("i", wanted), where=row.where, id=row.id)
@@ -149,21 +147,25 @@ def _encoded(
         for row, made in zip(rows, encode(rows, {"verbose": False}), strict=True):
             if isinstance(made, str):
                 problems.append(made)
-                continue
-            sizes.append(_size(made))
-            if max_len is None or _size(made) <= max_len:
-                samples.append(made)
-            elif overlong == "truncate":
-                counts["truncated"] += 1
-                samples += [cut for cut in encode([row], _cutting(max_len)) if isinstance(cut, Encoded)]
-            elif overlong == "drop":
-                counts["dropped"] += 1
             else:
-                problems.append(f"{made.where}: {_size(made):,} tokens, over max_len = {max_len:,}")
+                sizes.append(_size(made))
+                is_short = max_len is None or _size(made) <= max_len
+                samples += [made] if is_short else _overlong(row, made, encode, max_len, overlong, counts, problems)
         if report:
             report(min(start + CHUNK, len(examples)), len(examples))
     return finished(samples, len(examples), Lengths(sizes), counts, problems, max_len, skip_bad)
 
 
-def _cutting(max_len: int) -> dict[str, Any]:
-    return {"truncation": True, "max_length": max_len, "verbose": False}
+def _overlong(
+    row: E, made: Encoded, encode: Encode, max_len: int | None, overlong: str, counts: Counter[str], problems: list[str]
+) -> list[Encoded]:
+    """What is left of a row that is too long. The tokenizer does the cutting: it knows which tokens must stay."""
+    if overlong == "error":
+        problems.append(f"{made.where}: {_size(made):,} tokens, over max_len = {max_len:,}")
+        return []
+    if overlong == "drop":
+        counts["dropped"] += 1
+        return []
+    counts["truncated"] += 1
+    cut = encode([row], {"truncation": True, "max_length": max_len, "verbose": False})
+    return [sample for sample in cut if isinstance(sample, Encoded)]
