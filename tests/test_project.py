@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 import importlib
+import json
 import os
 import pkgutil
 import re
@@ -328,8 +329,8 @@ STAND_IN = "HuggingFaceTB/SmolLM2-135M-Instruct"  # pages name a real model; a t
 def test_python_on_pages_runs(page: Path, tiny_folder: Path, tmp_path: Path, monkeypatch) -> None:
     """The blocks of a page run one after the other in one namespace, beside a file of examples called train.jsonl."""
     monkeypatch.chdir(tmp_path)
-    row = '{"prompt": "list the files", "completion": "ls -l"}\n'
-    (tmp_path / "train.jsonl").write_text(row * 24)
+    rows = [json.dumps({"prompt": f"show {n} lines", "completion": f"head -n {n}"}) for n in range(24)]
+    (tmp_path / "train.jsonl").write_text("\n".join(rows))
     namespace: dict[str, object] = {"__name__": "page"}
     for number, (code, run) in enumerate(blocks(page, "python"), 1):
         if run:

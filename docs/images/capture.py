@@ -77,7 +77,7 @@ def color(name: str) -> str | None:
 
 def svg(title: str, drawn: list[Text]) -> str:
     console = Console(record=True, width=COLUMNS, file=io.StringIO(), force_terminal=True, color_system="truecolor")
-    console.print(f"[bold green]$[/] {title}", highlight=False)
+    console.print(Text.assemble(("$ ", "bold green"), title))
     for line in drawn:
         console.print(line, overflow="crop", no_wrap=True)
     picture = re.sub(r"@font-face \{.*?\}", "", console.export_svg(title=title), flags=re.DOTALL)

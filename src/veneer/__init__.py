@@ -5,6 +5,7 @@ The names below are imported when they are first used: `import veneer` costs mil
 
 from __future__ import annotations
 
+import sys
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -90,6 +91,7 @@ def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module 'veneer' has no attribute {name!r}")
     value = getattr(import_module(_HOME[name]), name)
+    value = sys.modules.get(f"veneer.{name}", value)  # `train` and `prove` are packages too, and those can be called
     globals()[name] = value
     return value
 
