@@ -11,7 +11,7 @@ import pytest
 from veneer.data.dataset import load, split
 from veneer.data.labels import labels_of
 from veneer.data.types import Labelled, Tagged, Text
-from veneer.errors import DataError
+from veneer.errors import DataError, UserError
 
 ROWS = [{"text": f"row {n}"} for n in range(100)]
 
@@ -176,7 +176,7 @@ def test_a_hub_id_goes_through_datasets(monkeypatch):
 
 def test_without_datasets_a_hub_id_is_answered(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(DataError, match="pip install datasets"):
+    with pytest.raises(UserError, match=r"pip install 'veneer\[data\]'"):
         load("org/name")
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 from veneer.data.types import Row
 from veneer.errors import DataError
+from veneer.extras import need
 
 __all__ = ["is_hub_id", "rows_of", "table"]
 
@@ -33,10 +34,7 @@ def is_hub_id(data: str) -> bool:
 
 def table(data: str, split: str) -> Any:
     """The `datasets.Dataset` of a hub id; `split` counts where the id names none. None if it has no such split."""
-    try:
-        import datasets
-    except ImportError:
-        raise DataError("a hub id needs the `datasets` library", where=data, fix="pip install datasets") from None
+    datasets: Any = need("datasets", extra="data", use=f"fetch {data} from the hub")
     match = PATTERN.fullmatch(data)
     assert match is not None
     path, name, revision, given = match.group("path", "name", "revision", "split")

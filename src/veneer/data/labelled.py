@@ -157,7 +157,13 @@ def _encoded(
 
 
 def _overlong(
-    row: E, made: Encoded, encode: Encode, max_len: int | None, overlong: str, counts: Counter[str], problems: list[str]
+    row: object,
+    made: Encoded,
+    encode: Encode,
+    max_len: int | None,
+    overlong: str,
+    counts: Counter[str],
+    problems: list[str],
 ) -> list[Encoded]:
     """What is left of a row that is too long. The tokenizer does the cutting: it knows which tokens must stay."""
     if overlong == "error":

@@ -33,6 +33,7 @@ from typing import Any, TypeAlias, cast
 from veneer.core.registry import Registry, near
 from veneer.data.types import Row
 from veneer.errors import DataError
+from veneer.extras import need
 
 __all__ = ["READERS", "Found", "Problem", "files_in", "read", "suffix_of"]
 
@@ -450,11 +451,8 @@ def read_arrow(path: Path) -> Iterator[Found]:
 
 
 def _arrow_rows(path: Path, batches: Callable[[Any], Iterable[Any]]) -> Iterator[Found]:
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError:
-        raise DataError("reading this file needs pyarrow", where=str(path), fix="pip install pyarrow") from None
+    pyarrow: Any = need("pyarrow", extra="data", use=f"read {path.name}")
+    need("pyarrow.parquet", extra="data", use=f"read {path.name}")
     number = 0
     try:
         for batch in batches(pyarrow):
