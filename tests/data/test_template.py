@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
 
 from veneer.data.encode import encode
@@ -274,3 +276,45 @@ def test_a_fingerprint_tells_renderers_apart(make_renderer):
 def test_templates_take_variables(make_renderer):
     own = "{{ tone or '' }}" + CHATML + GENERATE
     assert make_renderer(own=own, variables={"tone": "dry"}).prompt(CHAT.messages[:1]).startswith("dry<|im_start|>")
+
+
+# Any text at all
+
+CHARACTERS = (
+    "aZ09 \t\n.,:#<>|[]{}\\\"'/\x00\x7f\u00e9e\u0301\u00df\u4f60\u0436\u0623\u200b\u00a0\u2028\u3000"
+    "\U0001f600\U0001f468\u200d\U0001f469"
+)
+
+
+def any_text(random_: random.Random) -> str:
+    """Letters, signs, blanks and what Unicode has to offer; never blank as a whole."""
+    text = "".join(random_.choice(CHARACTERS) for _ in range(random_.randint(1, 24)))
+    return text if text.strip() else any_text(random_)
+
+
+@pytest.mark.parametrize(
+    ("kind", "own", "template"),
+    [("bytes", "chatml", None), ("bytes with BOS", "llama3, with BOS and trimming", None),
+     ("metaspace with BOS", "mistral, no generation prompt needed", None), ("metaspace with BOS", None, "vicuna"),
+     ("bytes", "qwen3, drops earlier reasoning", None), ("bytes with BOS", None, "alpaca")],
+)  # fmt: skip
+@pytest.mark.parametrize("seed", range(20))
+def test_any_conversation_is_masked_exactly(kind, own, template, seed, make_renderer):
+    random_ = random.Random(seed)
+    turns = [(any_text(random_), any_text(random_)) for _ in range(random_.randint(1, 3))]
+    renderer = make_renderer(kind, own, template)
+    messages = tuple(
+        {"role": role, "content": text}
+        for turn in turns
+        for role, text in zip(("user", "assistant"), turn, strict=True)
+    )
+    samples = encode([Chat(messages)], renderer).samples
+    runs = [run for sample in samples for run in trained_runs(sample)]
+    assert len(runs) == len(turns)
+    for run, (_, answer) in zip(runs, turns, strict=True):
+        said = answer.strip() if own and "trimming" in own else answer
+        text = renderer.tokenizer.decode(run)
+        assert run[-1] in renderer.stop_ids and run.count(run[-1]) == 1
+        assert said.strip() in text or "\ufffd" in text  # a token may hold the end of one character and more
+    for sample in samples:
+        assert all(label in (IGNORE, token) for label, token in zip(sample.labels, sample.input_ids, strict=True))
