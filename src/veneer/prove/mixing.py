@@ -1,11 +1,11 @@
 """P6: adapters add up as changes of the weight.
 
-    {"a": 1.0}                   is a
-    {"a": 0.7, "copy of a": 0.3} is a           for every kind of adapter; a weight that is squared, or lost, shows here
-    {"a": 0.7, "b": -0.2}        is the one LoRA [A_a; A_b], [0.7 s B_a, -0.2 s B_b] of rank 2r      (plain LoRA only)
+    {"a": 1.0}                      is a
+    {"a": 0.75, "copy of a": 0.25}  is a; a weight that is squared, or lost, shows here
+    {"a": 0.75, "b": -0.25}         is the one LoRA [A_a; A_b], [0.75 s B_a, -0.25 s B_b] of rank 2r   (plain LoRA only)
 
-b is a with its A upside down: another change of the same size. Mixing A and B separately, which is what some tools
-call a weighted sum, fails the last two.
+b is a with its A upside down: another change of the same size. Quarters, because they are exact in every type. Mixing A
+and B separately, which is what some tools call a weighted sum, fails the last two.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ def adds_up(subject: Subject) -> Check:
     apart["weight 1"] = gap(subject.now(), subject.adapted)
     with spare(model, "twin") as twin:
         _copy(model, name, twin)
-        activate(model, {name: 0.7, twin: 0.3})
-        apart["0.7 and 0.3 of it"] = gap(subject.now(), subject.adapted)
+        activate(model, {name: 0.75, twin: 0.25})
+        apart["shares of it"] = gap(subject.now(), subject.adapted)
         if _is_plain_lora(model, name):
             apart["sum of two"] = _sum_and_pair(subject, twin)
     allowed = limit(subject.adapted)
@@ -64,16 +64,16 @@ def _is_plain_lora(model: nn.Module, name: str) -> bool:
 
 
 def _sum_and_pair(subject: Subject, twin: str) -> float:
-    """The difference between {name: 0.7, twin: -0.2} and the one adapter that is their sum."""
+    """The difference between {name: 0.75, twin: -0.25} and the one adapter that is their sum."""
     model, name = subject.model, subject.name
     for layer in sites(model, twin).values():
         delta = adapter_of(layer, twin).delta
         delta.A.data = delta.A.data.flip(-2)  # type: ignore[union-attr]
-    activate(model, {name: 0.7, twin: -0.2})
+    activate(model, {name: 0.75, twin: -0.25})
     mixed = subject.now()
     with spare(model, "pair") as pair:
         attach(model, _pair_spec(model, name), pair, init=False, trainable=False)
-        put(model, pair, _pair_values(model, {name: 0.7, twin: -0.2}))
+        put(model, pair, _pair_values(model, {name: 0.75, twin: -0.25}))
         activate(model, pair)
         return gap(subject.now(), mixed)
 

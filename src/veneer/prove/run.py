@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from veneer.core.model import active_of, adapters, is_merged
+from veneer.core.model import activate, active_of, adapters, is_merged
 from veneer.data.types import Encoded
 from veneer.errors import StateError
 from veneer.prove.answers import Inputs, Subject, batches
@@ -115,7 +115,11 @@ def _of_adapter(subject: Subject, before: Before | None, folder: str | Path | No
         "P5": lambda: merges_and_returns(subject),
         "P6": lambda: adds_up(subject),
     }
-    return [_tried(id, check) for id, check in checks.items()]
+    found = []
+    for id, check in checks.items():
+        activate(subject.model, subject.name)  # each begins with the adapter acting, whatever the one before left
+        found.append(_tried(id, check))
+    return found
 
 
 def _tried(id: str, check: Callable[[], Outcome]) -> Outcome:
