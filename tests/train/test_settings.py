@@ -62,11 +62,17 @@ def test_every_alias_leads_to_a_key_and_is_listed_there() -> None:
     "key,registry",
     [("delta", "DELTAS"), ("combine", "COMBINES"), ("init", "INITS"), ("scaling", "SCALINGS")],
 )
-def test_choices_are_those_of_the_core(key: str, registry: str) -> None:
+def test_choices_are_known_to_the_core(key: str, registry: str) -> None:
     from veneer.core import combine, delta, init, spec
 
     known = {**vars(combine), **vars(delta), **vars(init), **vars(spec)}[registry]
-    assert set(KEYS[key].choices) == set(known)
+    assert {KEYS[key].default, *KEYS[key].choices} <= set(known)
+
+
+def test_tasks_are_those_that_are_registered() -> None:
+    from veneer.tasks.base import TASKS
+
+    assert set(KEYS["task"].choices) == set(TASKS) and all(kind.name == name for name, kind in TASKS.items())
 
 
 def test_no_heavy_import() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -16,7 +18,8 @@ __all__ = [
     "context_of",
     "load_model",
     "precision_of",
-    "recompute_",
+    "quiet",
+    "recomputing",
     "tokenizer_of",
     "usual_device",
 ]
@@ -65,9 +68,25 @@ def tokenizer_of(model: nn.Module | str) -> Any:
 def load_model(where: str, task: Task, precision: str, device: torch.device) -> nn.Module:
     import transformers
 
-    options = task.model_options()
-    model = _from_pretrained(getattr(transformers, task.auto_class), where, dtype=DTYPES[precision], **options)
-    return model.to(device)
+    kind, options = getattr(transformers, task.auto_class), task.model_options()
+    with quiet():
+        return _from_pretrained(kind, where, dtype=DTYPES[precision], **options).to(device)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without transformers' bars over shards and its advice about new heads; our own lines say what is going on."""
+    from transformers.utils import logging
+
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
 
 
 def _from_pretrained(kind: Any, where: str, **options: Any) -> Any:
@@ -101,14 +120,38 @@ def check_head(model: nn.Module, task: Task) -> None:
         )
 
 
-def recompute_(model: nn.Module) -> None:
-    """Recompute activations in the backward pass. Only the non-reentrant kind: the other needs inputs that require
-    gradients, which a frozen embedding's outputs do not, and then trains nothing."""
-    if not hasattr(model, "gradient_checkpointing_enable"):
-        raise ConfigError(
-            f"{type(model).__name__} knows no gradient checkpointing",
-            fix="leave recompute: none, or wrap its blocks yourself",
-        )
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    if (config := getattr(model, "config", None)) is not None:
-        config.use_cache = False
+@contextmanager
+def recomputing(model: nn.Module, wanted: bool) -> Iterator[None]:
+    """Recompute activations in the backward pass, and afterwards no more.
+
+    Only the non-reentrant kind: the other needs inputs that require gradients, which a frozen embedding's outputs do
+    not, and then trains nothing in silence. For its sake transformers makes the embedding's outputs require gradients;
+    that costs a backward pass through the first layer's input and is switched off again.
+    """
+    if not wanted:
+        yield
+        return
+    enable = _method(
+        model, "activation_checkpointing_enable", "gradient_checkpointing_enable"
+    )  # before 5.20 the second
+    if enable is None:
+        fix = "leave recompute: none, or wrap its blocks yourself"
+        raise ConfigError(f"{type(model).__name__} knows no gradient checkpointing", fix=fix)
+    config = getattr(model, "config", None)
+    cached = getattr(config, "use_cache", None)
+    enable({"use_reentrant": False})
+    if (disable := _method(model, "disable_input_require_grads")) is not None:
+        disable()
+    try:
+        if config is not None:
+            config.use_cache = False
+        yield
+    finally:
+        if config is not None:
+            config.use_cache = cached
+        if (stop := _method(model, "activation_checkpointing_disable", "gradient_checkpointing_disable")) is not None:
+            stop()
+
+
+def _method(model: nn.Module, *names: str) -> Any:
+    return next((found for name in names if (found := getattr(model, name, None)) is not None), None)

@@ -48,6 +48,7 @@ from veneer.data.types import Encoded
 from veneer.errors import Diverged
 from veneer.prove.frozen import snapshot
 from veneer.tasks.cross_entropy import evaluating
+from veneer.train.base import recomputing
 from veneer.train.companions import write_companions
 from veneer.train.finish import finish, show
 from veneer.train.memory import back_off
@@ -87,7 +88,8 @@ def train(
     with session(asked, report) as (run, settings, tell, stop), same_random(settings.seed):
         job = prepare(run, settings, model, data, tokenizer, tell)
         loop = Loop(job, run, tell, stop)
-        loop.run_steps()
+        with recomputing(job.model, settings.recompute == "full"):
+            loop.run_steps()
         if stop.requested:
             run.update(status="stopped")
         else:

@@ -22,6 +22,7 @@ from veneer.core.model import attach, parameters
 from veneer.core.select import block_index
 from veneer.core.spec import LoRA
 from veneer.errors import ConfigError
+from veneer.train.base import quiet
 
 __all__ = ["ADAPTER", "lora_of", "place", "write_model"]
 
@@ -89,7 +90,8 @@ def write_model(model: nn.Module, folder: Path, method: str) -> None:
 
         save(model, folder, ADAPTER)
     elif hasattr(model, "save_pretrained"):
-        model.save_pretrained(folder)
+        with quiet():
+            model.save_pretrained(folder)
     else:
         from safetensors.torch import save_model
 

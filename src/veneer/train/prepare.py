@@ -31,7 +31,7 @@ from veneer.data.types import Encoded
 from veneer.errors import ConfigError, DataError
 from veneer.tasks.base import TASKS, Task
 from veneer.train import base
-from veneer.train.method import place
+from veneer.train.method import lora_of, place
 from veneer.train.run import Run
 from veneer.train.settings import Reads
 
@@ -71,6 +71,8 @@ class Job:
 
 def prepare(run: Run, settings: Reads, model: Any, data: Any, tokenizer: Any, tell: Tell) -> Job:
     """From settings to a job. Afterwards the run's config.yaml holds what the rules worked out, data.json the data."""
+    if settings.method == "lora":
+        lora_of(settings)  # what cannot be built is said before anything is read
     named = settings.model or ""
     source = model if isinstance(model, nn.Module) else named
     refuse_quant(settings.quant)
@@ -83,8 +85,6 @@ def prepare(run: Run, settings: Reads, model: Any, data: Any, tokenizer: Any, te
     device = settle_precision(settings, source, tell)
     model = source if isinstance(source, nn.Module) else base.load_model(source, task, settings.precision, device)
     base.check_head(model, task)
-    if settings.recompute == "full":
-        base.recompute_(model)
     trained = place(model, settings, task.heads(model))
     if not trained:
         raise ConfigError("nothing would be trained", fix="choose other targets or layers")
@@ -108,7 +108,11 @@ def read_data(settings: Reads, data: Any, tell: Tell) -> Split:
         raise ConfigError("no data was named", fix="give a file, a folder or a hub id: veneer train MODEL DATA")
     kinds = TASKS[settings.task].kinds
     options = {"columns": settings.columns, "skip_bad": settings.skip_bad}
-    dataset = found if isinstance(found, Dataset) else load(found, kinds=kinds, **options)
+    try:
+        dataset = found if isinstance(found, Dataset) else load(found, kinds=kinds, **options)
+    except DataError:
+        refuse_kind(settings.task, load(found, **options))  # readable, but for another task? Else it raises as before
+        raise
     refuse_kind(settings.task, dataset)
     tell("data", text=str(dataset), rows=len(dataset))
     val = settings.val

@@ -131,12 +131,14 @@ class Settings:
         "Which layers: a number for the last so many, or a list such as 0-7,12.",
         rule="all of them; with method freeze the last 2", group="method", only_for={"method": ("lora", "freeze")},
     )  # fmt: skip
-    delta: str = choice("lora", "lora", "What is learned per layer.", group="method", only_for=LORA)
+    delta: str = of_adapter(
+        "lora", "text", parse.text, "What is learned per layer: lora, or another of the core's deltas."
+    )
     combine: str = choice(
         "add", "add dora", "How dW joins W: added, or as DoRA's magnitude and direction.", group="method", only_for=LORA
     )
-    init: str = choice(
-        "kaiming", "kaiming gaussian orthogonal pissa olora", "Where A and B start.", group="method", only_for=LORA
+    init: str = of_adapter(
+        "kaiming", "text", parse.text, "Where A and B start: kaiming, gaussian, orthogonal, pissa, olora."
     )
     scaling: str = choice(
         "lora",
