@@ -6,6 +6,15 @@
     pissa        A and B hold the top r singular directions of W                      (arXiv:2404.02948, eqs. 2-4)
     olora        B and A are the first r columns of Q and rows of R in W = Q R        (arXiv:2406.01775, section 3)
 
+with data (`attach(..., data=batches)`), X the layer's inputs and G the gradient of its weight:
+
+    eva          A holds the top right singular vectors of X, B = 0; the ranks of all layers are shared out again by
+                 how much variance each direction explains                            (arXiv:2410.07170, section 3)
+    eva_uniform  the same, every layer at the rank that was asked for
+    corda        A and B hold the top r components of W C C^-1, C = X^T X: the ones that matter most to this data
+    corda_kpm    the r that matter least, so that what the data show is kept          (arXiv:2406.05223, section 3)
+    lora_ga      A and B along the top 2 r singular directions of G                   (arXiv:2407.05000, section 3.2)
+
 The layer starts as the base: B A = 0, or, where A and B were taken out of W, `shifted` says that the same product is
 to be subtracted for good. The base weight itself is only ever read.
 
@@ -30,7 +39,7 @@ from veneer.core.registry import Registry
 from veneer.core.weight import read_weight
 from veneer.errors import ConfigError
 
-__all__ = ["INITS", "Site", "Start"]
+__all__ = ["INITS", "NEEDS", "Site", "Start", "share_ranks"]
 
 
 class Start(NamedTuple):
@@ -54,6 +63,7 @@ class Site:
     device: torch.device
     options: Mapping[str, Any] = field(default_factory=dict)  # the delta's own settings, defaults filled in
     shared: Any = None  # what Delta.share left here
+    seen: Any = None  # what core.observe saw, for inits that ask for it in NEEDS
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -78,6 +88,7 @@ class Site:
 
 
 INITS: Registry[Callable[[Site], Start]] = Registry("init")
+NEEDS: dict[str, str] = {}  # init -> what it wants to see of the data, see core/observe.py
 
 
 def unset(site: Site) -> Start:
@@ -132,3 +143,85 @@ def olora(site: Site) -> Start:
     q, r = torch.linalg.qr(site.matrix())
     a, b = r[..., : site.rank, :], q[..., : site.rank]
     return Start(a.to(site.dtype).contiguous(), b.to(site.dtype).contiguous(), shifted=True)
+
+
+# --- inits that look at data ----------------------------------------------------------------------------------------
+
+
+@INITS.register("eva", "eva_uniform")
+def eva(site: Site) -> Start:
+    a, b = site.empty()
+    directions = site.seen.directions[: site.rank]
+    a.zero_()
+    a[: len(directions)] = directions.to(a)
+    return Start(a, b.zero_())
+
+
+NEEDS["eva"] = NEEDS["eva_uniform"] = "spectrum"
+SHARES_RANKS = {"eva": 2.0}  # no layer may get more than this times the rank asked for (the paper's rho)
+
+
+def share_ranks(explained: Mapping[str, Tensor], ranks: Mapping[str, int], rho: float) -> dict[str, int]:
+    """The budget of all ranks given to the directions that explain most, wherever they are; at least 1 a layer.
+
+    >>> share_ranks({"a": torch.tensor([0.9, 0.05]), "b": torch.tensor([0.5, 0.4])}, {"a": 1, "b": 1}, 2.0)
+    {'a': 1, 'b': 1}
+    >>> share_ranks({"a": torch.tensor([0.9, 0.0]), "b": torch.tensor([0.5, 0.4])}, {"a": 2, "b": 1}, 2.0)
+    {'a': 1, 'b': 2}
+    """
+    offers = [
+        (float(share), name)
+        for name, shares in explained.items()
+        for share in shares[1 : int(rho * ranks[name])]  # the first of each layer is given in any case
+    ]
+    left = sum(ranks.values()) - len(ranks)
+    won = [name for _, name in sorted(offers, key=lambda offer: -offer[0])[: max(left, 0)]]
+    return {name: 1 + won.count(name) for name in ranks}
+
+
+def _corda(site: Site, pick: slice) -> Start:
+    """W C = U S V^T; W is then U S V^T C^-1 and the picked components of that sum are taken out."""
+    c = site.seen / site.seen.diagonal().mean().clamp_min(1e-30)
+    damp = 1e-2
+    eye = torch.eye(len(c), device=c.device)
+    while True:  # rank-deficient where fewer rows were seen than there are inputs: damp until the inverse is sound
+        damped = c + damp * eye
+        inverse = torch.linalg.inv(damped)
+        if float((damped @ inverse - eye).abs().max()) < 1e-3 or damp > 1:
+            break
+        damp *= 2
+    u, s, vh = torch.linalg.svd(site.matrix() @ damped, full_matrices=False)
+    root = (s[pick] / site.scale).sqrt()
+    a, b = root[:, None] * (vh[pick] @ inverse), u[:, pick] * root
+    return Start(a.to(site.dtype).contiguous(), b.to(site.dtype).contiguous(), shifted=True)
+
+
+@INITS.register("corda")
+def corda(site: Site) -> Start:
+    return _corda(site, slice(0, site.rank))
+
+
+@INITS.register("corda_kpm")
+def corda_kpm(site: Site) -> Start:
+    count = min(site.shape)
+    return _corda(site, slice(count - site.rank, count))
+
+
+NEEDS["corda"] = NEEDS["corda_kpm"] = "covariance"
+GAMMA = 16.0  # LoRA-GA's stable scale; the paper's choice for all its experiments
+
+
+@INITS.register("lora_ga")
+def lora_ga(site: Site) -> Start:
+    """A from the first r right directions of G, B from the next r left ones: the first step is then the best rank-2r
+    approximation of a step of full fine-tuning."""
+    g = site.seen
+    if 2 * site.rank > min(g.shape):
+        raise ConfigError(f"init 'lora_ga' needs 2 r = {2 * site.rank} directions of a {tuple(g.shape)} gradient")
+    u, _, v = torch.svd_lowrank(g, q=min(4 * site.rank, min(g.shape)), niter=4)
+    size = g.shape[0] ** 0.25 / math.sqrt(GAMMA)
+    a, b = size * v.T[: site.rank], size * u[:, site.rank : 2 * site.rank]
+    return Start(a.to(site.dtype).contiguous(), b.to(site.dtype).contiguous(), shifted=True)
+
+
+NEEDS["lora_ga"] = "gradient"

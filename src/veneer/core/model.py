@@ -8,8 +8,10 @@ with the model.
 from __future__ import annotations
 
 import copy
+import dataclasses
+import re
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,12 +22,13 @@ from torch import Tensor, nn
 from veneer.core.combine import COMBINES, Add
 from veneer.core.delta import DELTAS
 from veneer.core.host import NORMS, Active, Adapted, Adapter, Hosted, Readable, Whole, host, refuse_sharded, release
-from veneer.core.init import INITS, Site, unset
+from veneer.core.init import INITS, NEEDS, SHARES_RANKS, Site, share_ranks, unset
 from veneer.core.leaf import Leaf, own_parameters
+from veneer.core.observe import Loss, loss_of, observe
 from veneer.core.op import Op, op_for, op_of
 from veneer.core.registry import near
 from veneer.core.select import refined, select, select_saved
-from veneer.core.spec import LoRA
+from veneer.core.spec import SCALINGS, LoRA
 from veneer.core.weight import is_plain, read_weight, write_weight
 from veneer.errors import CheckpointError, ConfigError, StateError, TargetError
 
@@ -212,12 +215,16 @@ def attach(
     dtype: torch.dtype | None = None,
     init: bool = True,
     trainable: bool = True,
+    data: Iterable[Any] | None = None,
+    loss: Loss = loss_of,
 ) -> Attached:
     """Put an adapter on `model`, in place, freeze everything else, and make the new adapter the active one.
 
     The layers keep their names and weights. dtype: the type the adapter is kept and trained in; fp32 on a half
     precision base unless given (products still run in the base's type). init=False leaves values unset, for whoever
-    loads them next. Raises ConfigError, TargetError or StateError before anything has changed.
+    loads them next. data: a few batches, for inits that look at them (eva, corda, lora_ga): mappings are passed to the
+    model by keyword; loss(model, batch) gives lora_ga its gradient. Raises ConfigError, TargetError or StateError
+    before anything has changed.
     """
     state = vars(_unwrap(model)).get("_veneer")
     model = _unwrap(model)
@@ -226,6 +233,8 @@ def attach(
     biased = _bias_layers(model, layers, whole, spec)
     specs = {site: refined(model, site, layer, spec) for site, layer in layers.items()}
     plan = _plan(layers, specs, dtype, init)
+    if init:
+        spec = _look_at_data(model, plan, specs, spec, data, loss)
     refuse_sharded({**layers, **whole, **biased})
     new = {site: _adapter(place, init, specs[site]) for site, place in plan.items()}
     new |= {site: Adapter(None, None, _bias_change(layer)) for site, layer in biased.items()}
@@ -292,6 +301,37 @@ def _plan(
     for delta in {specs[name].delta for name in plan}:
         DELTAS[delta].share([site for name, site in plan.items() if specs[name].delta == delta])
     return plan
+
+
+def _look_at_data(
+    model: nn.Module, plan: dict[str, Site], specs: dict[str, LoRA], spec: LoRA, data: Iterable[Any] | None, loss: Loss
+) -> LoRA:
+    """Give each site what its init asked to see; returns the spec with the ranks that came of it."""
+    wanted = {NEEDS[specs[name].init] for name in plan if specs[name].init in NEEDS}
+    if wanted and data is None:
+        asking = sorted({specs[n].init for n in plan if specs[n].init in NEEDS})
+        raise ConfigError(f"init {', '.join(asking)} looks at data", fix="attach(model, spec, data=a few batches)")
+    batches = list(data) if wanted else []  # type: ignore[arg-type]
+    for need in sorted(wanted):
+        layers = {n: site.host for n, site in plan.items() if NEEDS.get(specs[n].init) == need}
+        rank = max(plan[n].rank for n in layers)
+        for name, seen in observe(model, layers, need, batches, loss, rank).items():
+            plan[name].seen = seen
+    sharing = {n: s for n, s in plan.items() if specs[n].init in SHARES_RANKS}
+    if not sharing:
+        return spec
+    rho = max(SHARES_RANKS[specs[n].init] for n in sharing)
+    ranks = share_ranks({n: s.seen.explained for n, s in sharing.items()}, {n: s.rank for n, s in sharing.items()}, rho)
+    exact = {}
+    for name, rank in ranks.items():
+        alpha = specs[name].alpha * _alpha_factor(specs[name], rank)  # the scale stays what it was
+        plan[name].rank = rank
+        exact[re.escape(name)] = {"rank": rank, "alpha": alpha}
+    return dataclasses.replace(spec, overrides={**exact, **spec.overrides})
+
+
+def _alpha_factor(spec: LoRA, rank: int) -> float:
+    return spec.scale / SCALINGS[spec.scaling](spec.alpha, rank)
 
 
 def _adapter_dtype(weight: Tensor | None) -> torch.dtype:

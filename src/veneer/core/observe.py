@@ -1,0 +1,169 @@
+"""What an init may want to see before it starts: what flows into each layer, or how the loss would move its weight.
+
+    need         what is kept for each layer                          who asks
+    spectrum     top right singular vectors of its inputs, and how    eva
+                 much of their variance each explains
+    covariance   X^T X / n over all inputs seen, (in, in), fp32       corda
+    gradient     dL/dW summed over the batches, (out, in), fp32       lora_ga
+
+The model runs in evaluation mode with its adapters off, and is left as it was.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from veneer.core.op import LinearOp, op_of
+from veneer.errors import ConfigError, TargetError
+
+__all__ = ["Spectrum", "observe"]
+
+Loss = Callable[[nn.Module, Any], Tensor]
+SPARE = 16  # singular vectors kept beyond the ones needed, so that cutting after each batch costs no accuracy
+
+
+@dataclass
+class Spectrum:
+    """The top of an SVD of all rows seen, updated batch by batch without keeping the rows."""
+
+    size: int
+    basis: Tensor | None = None  # S V^T, (k, in)
+    total: float = 0.0  # |X|^2 of everything seen
+
+    def see(self, rows: Float[Tensor, "t in"]) -> None:
+        rows = rows.float()
+        self.total += float(rows.double().square().sum())
+        stacked = rows if self.basis is None else torch.cat([self.basis, rows])
+        _, s, vh = torch.linalg.svd(stacked, full_matrices=False)
+        self.basis = s[: self.size, None] * vh[: self.size]
+
+    @property
+    def directions(self) -> Float[Tensor, "k in"]:
+        assert self.basis is not None
+        return self.basis / self.basis.norm(dim=1, keepdim=True).clamp_min(1e-30)
+
+    @property
+    def explained(self) -> Float[Tensor, " k"]:
+        """Share of the inputs' energy along each direction."""
+        assert self.basis is not None
+        return self.basis.square().sum(1) / max(self.total, 1e-30)
+
+
+def observe(
+    model: nn.Module, layers: Mapping[str, nn.Module], need: str, batches: Iterable[Any], loss: Loss, rank: int
+) -> dict[str, Any]:
+    """Run the batches and return for every layer what `need` says. Raises before running if a layer cannot serve."""
+    odd = [f"{n}: {type(m).__name__}" for n, m in layers.items() if not isinstance(op_of(m), LinearOp)]
+    if odd:
+        raise TargetError("an init that looks at data serves linear layers only", problems=odd, fix="exclude them")
+    seen: dict[str, Any] = {}
+    with _quiet(model):
+        count = (_gradients if need == "gradient" else _inputs)(model, layers, need, batches, loss, rank, seen)
+    if not count:
+        raise ConfigError("there was no batch to look at", where="attach(..., data=batches)")
+    missing = [n for n in layers if n not in seen]
+    if missing:
+        raise TargetError("these layers never ran on the batches given", problems=missing, fix="exclude them")
+    return seen
+
+
+@contextmanager
+def _quiet(model: nn.Module) -> Iterator[None]:
+    training = [m for m in model.modules() if m.training]
+    state = vars(model).get("_veneer")
+    before = state and (state.active.names, state.active.mix)
+    model.eval()
+    if state:
+        state.active.change(())
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+        if state:
+            state.active.change(*before)
+
+
+def _run(model: nn.Module, batch: Any) -> Any:
+    if isinstance(batch, Mapping):
+        return model(**batch)
+    return model(*batch) if isinstance(batch, tuple | list) else model(batch)
+
+
+def _inputs(
+    model: nn.Module,
+    layers: Mapping[str, nn.Module],
+    need: str,
+    batches: Iterable[Any],
+    loss: Loss,
+    rank: int,
+    seen: dict[str, Any],
+) -> int:
+    def look(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+            x = args[0].detach().reshape(-1, args[0].shape[-1])
+            if need == "spectrum":
+                seen.setdefault(name, Spectrum(2 * rank + SPARE)).see(x)
+            else:
+                x = x.float()
+                seen[name] = x.T @ x + seen.get(name, 0.0)
+
+        return hook
+
+    handles = [layer.register_forward_pre_hook(look(name)) for name, layer in layers.items()]
+    count = 0
+    try:
+        with torch.no_grad():
+            for batch in batches:
+                _run(model, batch)
+                count += 1
+    finally:
+        for handle in handles:
+            handle.remove()
+    return count
+
+
+def _gradients(
+    model: nn.Module,
+    layers: Mapping[str, nn.Module],
+    need: str,
+    batches: Iterable[Any],
+    loss: Loss,
+    rank: int,
+    seen: dict[str, Any],
+) -> int:
+    weights = {name: layer._parameters["weight"] for name, layer in layers.items()}
+    flags = {p: p.requires_grad for p in model.parameters()}
+    count = 0
+    try:
+        for p in flags:
+            p.requires_grad_(False)
+        for w in weights.values():
+            w.requires_grad_(True)  # type: ignore[union-attr]
+        for batch in batches:
+            grads = torch.autograd.grad(loss(model, batch), list(weights.values()), allow_unused=True)
+            for name, g in zip(weights, grads, strict=True):
+                if g is not None:
+                    seen[name] = op_of(layers[name]).to_matrix(layers[name], g).float() + seen.get(name, 0.0)
+            count += 1
+    finally:
+        for p, flag in flags.items():
+            p.requires_grad_(flag)
+    return count
+
+
+def loss_of(model: nn.Module, batch: Any) -> Tensor:
+    """The loss that a transformers model gives itself when the batch holds labels."""
+    loss = getattr(_run(model, batch), "loss", None)
+    if loss is None:
+        raise ConfigError(
+            "the model gives no loss for these batches", fix="put labels into them, or attach(..., loss=function)"
+        )
+    return loss
