@@ -114,7 +114,8 @@ def test_a_later_source_says_steps_or_epochs_anew(tmp_path: Path) -> None:
     path = written(tmp_path, "steps: 100\n")
     settings = resolve(path, flags={"epochs": "2"}).settings
     assert settings.steps is None and settings.epochs == 2
-    assert problems(steps=3, epochs=1) == ["steps and epochs are both given: say one of them"]
+    both = resolve(mapping={"steps": 3, "epochs": 1})
+    assert both.settings.steps == 3 and both.notices == ["steps: 3 counts, and epochs: 1 does not"]
 
 
 # ---------------------------------------------------------------- what other tools write

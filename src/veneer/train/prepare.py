@@ -26,6 +26,7 @@ from veneer.data.dataset import Dataset, Split, load, split
 from veneer.data.encode import Encodings
 from veneer.data.isolation import check as check_isolation
 from veneer.data.pack import obstacle, pack, packed_times
+from veneer.data.preview import runs
 from veneer.data.template import Renderer
 from veneer.data.types import Encoded
 from veneer.errors import ConfigError, DataError
@@ -93,7 +94,7 @@ def prepare(run: Run, settings: Reads, model: Any, data: Any, tokenizer: Any, te
     rows = settle_packing(settings, task, model, train, device, tell)
     settle_plan(settings, model, len(rows), tell)
     run.write_config(settings.resolved)
-    run.write_json("data.json", facts(parts, train, val, rows))
+    run.write_json("data.json", {**facts(parts, train, val, rows), "preview": previews(task, train.samples)})
     run.update(device=device_name(device), base=named or type(model).__name__)
     return Job(settings, task, model, rows, val.samples, trained, train.samples)
 
@@ -288,6 +289,11 @@ def _rate_rule(settings: Reads, model: nn.Module) -> tuple[float, str]:
     size = sum(parameter.numel() for parameter in model.parameters())
     found = learning_rate(size, rank=settings.r, **{name: getattr(settings, name) for name in names})
     return found.value, found.reason.removeprefix("rule: ")
+
+
+def previews(task: Task, samples: list[Encoded]) -> list[list[Any]]:
+    """The first samples as stretches of trained and untrained text: what the report colours."""
+    return [list(runs(sample, task.tokenizer)) for sample in samples[:3] if sample.layout == "token"]
 
 
 def facts(parts: Split, train: Encodings, val: Encodings, rows: list[Encoded]) -> dict[str, Any]:

@@ -43,7 +43,7 @@ __all__ = ["ACTIVE", "Run"]
 ACTIVE = ("preparing", "training", "proving")  # a process should be behind these; the others: done, stopped, failed
 BEAT_SECONDS = 5.0
 SILENT_SECONDS = 900.0  # a run elsewhere, whose process cannot be looked up, is dead after this much silence
-PACKAGES = ("veneer", "torch", "transformers", "tokenizers", "safetensors", "numpy")
+PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "numpy")
 
 
 class Run:
@@ -331,7 +331,10 @@ def _is_alive(info: Mapping[str, Any]) -> bool:
 
 
 def _versions() -> dict[str, str]:
-    found = {"python": platform.python_version(), "system": f"{platform.system()} {platform.release()}"}
+    import veneer
+
+    found = {"veneer": veneer.__version__, "python": platform.python_version()}
+    found["system"] = f"{platform.system()} {platform.release()}"
     for package in PACKAGES:
         with suppress(PackageNotFoundError):
             found[package] = version(package)

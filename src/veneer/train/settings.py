@@ -331,7 +331,7 @@ def resolve(
                 found[own] = Given(each, origin, rank)
         given |= found
     _finish_deferred(given, problems)
-    _one_length(given, problems)
+    _one_length(given, notices)
     settings = Settings(**{name: each.value for name, each in given.items()}) if not problems else None
     problems += _contradictions(settings, given) if settings else []
     if problems or settings is None:
@@ -423,13 +423,16 @@ def _finish_deferred(given: dict[str, Given], problems: list[str]) -> None:
             given[own] = Given(_reader(own)(said.value * times), Origin(said.origin.how, note), said.rank)
 
 
-def _one_length(given: dict[str, Given], problems: list[str]) -> None:
-    """steps and epochs say the same thing: the later source wins, and one source may say only one of them."""
+def _one_length(given: dict[str, Given], notices: list[str]) -> None:
+    """steps and epochs both say how long: the later source wins, and within one source steps does."""
     if "steps" not in given or "epochs" not in given or given["steps"].value is None:
         return
-    if given["steps"].rank == given["epochs"].rank:
-        problems.append("steps and epochs are both given: say one of them")
-    given.pop("steps" if given["steps"].rank < given["epochs"].rank else "epochs")
+    if given["steps"].rank >= given["epochs"].rank:
+        if given["epochs"].value != KEYS["epochs"].default:
+            notices.append(f"steps: {given['steps'].value} counts, and epochs: {given['epochs'].value:g} does not")
+        given.pop("epochs")
+    else:
+        given.pop("steps")
 
 
 def _contradictions(settings: Settings, given: dict[str, Given]) -> list[str]:
