@@ -32,6 +32,46 @@ def bert(seed: int = 0) -> nn.Module:
     return BertForSequenceClassification(BertConfig(**sizes, vocab_size=40, num_labels=3)).eval()
 
 
+def mixtral(seed: int = 0) -> nn.Module:
+    """Experts as stacks: gate_up_proj (E, 2 mlp, dim) and down_proj (E, dim, mlp)."""
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    torch.manual_seed(seed)
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = MixtralConfig(**sizes, num_key_value_heads=2, vocab_size=40, num_local_experts=3)
+    return MixtralForCausalLM(config).eval()
+
+
+class Experts(nn.Module):
+    """Two stacks stored as (E, in, out), which the module says of itself, and every expert at work."""
+
+    is_transposed = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Parameter(torch.randn(3, 16, 24) / 4)
+        self.down = nn.Parameter(torch.randn(3, 24, 16) / 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.relu(torch.einsum("bi,eio->ebo", x, self.up))
+        return torch.einsum("ebo,eoi->bi", h, self.down)
+
+
+class ExpertNet(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(40, 16)
+        self.experts = Experts()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.experts(self.embed(x).mean(1))
+
+
+def experts(seed: int = 0) -> nn.Module:
+    torch.manual_seed(seed)
+    return ExpertNet().eval()
+
+
 class ConvNet(nn.Module):
     """A stem, a convolution of the given kind, and a head."""
 
@@ -78,12 +118,14 @@ NETS: dict[str, Callable[[], nn.Module]] = {
     "grouped": lambda: convnet(2, groups=4),
     "grouped1d": lambda: convnet(1, groups=2),
     "bag": bag,
+    "mixtral": mixtral,
+    "experts": experts,
 }
 
 
 def batch(net: str) -> Tensor:
     generator = torch.Generator().manual_seed(1)
-    if net in ("llama", "gpt2", "bert", "bag"):
+    if net in ("llama", "gpt2", "bert", "bag", "mixtral", "experts"):
         return torch.randint(0, 40, (2, 7), generator=generator)
     dims = {"conv1d": 1, "grouped1d": 1, "conv3d": 3}.get(net, 2)
     return torch.randn(2, 4, *(6,) * dims, generator=generator)

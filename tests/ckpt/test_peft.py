@@ -12,12 +12,14 @@ from ckpt_nets import NETS, batch, logits, spread
 from torch import nn
 
 from veneer.ckpt.peft import load, save
+from veneer.core.delta import DELTAS
 from veneer.core.model import attach, parameters
 from veneer.core.spec import LoRA
 
 peft = pytest.importorskip("peft")
 
 ATTENTION = ["q_proj", "v_proj"]
+STACKS = ["experts.gate_up_proj", "experts.down_proj"]
 THEIRS: dict[str, tuple[str, dict[str, Any]]] = {  # name -> (net, PEFT's LoraConfig)
     "plain": ("llama", {"r": 4, "lora_alpha": 8, "target_modules": ATTENTION}),
     "rank 1": ("llama", {"r": 1, "lora_alpha": 3, "target_modules": ["q_proj"]}),
@@ -71,6 +73,12 @@ THEIRS: dict[str, tuple[str, dict[str, Any]]] = {  # name -> (net, PEFT's LoraCo
         {"r": 4, "target_modules": ["c_attn"], "fan_in_fan_out": True, "init_lora_weights": "pissa"},
     ),
     "olora": ("llama", {"r": 4, "lora_alpha": 6, "target_modules": ATTENTION, "init_lora_weights": "olora"}),
+    "experts": ("mixtral", {"r": 4, "target_modules": ["q_proj"], "target_parameters": STACKS}),
+    "one stack": ("mixtral", {"r": 4, "target_modules": [], "target_parameters": STACKS[:1], "use_rslora": True}),
+    "transposed stacks": (
+        "experts",
+        {"r": 4, "lora_alpha": 3, "target_modules": [], "target_parameters": ["experts.down", "experts.up"]},
+    ),
 }
 
 OURS: dict[str, tuple[str, LoRA]] = {
@@ -110,6 +118,10 @@ OURS: dict[str, tuple[str, LoRA]] = {
     "groups rslora": ("grouped", LoRA(rank=3, alpha=6, targets=["body"], scaling="rslora", bias="lora_only")),
     "groups 1d": ("grouped1d", LoRA(rank=2, alpha=6, targets=["body", "head"])),
     "no transformers": ("bag", LoRA(rank=4, targets=["embed", "out"], combine="dora")),
+    "experts": ("mixtral", LoRA(rank=4, targets=["gate_up_proj", "down_proj", "q_proj"])),
+    "one stack of one block": ("mixtral", LoRA(rank=4, targets=["layers.1.mlp.experts.down_proj"])),
+    "transposed stacks": ("experts", LoRA(rank=4, targets=["up", "down"], scaling="rslora")),
+    "q and v in a fused matrix": ("gpt2", LoRA(rank=4, targets="minimal")),
 }
 
 
@@ -177,3 +189,16 @@ def test_read_from_peft_and_written_again(case, tmp_path):
     torch.testing.assert_close(
         logits(in_peft(NETS[net](), tmp_path / "ours"), batch(net)), expected, atol=1e-5, rtol=1e-5
     )
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("delta", sorted(DELTAS))
+def test_every_kind_of_delta_is_saved_as_the_plain_lora_that_it_is_worth(delta, tmp_path):
+    options = {"tokens": {"rows": [3, 5]}, "fused": {"parts": [[0, 16]]}}.get(delta, {})
+    targets = ["embed_tokens"] if delta == "tokens" else ["q_proj", "down_proj"]
+    expected = our_adapter("llama", LoRA(rank=4, targets=targets, delta=delta, options=options), tmp_path)
+    model = NETS["llama"]()
+    load(model, tmp_path)
+    torch.testing.assert_close(logits(model, batch("llama")), expected, atol=1e-5, rtol=1e-5)
+    theirs = in_peft(NETS["llama"](), tmp_path)
+    torch.testing.assert_close(logits(theirs, batch("llama")), expected, atol=1e-5, rtol=1e-5)

@@ -30,7 +30,8 @@ LOADING = """
     chunk_size_feed_forward decoder_start_token_id dtype eos_token_id forced_bos_token_id forced_eos_token_id
     gradient_checkpointing id2label initializer_range label2id num_labels output_attentions output_hidden_states
     pad_token_id prefix pretraining_tp problem_type pruned_heads quantization_config return_dict sep_token_id
-    task_specific_params tie_word_embeddings tokenizer_class torch_dtype torchscript transformers_version use_bfloat16 use_cache
+    task_specific_params tie_word_embeddings tokenizer_class torch_dtype torchscript transformers_version use_bfloat16
+    use_cache
 """  # how a model is loaded, stored, run or labelled, not what its layers compute; so are all kinds of dropout
 IGNORED = frozenset(LOADING.split())
 

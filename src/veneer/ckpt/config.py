@@ -31,7 +31,21 @@ from veneer.core.select import PRESETS
 from veneer.core.spec import LoRA
 from veneer.errors import CheckpointError, ConfigError
 
-__all__ = ["CONFIG", "TASK_HEADS", "Parsed", "Rank", "parse", "patterns_for", "read_config", "selects", "targets_for"]
+__all__ = [
+    "CONFIG",
+    "RECOMPUTED",
+    "REFUSED",
+    "TASK_HEADS",
+    "Parsed",
+    "Rank",
+    "parameters_for",
+    "parse",
+    "patterns_for",
+    "read_config",
+    "selects",
+    "selects_parameters",
+    "targets_for",
+]
 
 CONFIG = "adapter_config.json"
 
@@ -43,7 +57,7 @@ TASK_HEADS = {  # modules that PEFT trains whole for a task whether or not modul
 
 WORDS = """
     r lora_alpha lora_dropout use_rslora use_dora rank_pattern alpha_pattern target_modules exclude_modules bias
-    layers_to_transform layers_pattern modules_to_save init_lora_weights lora_bias peft_type
+    layers_to_transform layers_pattern modules_to_save init_lora_weights lora_bias peft_type target_parameters
 """
 MAPPED = frozenset(WORDS.split())
 SILENT = """
@@ -61,7 +75,6 @@ REFUSED = {  # keys that change what the adapter computes
     "layer_replication": ("runs blocks of the base several times", "replicate the blocks in the base model itself"),
     "megatron_config": ("is for Megatron's parallel layers", "convert base and adapter to Hugging Face's layout"),
     "monteclora_config": ("adds random perturbations (MonteCLoRA)", RETRAIN),
-    "target_parameters": ("adapts bare parameters such as expert stacks", "adapt the layers inside instead"),
     "trainable_token_indices": ("replaces single rows of the embedding", "modules_to_save with the whole embedding"),
     "use_bdlora": ("has block-diagonal factors (BD-LoRA)", RETRAIN),
     "use_qalora": ("pools the inputs of A (QA-LoRA)", RETRAIN),
@@ -197,6 +210,11 @@ def _matcher(names: str | Collection[str]) -> Callable[[str], bool]:
     return lambda name: name in whole or name.endswith(ends)
 
 
+def selects_parameters(config: Mapping[str, Any]) -> Callable[[str], bool]:
+    """PEFT's own answer to "is this bare parameter a target?" (`_inject_parameters`)."""
+    return _matcher(tuple(config.get("target_parameters") or ()))
+
+
 def _layer_rule(config: Mapping[str, Any]) -> Callable[[str], bool]:
     layers = config.get("layers_to_transform")
     if layers is None or layers == []:
@@ -233,12 +251,22 @@ class Rank:
 
 def targets_for(spec: LoRA, sites: Collection[str], modules: Collection[str], saved: Sequence[str]) -> dict[str, Any]:
     """The keys that make PEFT choose exactly `sites` among `modules`, as close to the user's words as that allows."""
+    if not sites:
+        return {"target_modules": []}
     for candidate in _target_candidates(spec, sites):
         config = {**candidate, "modules_to_save": list(saved)}
         rule = selects(config)
         if {name for name in modules if rule(name)} == set(sites):
             return candidate
     return {"target_modules": "|".join(re.escape(site) for site in sites)}
+
+
+def parameters_for(sites: Collection[str], parameters: Collection[str]) -> list[str] | None:
+    """The target_parameters that make PEFT choose exactly these: their last two words where that will do."""
+    short = sorted({".".join(site.split(".")[-2:]) for site in sites})
+    rule = selects_parameters({"target_parameters": short})
+    exact = {name for name in parameters if rule(name)} == set(sites)
+    return (short if exact else sorted(sites)) if sites else None
 
 
 def _target_candidates(spec: LoRA, sites: Collection[str]) -> Iterator[dict[str, Any]]:

@@ -21,10 +21,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from veneer.ckpt.config import TASK_HEADS, Parsed, selects
-from veneer.ckpt.layout import from_file, is_conv, misfit, parse_key
+from veneer.ckpt.config import TASK_HEADS, Parsed, selects, selects_parameters
+from veneer.ckpt.layout import from_file, is_conv, is_flipped, misfit, parse_key
 from veneer.ckpt.tensorfile import Stored, TensorFile
 from veneer.core.host import Hosted
+from veneer.core.leaf import Leaf, Reading, leaves_of
 from veneer.core.op import op_for
 from veneer.core.select import ends_with
 from veneer.core.spec import LoRA
@@ -35,6 +36,9 @@ __all__ = ["Fit", "fit", "plain_modules", "renamings"]
 
 Read = Callable[[str], Tensor | None]
 """The value of a parameter of the base, by name, for models whose own parameters have none."""
+
+
+NESTED = ".base_layer"  # in the name of a module: an adapter of one of its parameters, under that of another
 
 
 @dataclass
@@ -52,6 +56,7 @@ class Fit:
 
     spec: LoRA
     sites: tuple[str, ...]
+    hosts: dict[str, nn.Module]
     saved: tuple[str, ...]
     values: dict[tuple[str, str], Tensor]  # (module, field) -> A, B, magnitude, saved.<parameter>
     biases: dict[str, Tensor]  # module -> the whole bias, where training moved it
@@ -89,64 +94,91 @@ class _Matching:
     read: Read | None
     problems: list[str] = field(default_factory=list)
     gaps: list[str] = field(default_factory=list)  # what `partial` forgives
+    hosts: dict[str, nn.Module] = field(init=False)  # all that may carry an adapter: modules, and parameters by name
+
+    def __post_init__(self) -> None:
+        self.hosts = dict(self.modules)
 
     def run(self) -> Fit:
-        sites, values = self._sites()
-        saved, biases, rest = self._plain(sites)
+        self._name_parameters()
+        sites = self._sites()
+        saved, biases, whole = self._plain(sites)
         spec, factors = self._factors(sites)
         biases |= {s: t.load() for s, t in self._base_biases(sites).items()}
         self._raise()
-        values = factors | {key: stored.load() for key, stored in {**values, **rest}.items()}
+        values = factors | {key: stored.load() for key, stored in whole.items()}
         spec = dataclasses.replace(spec, modules_to_save=_shortest(spec.modules_to_save, saved, self.modules))
         changes = {
             site: self.found.adapted[site]["B.bias"].load().float() * spec.at(site).scale
             for site in sites
             if "B.bias" in self.found.adapted[site]
         }
-        return Fit(spec, tuple(sites), tuple(saved), values, biases, changes, self.notes)
+        hosts = {site: self.hosts[site] for site in sites}
+        return Fit(spec, tuple(sites), hosts, tuple(saved), values, biases, changes, self.notes)
 
-    def _sites(self) -> tuple[list[str], dict[tuple[str, str], Stored]]:
+    def _name_parameters(self) -> None:
+        """Adapters of bare parameters bear the name of the module that holds them; give each its parameter's name."""
+        for key in list(self.found.adapted):
+            owner = key.removesuffix(NESTED * key.count(NESTED))
+            module = self.modules.get(owner)
+            if module is None or op_for(type(module)) is not None:
+                continue
+            names = [p for p in module._parameters if self._targets_parameter(f"{owner}.{p}")]
+            place = len(names) - 1 - key.count(NESTED)  # the first is nested deepest
+            if place >= 0:
+                site = f"{owner}.{names[place]}"
+                self.hosts[site] = leaves_of(module).get(names[place]) or Leaf(module, names[place])
+                self.found.adapted[site] = self.found.adapted.pop(key)
+
+    def _targets_parameter(self, name: str) -> bool:
+        rule = selects_parameters(self.parsed.raw)
+        return rule(name) or rule(self.name_of.backward(name))
+
+    def _sites(self) -> list[str]:
         """The layers that file and config agree on, in the model's order."""
         in_file, wanted = self.found.adapted.keys(), self._wanted()
-        rule = selects(self.parsed.raw) if wanted is not None else lambda name: True
         for site in in_file:
-            if site not in self.modules:
+            if site not in self.hosts:
                 self.gaps.append(f"{site}: in the file, but the model has no such module")
-            elif op_for(type(self.modules[site])) is None:
-                self.gaps.append(f"{site}: in the file, but {type(self.modules[site]).__name__} cannot carry a LoRA")
-            elif not (rule(site) or rule(self.name_of.backward(site))):
+            elif op_for(type(self.hosts[site])) is None:
+                self.gaps.append(f"{site}: in the file, but {type(self.hosts[site]).__name__} cannot carry a LoRA")
+            elif wanted is not None and site not in wanted:
                 self.gaps.append(f"{site}: in the file, but its config does not target it")
-        for site in wanted or ():
-            if site not in in_file:
-                self.gaps.append(f"{site}: targeted by the config, but not in the file")
-        return [n for n, m in self.modules.items() if n in in_file and op_for(type(m)) is not None], {}
+        self.gaps += [f"{s}: targeted by the config, but not in the file" for s in wanted or () if s not in in_file]
+        return [n for n, m in self.hosts.items() if n in in_file and op_for(type(m)) is not None]
 
-    def _wanted(self) -> list[str] | None:
-        """The layers that PEFT would have adapted; None where the config leaves it to the model's kind."""
-        targets = self.parsed.raw.get("target_modules")
-        if not targets or (isinstance(targets, str) and targets.lower() == "all-linear"):
+    def _wanted(self) -> set[str] | None:
+        """What PEFT would have adapted; None where the config leaves it to the model's kind."""
+        targets, bare = (self.parsed.raw.get(f"target_{kind}") for kind in ("modules", "parameters"))
+        if (not targets and not bare) or (isinstance(targets, str) and targets.lower() == "all-linear"):
             return None
         rule, back = selects(self.parsed.raw), self.name_of.backward
-        return [n for n, m in self.modules.items() if op_for(type(m)) is not None and (rule(n) or rule(back(n)))]
+        wanted = {n for n, m in self.modules.items() if op_for(type(m)) is not None and (rule(n) or rule(back(n)))}
+        if bare:
+            names = (f"{n}.{p}" for n, m in self.modules.items() for p in m._parameters)
+            wanted |= {name for name in names if self._targets_parameter(name)}
+        return wanted
 
     def _factors(self, sites: Iterable[str]) -> tuple[LoRA, dict[tuple[str, str], Tensor]]:
         """A, B and magnitude of each layer as our matrices, and the spec with the ranks that these have."""
         spec, values, shrunk = self.parsed.spec, {}, {}
         for site in sites:
-            own, host, fields = spec.at(site), self.modules[site], self.found.adapted[site]
+            own, host, fields = spec.at(site), self.hosts[site], self.found.adapted[site]
             if not self._is_complete(site, fields):
                 continue
-            problem = misfit(site, host, own.rank, {key: stored.shape for key, stored in fields.items()})
+            shapes = {key: stored.shape for key, stored in fields.items()}
+            flipped = is_flipped(host, str(self.parsed.raw.get("peft_version") or ""), shapes)
+            problem = misfit(site, host, own.rank, shapes, flipped)
             if problem is not None:
                 self.problems.append(problem)
                 continue
-            pair = from_file(host, fields["A"].load(), fields["B"].load())
+            pair = from_file(host, fields["A"].load(), fields["B"].load(), flipped)
             if pair is None:
                 self.problems.append(f"{site}: {MIXED_GROUPS}")
                 continue
             values |= {(site, "A"): pair.a, (site, "B"): pair.b}
             if spec.combine == "dora":
-                values[site, "magnitude"] = fields["magnitude"].load().flatten()
+                values[site, "magnitude"] = fields["magnitude"].load().view(*pair.b.shape[:-1])
             if pair.shrunk > 1:
                 shrunk["^" + re.escape(site)] = _shrink(own, pair.shrunk)
         self._note_padding(sites)
@@ -163,7 +195,7 @@ class _Matching:
         return not missing and not extra
 
     def _note_padding(self, sites: Iterable[str]) -> None:
-        odd = [s for s in sites if is_conv(self.modules[s]) and self.modules[s].padding_mode != "zeros"]
+        odd = [s for s in sites if is_conv(self.hosts[s]) and self.hosts[s].padding_mode != "zeros"]
         if odd and "veneer" not in self.file.metadata:
             self.notes.append(
                 f"PEFT pads with zeros inside adapters of {', '.join(odd)}, whatever the layer does; here the adapter "
@@ -350,7 +382,7 @@ def _renamed(
     names = list(found.adapted) or [full.rpartition(".")[0] for full in found.plain]
     best, most = SAME, 0
     for renaming in renamings(model):
-        matches = sum(renaming.forward(name) in modules for name in names)
+        matches = sum(renaming.forward(name.removesuffix(NESTED * name.count(NESTED))) in modules for name in names)
         if matches > most:
             best, most = renaming, matches
         if most == len(names) and names:
@@ -388,7 +420,7 @@ def plain_modules(model: nn.Module) -> dict[str, nn.Module]:
             return
         seen.add(module)
         found[name] = module
-        inside = isinstance(module, Hosted)
+        inside = isinstance(module, Hosted | Reading)
         for key, child in module._modules.items():
             if child is not None and not (inside and key == "lora"):
                 walk(child, f"{name}.{key}" if name else key)

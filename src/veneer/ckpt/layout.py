@@ -5,6 +5,7 @@
     Embedding          lora_embedding_A (r, vocab), lora_embedding_B (dim, r)  the same
     ConvNd             lora_A.weight (r, in, *k), lora_B.weight (out, r, 1..)  flattened
     ConvNd, g groups   lora_A.weight (R, in, *k), lora_B.weight (out, R/g, 1..)  see below
+    stack of E         lora_A.weight (r E, in), lora_B.weight (out, r E)       (E, r, in), (E, out, r): see below
     DoRA               lora_magnitude_vector (out,), for ConvNd (1, out, 1..)  flattened
     lora_bias          lora_B.bias (out,)                                      a change of the bias, times the scale
 
@@ -16,20 +17,27 @@ reads the j-th R/g results; what it adds is no change of the grouped weight at a
                    is. The scale must stay alpha / r, so alpha becomes g alpha (rsLoRA: sqrt(g) alpha).
     PEFT -> ours   if A is zero outside those blocks. Equal blocks are what we wrote, and give the first r rows back.
                    Else A's blocks are stacked and B is padded: its rows of group j use only block j.
+
+Bare parameters (PEFT's target_parameters: stacks of experts) have no layer of their own, so their keys name the module
+that holds them, and of several in one module the first is nested deepest: `experts.base_layer.lora_A` belongs to the
+first parameter, `experts.lora_A` to the last. The experts run fastest in B's columns and slowest in A's rows. Where the
+module says that its stacks are transposed (E, in, out), A and B change places; so they did everywhere before PEFT 0.19.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from veneer.core.leaf import Leaf
 from veneer.core.op import op_of
 from veneer.core.select import ends_with
 
-__all__ = ["PREFIX", "Key", "file_shapes", "from_file", "is_conv", "misfit", "parse_key", "to_file"]
+__all__ = ["PREFIX", "Key", "file_rank", "from_file", "is_conv", "is_flipped", "misfit", "parse_key", "to_file"]
 
 PREFIX = "base_model.model."
 FIELDS = {
@@ -81,24 +89,43 @@ def is_conv(host: Any) -> bool:
     return hasattr(host, "kernel_size")
 
 
-def file_shapes(host: Any, rank: int) -> dict[str, tuple[int, ...]]:
+def is_stack(host: Any) -> bool:
+    return isinstance(host, Leaf) and host.raw.ndim == 3
+
+
+def is_flipped(host: Any, version: str = "", shapes: Mapping[str, tuple[int, ...]] | None = None) -> bool:
+    """Whether A and B of a stack have changed places in the file: by shape, and for squares by PEFT's version."""
+    if not is_stack(host):
+        return False
+    flipped = bool(getattr(host.owner, "is_transposed", False))
+    if shapes is None:
+        return flipped
+    rank = shapes["A"][0] // len(host.raw)
+    fits = [f for f in (flipped, not flipped) if file_shapes(host, rank, f) == {k: shapes[k] for k in "AB"}]
+    is_old = re.match(r"0\.1[0-8](\.|$)", version) is not None
+    return is_old or flipped if len(fits) == 2 else fits[0] if fits else flipped
+
+
+def file_shapes(host: Any, rank: int, flipped: bool = False) -> dict[str, tuple[int, ...]]:
     """The shapes that the file must have for this layer at this rank (of the file: see groups above)."""
     out, n = op_of(host).shape(host)
+    if is_stack(host):
+        out, n, rank = *((n, out) if flipped else (out, n)), rank * len(host.raw)
     if not is_conv(host):
         return {"A": (rank, n), "B": (out, rank)}
     ones = (1,) * len(host.kernel_size)
     return {"A": (rank, host.in_channels, *host.kernel_size), "B": (out, rank // host.groups, *ones)}
 
 
-def misfit(site: str, host: Any, rank: int, shapes: Mapping[str, tuple[int, ...]]) -> str | None:
+def misfit(site: str, host: Any, rank: int, shapes: Mapping[str, tuple[int, ...]], flipped: bool = False) -> str | None:
     """Why tensors of these shapes cannot be this layer's adapter: both shapes and the likely cause; None if they can.
 
     `rank` is the one that the file's config gives, `shapes` those of A, B and perhaps magnitude in the file.
     """
-    wanted = file_shapes(host, rank)
+    wanted = file_shapes(host, rank, flipped)
     odd = [name for name in "AB" if shapes[name] != wanted[name]]
     wrong = [f"{name} is {list(shapes[name])}, needs {list(wanted[name])}" for name in odd]
-    size = op_of(host).shape(host)[0]
+    size = op_of(host).shape(host)[0] * (len(host.raw) if is_stack(host) else 1)
     if "magnitude" in shapes and (given := torch.Size(shapes["magnitude"]).numel()) != size:
         wrong.append(f"magnitude has {given} values, needs {size}")
     return f"{site}: {'; '.join(wrong)} ({_cause(site, host, rank, shapes, wanted)})" if wrong else None
@@ -109,7 +136,7 @@ def _cause(
 ) -> str:
     if is_conv(host) and rank % host.groups:
         return f"the rank must be a multiple of the layer's {host.groups} groups"
-    if given["A"][0] != rank:
+    if given["A"][0] != wanted["A"][0]:
         return f"the file has rank {given['A'][0]}, its config says {rank}: r or rank_pattern was edited"
     in_differs, out_differs = given["A"][1:] != wanted["A"][1:], given["B"][:1] != wanted["B"][:1]
     if op_of(host).looks_up and in_differs and not out_differs:
@@ -127,8 +154,11 @@ class Pair(NamedTuple):
     shrunk: int = 1
 
 
-def from_file(host: Any, a: Tensor, b: Tensor) -> Pair | None:
+def from_file(host: Any, a: Tensor, b: Tensor, flipped: bool = False) -> Pair | None:
     """Our matrices out of the file's tensors; None if the file mixes the channels of different groups."""
+    if is_stack(host):
+        a, b = a.reshape(len(host.raw), -1, a.shape[1]), b.view(len(b), -1, len(host.raw)).permute(2, 0, 1)
+        return Pair(b.mT, a.mT) if flipped else Pair(a, b)
     if not is_conv(host) or host.groups == 1:
         return Pair(a.flatten(1), b.flatten(1))
     g, rank = host.groups, a.shape[0]
@@ -145,7 +175,10 @@ def from_file(host: Any, a: Tensor, b: Tensor) -> Pair | None:
 def to_file(host: Any, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The file's tensors, by the ending of their keys, out of A, B and (for DoRA) magnitude."""
     a, b = tensors["A"], tensors["B"]
-    magnitude = {"lora_magnitude_vector": tensors["magnitude"]} if "magnitude" in tensors else {}
+    if is_stack(host):
+        a, b = (b.mT, a.mT) if is_flipped(host) else (a, b)
+        a, b = a.flatten(0, 1), b.permute(1, 2, 0).flatten(1)
+    magnitude = {"lora_magnitude_vector": tensors["magnitude"].flatten()} if "magnitude" in tensors else {}
     if op_of(host).looks_up:
         return {"lora_embedding_A": a, "lora_embedding_B": b, **magnitude}
     if not is_conv(host):

@@ -36,19 +36,23 @@ from veneer.ckpt.config import (
     TASK_HEADS,
     Parsed,
     Rank,
+    parameters_for,
     parse,
     patterns_for,
     read_config,
     targets_for,
 )
-from veneer.ckpt.fit import Fit, fit, plain_modules
+from veneer.ckpt.fit import NESTED, Fit, fit, plain_modules
 from veneer.ckpt.hub import WEIGHTS, find
 from veneer.ckpt.layout import PREFIX, file_rank, to_file
 from veneer.ckpt.tensorfile import TensorFile, save_tensors
+from veneer.core.delta import Lora
+from veneer.core.deltas.fused import FusedLora
+from veneer.core.leaf import Leaf, own_parameters
 from veneer.core.model import adapter_of, attach, detach, put, sites, spec_of, tensors
 from veneer.core.op import OPS, op_of
-from veneer.core.select import ends_with
 from veneer.core.spec import LoRA
+from veneer.core.weight import read_weight
 from veneer.errors import CheckpointError, TargetError
 
 __all__ = ["Loaded", "check_base", "load", "refuse_broken", "save"]
@@ -139,7 +143,7 @@ def _specs(model: nn.Module, fitted: Fit) -> Iterator[LoRA]:
 
 def _exactly(model: nn.Module, names: tuple[str, ...]) -> str | tuple[str, ...]:
     """Targets that mean these layers and no others: their names, or a pattern where one name ends in another."""
-    more = {n for n in plain_modules(model) if any(ends_with(n, name) for name in names)} - set(names)
+    more = {n for n in plain_modules(model) if n.endswith(tuple(f".{name}" for name in names))} - set(names)
     return "|".join(re.escape(name) for name in names) if more else names
 
 
@@ -229,8 +233,9 @@ def save(model: nn.Module, folder: str | os.PathLike[str], name: str = "default"
     with atomic_folder(path, keep=True) as temp:
         save_tensors(temp / WEIGHTS, contents.tensors, {METADATA: base_of(model).to_json()})
         (temp / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    for note in contents.notes:
-        warnings.warn(f"saving {path}: {note}", stacklevel=2)
+    for note, where in contents.notes.items():
+        more = f" and {len(where) - 1} more" if where[1:] else ""
+        warnings.warn(f"saving {path}: {note} ({where[0]}{more})", stacklevel=2)
     return path
 
 
@@ -241,7 +246,7 @@ class Contents:
     tensors: dict[str, Tensor] = field(default_factory=dict)
     ranks: dict[str, Rank] = field(default_factory=dict)
     saved: list[str] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
+    notes: dict[str, list[str]] = field(default_factory=dict)  # what to know -> the layers that it is about
 
 
 def _contents(model: nn.Module, name: str) -> Contents:
@@ -250,12 +255,13 @@ def _contents(model: nn.Module, name: str) -> Contents:
     for site, host in hosts.items():
         adapter = adapter_of(host, name)
         if adapter.delta is not None:
-            parts = _parts(host, adapter, uses_dora)
-            out.tensors |= {f"{PREFIX}{site}.{key}": value for key, value in to_file(host, parts).items()}
-            out.ranks[site] = _rank_in_file(spec, site, host, parts["A"].shape[0])
-            out.notes += _limits(site, host, uses_dora)
+            parts, key = _parts(host, adapter, uses_dora), _module_key(site, host, hosts)
+            out.tensors |= {f"{PREFIX}{key}.{leaf}": value for leaf, value in to_file(host, parts).items()}
+            out.ranks[site] = _rank_in_file(spec, site, host, adapter.delta, parts["A"].shape[-2])
+            for note in _limits(host, adapter.delta, uses_dora):
+                out.notes.setdefault(note, []).append(site)
         if adapter.bias is not None:
-            whole = _whole(host._parameters["bias"]).to(adapter.bias) + _whole(adapter.bias)
+            whole = _whole(own_parameters(host)["bias"]).to(adapter.bias) + _whole(adapter.bias)
             out.tensors[f"{PREFIX}{site}{'' if adapter.delta is None else '.base_layer'}.bias"] = whole
     for (site, key), value in tensors(model, name).items():
         if key.startswith("saved."):
@@ -264,50 +270,68 @@ def _contents(model: nn.Module, name: str) -> Contents:
     return out
 
 
+def _module_key(site: str, host: nn.Module, hosts: Mapping[str, nn.Module]) -> str:
+    """The layer's name; for a bare parameter its module's, nested as PEFT nests several of one module."""
+    if not isinstance(host, Leaf):
+        return site
+    adapted = {h.name for h in hosts.values() if isinstance(h, Leaf) and h.owner is host.owner}
+    owner: Any = host.owner
+    order = [p for p in owner._parameters if p in adapted]
+    return site.rpartition(".")[0] + NESTED * (len(order) - 1 - order.index(host.name))
+
+
 def _parts(host: nn.Module, adapter: Any, uses_dora: bool) -> dict[str, Tensor]:
     """A, B and, for DoRA, the magnitude. PEFT has one use_dora for all layers, so a layer without gets |W + dW|."""
-    a, b = adapter.delta.factors()
-    parts = {"A": _whole(a), "B": _whole(b)}
+    a, b = (_whole(factor) for factor in adapter.delta.factors())
+    if hasattr(adapter.delta, "real_rank"):  # AdaLoRA: directions that are switched off need no place in a file
+        on = a.any(-1) if a.any() else torch.arange(len(a)) == 0
+        a, b = a[on], b[:, on]
+    parts = {"A": a, "B": b}
     if hasattr(adapter.combine, "magnitude"):
         parts["magnitude"] = _whole(adapter.combine.magnitude)
     elif uses_dora:
         op = op_of(host)
-        w = op.to_matrix(host, _whole(host._parameters["weight"])).float() + adapter.delta.weight().detach()
-        parts["magnitude"] = w.norm(dim=1)
+        w = op.to_matrix(host, _whole(read_weight(host))).float() + adapter.delta.weight().detach()
+        parts["magnitude"] = w.norm(dim=-1)
     return parts
 
 
-def _rank_in_file(spec: LoRA, site: str, host: nn.Module, rank: int) -> Rank:
+def _rank_in_file(spec: LoRA, site: str, host: nn.Module, delta: Any, rank: int) -> Rank:
     """Rank and alpha that give the layer's own scale under the file's scaling rule.
 
-    PiSSA's pair has twice the rank, a grouped convolution's A as many times as it has groups, and a layer may have a
-    scaling rule of its own; alpha makes up for each.
+    PiSSA's pair has twice the rank, a grouped convolution's A as many times as it has groups, and a layer or a kind of
+    delta may have a rule of its own; alpha makes up for each.
     """
-    own, shown = spec.at(site), file_rank(host, rank)
-    grown = shown / own.rank
-    if own.scaling == spec.scaling:
-        return Rank(shown, own.alpha * (grown if spec.scaling == "lora" else grown**0.5))
-    return Rank(shown, own.scale * (shown if spec.scaling == "lora" else shown**0.5))
+    own, shown, is_linear = spec.at(site), file_rank(host, rank), spec.scaling == "lora"
+    if own.scaling == spec.scaling and own.scale == delta.scale:  # by the ratio: no rounding creeps into alpha
+        grown = shown / own.rank
+        return Rank(shown, own.alpha * (grown if is_linear else grown**0.5))
+    return Rank(shown, delta.scale * (shown if is_linear else shown**0.5))
 
 
-def _limits(site: str, host: Any, uses_dora: bool) -> list[str]:
-    """What PEFT will compute otherwise from this very file; here it comes back as it was."""
-    notes = []
+def _limits(host: Any, delta: Any, uses_dora: bool) -> Iterator[str]:
+    """What is not in the file, or what PEFT computes otherwise from this very file (here it comes back as it was)."""
+    if not isinstance(delta, Lora | FusedLora):
+        yield f"{type(delta).__name__} is written as the plain LoRA that it is worth, and will be loaded as one"
+    if isinstance(host, Leaf) and uses_dora:
+        yield "PEFT has no DoRA for bare parameters; load this file with veneer"
     if getattr(host, "groups", 1) > 1 and uses_dora:
-        notes.append(f"{site}: PEFT computes DoRA's norm of a grouped convolution wrongly; load this file with veneer")
+        yield "PEFT computes DoRA's norm of a grouped convolution wrongly; load this file with veneer"
     if any(d != 1 for d in getattr(host, "dilation", ())):
-        notes.append(f"{site}: PEFT cannot run an adapter on a dilated convolution; load this file with veneer")
+        yield "PEFT cannot run an adapter on a dilated convolution; load this file with veneer"
     if getattr(host, "padding_mode", "zeros") != "zeros":
-        notes.append(f"{site}: PEFT pads with zeros inside the adapter, this layer does not; borders will differ there")
-    return notes
+        yield "PEFT pads with zeros inside the adapter, which this layer does not; borders will differ there"
 
 
 def _config(model: nn.Module, name: str, spec: LoRA, contents: Contents) -> dict[str, Any]:
     modules = plain_modules(model)
     saved = _saved_names(spec, contents.saved, modules)
-    transposed = any(op_of(host) is OPS["transformers.pytorch_utils.Conv1D"] for host in _hosts(model, name, contents))
+    kinds = {op_of(host) for site, host in sites(model, name).items() if site in contents.ranks}
     base = base_of(model)
     task = _task(model, contents.saved)
+    bare = [site for site, host in sites(model, name).items() if isinstance(host, Leaf)]
+    layers = [site for site in contents.ranks if site not in bare]
+    parameters = [f"{n}.{p}" for n, module in modules.items() for p in module._parameters] if bare else []
     config: dict[str, Any] = {
         "peft_type": "LORA",
         "task_type": task,
@@ -317,7 +341,7 @@ def _config(model: nn.Module, name: str, spec: LoRA, contents: Contents) -> dict
         "inference_mode": True,
         "lora_dropout": spec.dropout,
         "exclude_modules": None,
-        "fan_in_fan_out": transposed,
+        "fan_in_fan_out": OPS["transformers.pytorch_utils.Conv1D"] in kinds,
         "bias": spec.bias,
         "use_rslora": spec.scaling == "rslora",
         "use_dora": any(key.endswith("lora_magnitude_vector") for key in contents.tensors),
@@ -326,16 +350,12 @@ def _config(model: nn.Module, name: str, spec: LoRA, contents: Contents) -> dict
         "layers_to_transform": None,
         "layers_pattern": None,
         **patterns_for(spec, contents.ranks),
-        **targets_for(spec, list(contents.ranks), list(modules), saved),
+        **targets_for(spec, layers, list(modules), saved),
+        **({"target_parameters": parameters_for(bare, parameters)} if bare else {}),
     }
     kept_for, unknown = _unknown.get(model, {}).get(name, (None, {}))
     config |= unknown if kept_for is spec else {}
     return {key: config[key] for key in sorted(config)}
-
-
-def _hosts(model: nn.Module, name: str, contents: Contents) -> list[nn.Module]:
-    hosts = sites(model, name)
-    return [hosts[site] for site in contents.ranks]
 
 
 def _saved_names(spec: LoRA, saved: Collection[str], modules: Mapping[str, nn.Module]) -> list[str]:

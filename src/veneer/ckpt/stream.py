@@ -15,6 +15,7 @@ up to the rounding of the stored type. The folder appears under its name when al
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
@@ -31,14 +32,16 @@ from torch import Tensor, nn
 from veneer.ckpt.atomic import atomic_folder
 from veneer.ckpt.base import base_of
 from veneer.ckpt.config import CONFIG, RECOMPUTED, parse, read_config
-from veneer.ckpt.fit import Fit, Renaming, fit, plain_modules, renamings
+from veneer.ckpt.fit import Fit, Renaming, fit, renamings
 from veneer.ckpt.hub import WEIGHTS, find
+from veneer.ckpt.layout import is_stack
 from veneer.ckpt.peft import check_base, load, refuse_broken
 from veneer.ckpt.rows import Change, Result, merged_rows
 from veneer.ckpt.shards import Shards, model_folder, shard_names
 from veneer.ckpt.skeleton import read_json, skeleton_of, task_config
 from veneer.ckpt.tensorfile import Stored, TensorFile, Writer, writing
 from veneer.core.init import INITS, Site
+from veneer.core.leaf import Leaf
 from veneer.core.model import activate
 from veneer.core.op import op_of
 from veneer.errors import CheckpointError, ProofFailed
@@ -181,7 +184,7 @@ class Plan:
 
     def __init__(self, folder: Path, skeleton: nn.Module, untie: bool) -> None:
         self.folder, self.skeleton, self.untie = folder, skeleton, untie
-        self.shards, self.modules = Shards(folder), plain_modules(skeleton)
+        self.shards = Shards(folder)
         self.parameters = dict(skeleton.named_parameters(remove_duplicate=False))
         self.notes: list[str] = []
         self.edits: dict[str, Edit] = {}
@@ -211,8 +214,8 @@ class Plan:
         if not allow_nan:
             refuse_broken(fitted.values, str(file.path))
         self.notes += [f"{path}: {note}" for note in fitted.notes]
-        for site in fitted.sites:
-            self._edit(f"{site}.weight").deltas.append((fitted, site, weight))
+        for site, host in fitted.hosts.items():
+            self._edit(site if isinstance(host, Leaf) else f"{site}.weight").deltas.append((fitted, site, weight))
         for (site, key), value in fitted.values.items():
             if key.startswith("saved."):
                 self._edit(f"{site}.{key.removeprefix('saved.')}").whole.append((value, weight))
@@ -269,7 +272,7 @@ class Plan:
             stored = self.place.get(parameter, self.untied.get(parameter))
             if stored is None:
                 if edit.deltas or edit.added or sum(w for _, w in edit.whole) != 1:
-                    problems.append(f"{parameter}: not in the files under a name that leads to it (fused, or renamed)")
+                    problems.append(f"{parameter}: not in the files as one tensor; merge() in memory can do it")
             elif stored.dtype not in FLOATS and edit.deltas:
                 problems.append(f"{parameter}: stored as {stored.dtype}: quantised; merge into the full weights")
             elif parameter in self.parameters and tuple(self.parameters[parameter].shape) != stored.shape:
@@ -278,21 +281,25 @@ class Plan:
         if problems:
             raise CheckpointError("These weights cannot be merged into.", str(self.folder), problems=problems)
 
-    def changes(self, parameter: str, stored: Stored) -> list[Change]:
-        return [self._change(fitted, site, weight, stored) for fitted, site, weight in self.edits[parameter].deltas]
+    def changes(self, parameter: str, stored: Stored, expert: int | None = None) -> list[Change]:
+        """The low-rank changes of a stored matrix: of a whole tensor, or of one expert's slice of a stack."""
+        deltas = self.edits[parameter].deltas
+        return [_change(fitted, site, weight, stored, expert) for fitted, site, weight in deltas]
 
-    def _change(self, fitted: Fit, site: str, weight: float, stored: Stored) -> Change:
-        """The factors in the orientation of the stored tensor (see rows.py)."""
-        host, spec = self.modules[site], fitted.spec.at(site)
-        a, b = fitted.values[site, "A"].float(), fitted.values[site, "B"].float()
-        if spec.init in RECOMPUTED:
-            a0, b0 = _start(site, host, spec.init, spec.rank, spec.scale, stored)
-            a, b = torch.cat([a, a0]), torch.cat([b, -b0], dim=1)
-        magnitude = fitted.values.get((site, "magnitude"))
-        magnitude = None if magnitude is None else magnitude.float()
-        if _is_transposed(host, stored.shape):
-            return Change((spec.scale * a.T).contiguous(), b.T.contiguous(), weight, magnitude, transposed=True)
-        return Change(spec.scale * b, a, weight, magnitude)
+
+def _change(fitted: Fit, site: str, weight: float, stored: Stored, expert: int | None) -> Change:
+    """The factors in the orientation of the stored matrix (see rows.py)."""
+    host, spec = fitted.hosts[site], fitted.spec.at(site)
+    parts = {key: fitted.values[site, key].float() for key in ("A", "B", "magnitude") if (site, key) in fitted.values}
+    if expert is not None:
+        parts = {key: value[expert] for key, value in parts.items()}
+    a, b, magnitude = parts["A"], parts["B"], parts.get("magnitude")
+    if spec.init in RECOMPUTED:
+        a0, b0 = _start(site, host, spec.init, spec.rank, spec.scale, stored)
+        a, b = torch.cat([a, a0]), torch.cat([b, -b0], dim=1)
+    if _is_transposed(host, stored.shape):
+        return Change((spec.scale * a.T).contiguous(), b.T.contiguous(), weight, magnitude, transposed=True)
+    return Change(spec.scale * b, a, weight, magnitude)
 
 
 def _renamed(name: str, rename: Callable[[str], str]) -> str:
@@ -367,19 +374,29 @@ def _write_item(plan: Plan, item: Item, writer: Writer, result: Streamed) -> Non
 
 def _write_merged(plan: Plan, item: Item, stored: Stored, writer: Writer, result: Streamed) -> None:
     figures = Result()
-    for piece in merged_rows(stored, plan.changes(item.parameter, stored), item.dtype, figures):
-        writer.write(item.name, piece)
+    for expert, matrix in _matrices(plan.edits[item.parameter], stored):
+        for piece in merged_rows(matrix, plan.changes(item.parameter, matrix, expert), item.dtype, figures):
+            writer.write(item.name, piece)
     result.kept[item.name], result.excess[item.name] = figures.kept, figures.excess
     if not figures.is_finite:
-        raise ProofFailed(
-            f"{item.name} has values that {item.dtype} cannot hold", fix="dtype=torch.bfloat16 or float32"
-        )
+        raise ProofFailed(f"{item.name} has values that {item.dtype} cannot hold", fix="dtype=torch.bfloat16")
     if not figures.excess <= 1:
         raise ProofFailed(
             f"the merged {item.name} computes something else than the adapted layer ({figures.excess:.1f} times more "
             "error than rounding explains); nothing was written",
             fix="this is a defect of veneer: please report it with the adapter's config",
         )
+
+
+def _matrices(edit: Edit, stored: Stored) -> Iterator[tuple[int | None, Stored]]:
+    """The matrices that a stored tensor holds: itself, or one for each expert of a stack."""
+    fitted, site, _ = edit.deltas[0]
+    if not is_stack(fitted.hosts[site]):
+        yield None, stored
+        return
+    size = stored.bytes // stored.shape[0]
+    for expert in range(stored.shape[0]):
+        yield expert, dataclasses.replace(stored, shape=stored.shape[1:], start=stored.start + expert * size)
 
 
 def _whole(edit: Edit, stored: Stored | None, adapters: list[TensorFile]) -> Iterator[Tensor]:
