@@ -11,7 +11,7 @@ _HOME = {
     **dict.fromkeys(["prove", "prove_run"], "veneer.prove.run"),
     **dict.fromkeys(["Check", "LeftOut", "Proof"], "veneer.prove.proof"),
     **dict.fromkeys(["Before", "snapshot"], "veneer.prove.frozen"),
-    **dict.fromkeys(["every_key_read", "watch"], "veneer.prove.consumed"),
+    **dict.fromkeys(["every_key_read"], "veneer.prove.consumed"),
     **dict.fromkeys(["every_sample_teaches"], "veneer.prove.masks"),
     **dict.fromkeys(["few"], "veneer.prove.answers"),
     **dict.fromkeys(["replay"], "veneer.prove.canary"),

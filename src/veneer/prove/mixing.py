@@ -48,7 +48,7 @@ def adds_up(subject: Subject) -> Check:
     if wrong:
         told = ", ".join(f"{which} is off by {by:.3g}" for which, by in wrong.items())
         said = f"Adapters do not add up: {told}; {allowed:.2g} is allowed."
-    return Check("P6", TITLE, not wrong, said, {"largest_difference": worst, "allowed": allowed, **apart})
+    return Check("P6", TITLE, not wrong, said, {"largest_difference": worst, "allowed": allowed, "differences": apart})
 
 
 def _copy(model: nn.Module, name: str, twin: str) -> None:

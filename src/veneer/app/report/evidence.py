@@ -25,7 +25,8 @@ def samples(record: Record) -> Html | None:
     pairs = [row for row in record.event("samples").get("samples") or () if isinstance(row, Mapping)]
     if not pairs:
         return None
-    text = "The same prompts, answered before the training and after. The adapter has not been trained on them."
+    text = "The same prompts, answered before the training and after."
+    text += " They were held out." if record.curve("val_loss") else " They are among the rows that were trained on."
     rest = folded(f"{len(pairs) - PAIRS} more", *map(_pair, pairs[PAIRS:])) if len(pairs) > PAIRS else None
     return join([lead(text), *map(_pair, pairs[:PAIRS]), rest])
 
@@ -93,12 +94,11 @@ def _figure(key: str, value: float) -> str:
 
 def data(record: Record) -> Html | None:
     cards = [each for each in (_lengths(record), _trained(record)) if each]
-    preview = _preview(within(record.data, "preview"))
-    if not cards and not preview:
+    if not cards:
         return None
     held = within(record.data, "validation_ids")
     text = f"{plural(len(held), 'row')} were held out and never trained on." if held else "No rows were held out."
-    return join([lead(text), tag("div", *cards, class_="grid2") if cards else None, preview])
+    return join([lead(text), tag("div", *cards, class_="grid2")])
 
 
 def _lengths(record: Record) -> Html | None:
@@ -118,35 +118,34 @@ def _lengths(record: Record) -> Html | None:
 
 
 def _trained(record: Record) -> Html | None:
+    """The share of trained tokens, and a few samples as the model reads them, what is trained marked."""
     tokens, trained = within(record.data, "tokens"), within(record.data, "trained_tokens")
     if not is_number(tokens) or not is_number(trained) or not tokens:
         return None
-    part = share(trained / tokens)
-    bar = tag("div", tag("i", style=f"width:{100 * trained / tokens:.1f}%"), class_="share", role="img")
+    bar = tag("div", tag("i", style=f"width:{100 * trained / tokens:.1f}%"), class_="share", aria_hidden="true")
     text = f"{count(trained)} of {count(tokens)} tokens count in the loss; the others are read as context."
     counts = within(record.data, "counts")
     left = "; ".join(f"{n:,} {name}" for name, n in counts.items()) if isinstance(counts, Mapping) else ""
-    notes = [tag("p", each, class_="note") for each in (text, f"Of the rows: {left}." if left else "") if each]
-    return card("Trained tokens", bar, *notes, aside=tag("span", part, class_="key"))
+    notes = [tag("p", each, class_="note") for each in (text, f"Of the samples: {left}." if left else "") if each]
+    aside = tag("span", share(trained / tokens), class_="key")
+    return card("What is trained", bar, *notes, _preview(within(record.data, "preview")), aside=aside)
 
 
 def _preview(shown: Any) -> Html | None:
-    """Samples as the model reads them, what is trained marked."""
     if not isinstance(shown, Sequence) or not shown:
         return None
     texts = [tag("p", *_marked(_pieces(each)), class_="said mask") for each in list(shown)[:PREVIEWS]]
-    legend = tag("span", tag("mark", "marked"), " counts in the loss", class_="key mask")
-    return card("What is trained", *texts, aside=legend)
+    return tag("div", *texts, class_="preview", tabindex="0", role="group", aria_label="Samples, trained text marked")
 
 
 def _pieces(sample: Any) -> list[tuple[str, bool]]:
     pieces = sample.get("pieces", ()) if isinstance(sample, Mapping) else sample
-    return [(str(text), bool(trained)) for text, trained in pieces]
+    return [(str(text), bool(trained)) for text, trained, *_ in pieces]
 
 
 def _marked(pieces: Iterable[tuple[str, bool]]) -> Iterable[Html]:
     for text, trained in pieces:
-        lines = join(text.split("\n"), "\n") if "\n" not in text else _with_returns(text)
+        lines = _with_returns(text)
         yield tag("mark", lines) if trained else lines
 
 

@@ -79,8 +79,7 @@ def reproduce(record: Record) -> Html | None:
     argv = record.info.get("argv")
     parts = []
     if isinstance(argv, list) and argv:
-        typed = shlex.join([Path(str(argv[0])).name, *map(str, argv[1:])])
-        parts.append(_command("typed", "As it was typed", typed))
+        parts.append(_command("typed", "As it was typed", _typed([str(word) for word in argv])))
     if record.settings:
         again = shlex.join(["veneer", "train", str(record.folder / "config.yaml"), "--out", f"{record.folder}-again"])
         parts.append(_command("again", "With every value as it was resolved", again))
@@ -89,6 +88,16 @@ def reproduce(record: Record) -> Html | None:
     seed = record.setting("seed")
     said = f"Seed {seed}: two runs on one machine give the same adapter." if seed is not None else ""
     return join([lead(said) if said else None, *parts])
+
+
+def _typed(argv: list[str]) -> str:
+    """
+    >>> _typed(["/usr/bin/veneer", "train", "my rows.jsonl"]), _typed(["runs/tune.py", "8"])
+    ("veneer train 'my rows.jsonl'", 'python runs/tune.py 8')
+    """
+    program, *words = argv
+    is_ours = Path(program).name == "veneer" or Path(program).name == "__main__.py"
+    return shlex.join(["veneer", *words] if is_ours else ["python", program, *words])
 
 
 def _command(id: str, title: str, text: str) -> Html:

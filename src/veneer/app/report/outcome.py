@@ -82,13 +82,29 @@ def subject(record: Record) -> Html:
 def trouble(record: Record) -> Html:
     """What went wrong, in three lines: what, where, what to do. A failed proof is trouble."""
     error = record.info.get("error")
-    errors: list[Row] = [error if isinstance(error, Mapping) else {"what": error}] if error else []
+    proofs = [check for check in record.checks if not check.get("passed")]
+    errors = [error if isinstance(error, Mapping) else _parsed(str(error))] if error and not proofs else []
     errors += [
-        {"what": check.get("statement"), "where": f"proof {check.get('id')}, {check.get('title')}"}
-        for check in record.checks
-        if not check.get("passed")
+        {"what": check.get("statement"), "where": f"proof {check.get('id')}, {check.get('title')}"} for check in proofs
     ]
     return join(map(_told, errors))
+
+
+def _parsed(text: str) -> Row:
+    """The fields of a VeneerError out of its text, as `str()` of one writes them.
+
+    >>> _parsed("1 row is bad\\n  - a.jsonl:3: no text\\nat: a.jsonl\\ndo: mend it")["where"]
+    'a.jsonl'
+    """
+    found: dict[str, object] = {"what": text.splitlines()[0] if text else ""}
+    problems = []
+    for line in text.splitlines()[1:]:
+        key = {"at: ": "where", "do: ": "fix"}.get(line[:4])
+        if key:
+            found[key] = line[4:]
+        else:
+            problems.append(line.strip().removeprefix("- "))
+    return {**found, "problems": problems}
 
 
 def _told(error: Row) -> Html:
@@ -113,12 +129,13 @@ def _cells(record: Record) -> Iterator[tuple[str, object, str]]:
     for key, name in record.task_metrics.items():
         points = record.curve(key)
         yield name, _from_to(points[0][1], points[-1][1]), "held out"
-    trained, total = (record.result.get(key) for key in ("trainable", "total"))
-    if is_number(trained):
-        yield "Trained", count(trained), f"{share(trained / total)} of {count(total)} parameters" if total else ""
+    trained, frozen = (record.event("model").get(key) for key in ("trainable", "frozen"))
+    if is_number(trained) and is_number(frozen):
+        yield "Trained", count(trained), f"{share(trained / (trained + frozen))} of all parameters"
     if record.steps:
-        epochs = record.result.get("epochs")
-        yield "Steps", f"{record.steps:,}", f"{brief(epochs)} passes over the data" if epochs else ""
+        per_epoch = record.event("plan").get("per_epoch")
+        passes = f"{brief(record.steps / per_epoch)} passes over the data" if is_number(per_epoch) and per_epoch else ""
+        yield "Steps", f"{record.steps:,}", passes
     if speed := [v for _, v in record.curve("tokens_per_second")]:
         part = [v for _, v in record.curve("trained_tokens_per_second")]
         small = f"{count(sum(part) / len(part))} of them trained" if part else ""

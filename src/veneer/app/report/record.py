@@ -66,7 +66,7 @@ class Record:
     @property
     def steps_planned(self) -> int | None:
         planned = next((row["steps"] for row in reversed(self.metrics) if is_number(row.get("steps"))), None)
-        planned = planned or self.result.get("steps") or self.setting("steps")
+        planned = planned or self.info.get("total_steps") or self.setting("steps")
         return int(planned) if is_number(planned) else None
 
     @property
@@ -106,8 +106,8 @@ def read(folder: str | Path) -> Record:
         run.status if "status" in info else "unknown",
         info,
         _settings(run),
-        [row for row in run.metrics() if isinstance(row, Mapping)],
-        [row for row in run.events() if isinstance(row, Mapping)],
+        run.metrics(),
+        run.events(),
         _json(run.path("data.json")),
         _json(run.path("proof.json")),
     )
