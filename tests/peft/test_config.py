@@ -10,8 +10,10 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+import torch
 
 import veneer.peft
+from veneer.core.model import sites
 from veneer.errors import CheckpointError, ConfigError, TargetError
 from veneer.peft import LoraConfig, PeftConfig, TaskType, get_peft_config, get_peft_model
 from veneer.peft.config import spec_for
@@ -46,7 +48,6 @@ REFUSED: dict[str, Any] = {
     "use_qalora": True,
     "monteclora_config": {"num_samples": 2},
     "layer_replication": [(0, 2), (1, 2)],
-    "target_parameters": ["experts.gate_up_proj"],
     "use_bdlora": {"nblocks": 2},
     "arrow_config": {"top_k": 2},
     "kasa_config": {"beta": 1.0},
@@ -79,7 +80,7 @@ def test_all_problems_come_at_once() -> None:
     assert "Did you mean 'CAUSAL_LM'?" in text
 
 
-@pytest.mark.parametrize("init", [True, False, "gaussian", "orthogonal", "pissa", "pissa_niter_4", "olora"])
+@pytest.mark.parametrize("init", [True, False, "gaussian", "orthogonal", "pissa", "pissa_niter_4", "olora", "eva"])
 def test_starts_that_are_served(init: bool | str) -> None:
     assert LoraConfig(init_lora_weights=init).init_lora_weights == init
 
@@ -95,6 +96,23 @@ def test_words_become_the_cores(make_model: Callable[..., Any]) -> None:
     assert (spec.init, spec.layers, spec.bias, spec.exclude) == ("pissa", (1,), "lora_only", "x.*")
     assert set(spec.targets) == {"q_proj", "v_proj"} and spec.modules_to_save == ("lm_head",)
     assert spec.at("model.layers.1.self_attn.v_proj").rank == 2
+
+
+def test_starts_that_look_at_data(make_model: Callable[..., Any], tokens: torch.Tensor) -> None:
+    config = LoraConfig(r=4, init_lora_weights="eva", target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM")
+    with pytest.raises(ConfigError, match="looks at data") as caught:
+        get_peft_model(make_model("llama"), config)
+    assert "data=a few batches" in str(caught.value)
+    model = get_peft_model(make_model("llama"), config, data=[{"input_ids": tokens}])
+    shared = {layer.slots["default"].delta.rank for layer in sites(model).values()}
+    assert len(shared) > 1 and set(config.rank_pattern.values()) == shared  # EVA gives more to layers that need more
+
+
+def test_bare_parameters_need_a_list_beside_them(make_model: Callable[..., Any]) -> None:
+    with pytest.raises(ConfigError, match="needs target_modules as a list"):
+        spec_for(LoraConfig(target_modules="q.*", target_parameters=["x.w"]), make_model("llama"))
+    spec = spec_for(LoraConfig(target_parameters=["experts.gate_up_proj"]), make_model("llama"))
+    assert spec.targets == ("experts.gate_up_proj",)
 
 
 def test_fields_assigned_later_count(make_model: Callable[..., Any]) -> None:

@@ -29,6 +29,7 @@ from veneer.peft import (
     get_model_status,
     get_peft_model,
     get_peft_model_state_dict,
+    hotswap_adapter,
     inject_adapter_in_model,
     rescale_adapter_scale,
     set_peft_model_state_dict,
@@ -323,6 +324,44 @@ def test_loading_into_a_live_adapter_keeps_its_parameters(
     assert all(a is b for a, b in zip(parameters, veneer_parameters(model, "default"), strict=True))
 
 
+def test_other_alpha_is_another_adapter(
+    model: Any, tmp_path: Path, make_model: Callable[..., Any], tokens: torch.Tensor, run: Any
+) -> None:
+    """Loading into a live adapter keeps its scale, so a file with another one is refused; hotswap takes it over."""
+    other = moved(get_peft_model(make_model("llama"), LoraConfig(**{**CONFIG, "lora_alpha": 20})))
+    other.save_pretrained(tmp_path / "alpha")
+    before, wanted = run(model, tokens), run(other, tokens)
+    with pytest.raises(CheckpointError, match="scaled otherwise"):
+        model.load_adapter(tmp_path / "alpha", "default")
+    assert torch.equal(run(model, tokens), before)
+    parameters = veneer_parameters(model, "default")
+    hotswap_adapter(model, tmp_path / "alpha")
+    assert torch.allclose(run(model, tokens), wanted, atol=1e-6)
+    assert all(a is b for a, b in zip(parameters, veneer_parameters(model, "default"), strict=True))
+    model.save_pretrained(tmp_path / "again")
+    again = PeftModel.from_pretrained(make_model("llama"), tmp_path / "again")
+    assert torch.allclose(run(again, tokens), wanted, atol=1e-6)
+
+
+def test_swapping_in_another_shape(model: Any, tmp_path: Path, make_model: Callable[..., Any], tokens: torch.Tensor,
+                                   run: Any) -> None:  # fmt: skip
+    other = moved(
+        get_peft_model(make_model("llama"), LoraConfig(r=2, target_modules=["o_proj"], task_type="CAUSAL_LM"))
+    )
+    other.save_pretrained(tmp_path)
+    model.merge_adapter()
+    with pytest.raises(StateError, match="merged"):
+        hotswap_adapter(model, tmp_path)
+    model.unmerge_adapter()
+    hotswap_adapter(model, tmp_path)
+    assert torch.allclose(run(model, tokens), run(other, tokens), atol=1e-6)
+    assert model.active_adapters == ["default"] and model.peft_config["default"].r == 2
+    before = run(model, tokens)
+    with pytest.raises(CheckpointError):
+        hotswap_adapter(model, tmp_path / "missing")
+    assert torch.equal(run(model, tokens), before)
+
+
 @pytest.mark.parametrize("init", ["pissa", "olora"])
 def test_inits_that_take_from_the_base(init: str, make_model: Callable[..., Any], tokens: torch.Tensor, run: Any,
                                        tmp_path: Path) -> None:  # fmt: skip
@@ -333,7 +372,7 @@ def test_inits_that_take_from_the_base(init: str, make_model: Callable[..., Any]
     again = PeftModel.from_pretrained(make_model("llama"), tmp_path)
     assert again.peft_config["default"].r == 8
     assert torch.allclose(run(again, tokens), wanted, atol=1e-5)
-    moved(model)
+    moved(model, 0.05)
     model.load_adapter(tmp_path, "default", is_trainable=True)
     assert torch.allclose(run(model, tokens), wanted, atol=1e-6)
 

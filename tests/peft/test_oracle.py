@@ -130,3 +130,34 @@ def test_each_loads_what_the_other_saved(
     loaded = veneer.peft.PeftModel.from_pretrained(own, tmp_path / "theirs")
     assert torch.allclose(run(loaded, tokens), before, atol=1e-5)
     assert type(loaded).__mro__[1] is type(ours).__mro__[1] or type(loaded).__mro__[1].__name__.startswith("PeftModel")
+
+
+def test_stacks_of_experts(peft: ModuleType, tokens: torch.Tensor, run: Run) -> None:
+    """target_parameters: adapters on bare parameters, one matrix for each expert."""
+    import transformers
+
+    def base() -> Any:
+        torch.manual_seed(0)
+        config = transformers.MixtralConfig(
+            vocab_size=384, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4,
+            num_key_value_heads=2, num_local_experts=3, num_experts_per_tok=2, max_position_embeddings=64,
+        )  # fmt: skip
+        return transformers.MixtralForCausalLM(config).eval()
+
+    words: dict[str, Any] = {"r": 2, "lora_alpha": 8, "target_modules": ["q_proj"], "task_type": "CAUSAL_LM"}
+    words["target_parameters"] = ["experts.gate_up_proj", "experts.down_proj"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        theirs = peft.get_peft_model(base(), peft.LoraConfig(**words)).eval()
+        with torch.no_grad():
+            for parameter in theirs.parameters():
+                if parameter.requires_grad:
+                    parameter.copy_(torch.randn_like(parameter) * 0.1)
+        state = {k: v.clone() for k, v in peft.get_peft_model_state_dict(theirs).items()}
+        wanted = run(theirs, tokens)
+    ours = veneer.peft.get_peft_model(base(), veneer.peft.LoraConfig(**words)).eval()
+    assert ours.get_nb_trainable_parameters() == theirs.get_nb_trainable_parameters()
+    result = veneer.peft.set_peft_model_state_dict(ours, state)
+    assert result.missing_keys == [] and result.unexpected_keys == []
+    assert torch.allclose(run(ours, tokens), wanted, atol=1e-5)
+    assert torch.allclose(run(ours.merge_and_unload(), tokens), wanted, atol=1e-5)

@@ -298,6 +298,22 @@ def what_the_model_says_of_itself(lib: Any, world: World) -> dict[str, Any]:
 
 
 @script
+def swapping(lib: Any, world: World) -> dict[str, Any]:
+    swap = (
+        lib.hotswap_adapter if lib is veneer.peft else __import__("peft.utils.hotswap", fromlist=["x"]).hotswap_adapter
+    )
+    model = lib.PeftModel.from_pretrained(world.base(), world.folder / "a")
+    other = lib.PeftModel.from_pretrained(world.base(), world.folder / "a")
+    with torch.no_grad():
+        for name, parameter in other.named_parameters():
+            if "lora" in name:
+                parameter.mul_(2)
+    other.save_pretrained(world.folder / f"twice-{lib.__name__}")
+    swap(model, str(world.folder / f"twice-{lib.__name__}"), adapter_name="default", torch_device="cpu")
+    return {"logits": world.run(model, world.tokens), "active": model.active_adapter}
+
+
+@script
 def weakening_an_adapter(lib: Any, world: World) -> dict[str, Any]:
     helpers = lib if lib is veneer.peft else __import__("peft.helpers", fromlist=["rescale_adapter_scale"])
     model = lib.PeftModel.from_pretrained(world.base(), world.folder / "a")

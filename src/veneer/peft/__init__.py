@@ -26,13 +26,15 @@ _HOME = {
             "PeftModelForSeq2SeqLM",
             "PeftModelForSequenceClassification",
             "PeftModelForTokenClassification",
+            "adopt",
             "get_peft_model",
             "inject_adapter_in_model",
+            "release",
         ),
         "veneer.peft.model",
     ),
     "LoraModel": "veneer.peft.tuner",
-    **dict.fromkeys(("get_peft_model_state_dict", "set_peft_model_state_dict"), "veneer.peft.files"),
+    **dict.fromkeys(("get_peft_model_state_dict", "hotswap_adapter", "set_peft_model_state_dict"), "veneer.peft.files"),
     **dict.fromkeys(
         ("TunerLayerStatus", "TunerModelStatus", "get_layer_status", "get_model_status"), "veneer.peft.status"
     ),
@@ -76,14 +78,17 @@ __all__ = [
     "TaskType",
     "TunerLayerStatus",
     "TunerModelStatus",
+    "adopt",
     "check_if_peft_model",
     "get_layer_status",
     "get_model_status",
     "get_peft_config",
     "get_peft_model",
     "get_peft_model_state_dict",
+    "hotswap_adapter",
     "inject_adapter_in_model",
     "prepare_model_for_kbit_training",
+    "release",
     "rescale_adapter_scale",
     "set_peft_model_state_dict",
 ]
@@ -99,7 +104,7 @@ if TYPE_CHECKING:
         AutoPeftModelForTokenClassification,
     )
     from veneer.peft.config import LoraConfig, LoraRuntimeConfig, PeftConfig, PeftType, TaskType, get_peft_config
-    from veneer.peft.files import get_peft_model_state_dict, set_peft_model_state_dict
+    from veneer.peft.files import get_peft_model_state_dict, hotswap_adapter, set_peft_model_state_dict
     from veneer.peft.helpers import check_if_peft_model, prepare_model_for_kbit_training, rescale_adapter_scale
     from veneer.peft.model import (
         PeftModel,
@@ -109,8 +114,10 @@ if TYPE_CHECKING:
         PeftModelForSeq2SeqLM,
         PeftModelForSequenceClassification,
         PeftModelForTokenClassification,
+        adopt,
         get_peft_model,
         inject_adapter_in_model,
+        release,
     )
     from veneer.peft.status import TunerLayerStatus, TunerModelStatus, get_layer_status, get_model_status
     from veneer.peft.tuner import LoraModel

@@ -166,6 +166,7 @@ class LoraConfig(PeftConfig):
     rank_pattern: dict[str, int] = field(default_factory=dict)
     alpha_pattern: dict[str, float] = field(default_factory=dict)
     use_dora: bool = False
+    target_parameters: list[str] | None = None
     runtime_config: LoraRuntimeConfig = field(default_factory=LoraRuntimeConfig)
     # not served:
     lora_bias: bool = False
@@ -180,7 +181,6 @@ class LoraConfig(PeftConfig):
     qalora_group_size: int = 16
     monteclora_config: Any = None
     layer_replication: list[tuple[int, int]] | None = None
-    target_parameters: list[str] | None = None
     use_bdlora: Any = None
     arrow_config: Any = None
     kasa_config: Any = None
@@ -221,11 +221,12 @@ def _is_names(value: Any) -> bool:
 
 PLAIN_START = {"init_lora_weights": True}
 INIT_INSTEAD = "init_lora_weights='pissa' also starts from the base's weights; True starts as the paper does"
-STARTS = {
+WITH_DATA = "init_lora_weights={0!r} alone, and get_peft_model(model, config, data=a few batches)"
+STARTS = {  # settings of inits; those that look at data take it directly, with the paper's settings
     "loftq_config": ("an init against quantisation errors (LoftQ)", INIT_INSTEAD),
-    "eva_config": ("an init from activations (EVA)", INIT_INSTEAD),
-    "corda_config": ("an init from activations (CorDA)", INIT_INSTEAD),
-    "lora_ga_config": ("an init from gradients (LoRA-GA)", INIT_INSTEAD),
+    "eva_config": ("other settings of EVA than the paper's", WITH_DATA.format("eva")),
+    "corda_config": ("other settings of CorDA than the paper's", WITH_DATA.format("corda")),
+    "lora_ga_config": ("other settings of LoRA-GA than the paper's", WITH_DATA.format("lora_ga")),
 }
 
 
@@ -272,13 +273,22 @@ def spec_for(config: LoraConfig, model: nn.Module) -> LoRA:
     Like PEFT, completes the config itself: target_modules and modules_to_save say afterwards what was chosen.
     """
     config.__post_init__()  # fields may have been assigned since
-    if config.target_modules is None:
+    if config.target_modules is None and not config.target_parameters:
         config.target_modules = default_targets(model)
     _add_task_head(config, model)
     spec = parse({**config.to_dict(), **PLAIN_START}).spec
     if config.layers_pattern:
         spec = dataclasses.replace(spec, targets=_in_layers(config, model), layers=None)
+    if config.target_parameters:
+        spec = dataclasses.replace(spec, targets=_with_parameters(spec, config))
     return dataclasses.replace(spec, init=_init_name(config.init_lora_weights) or "kaiming")
+
+
+def _with_parameters(spec: LoRA, config: LoraConfig) -> tuple[str, ...]:
+    """Bare parameters (stacks of experts) beside the layers; the core takes both by their names' endings."""
+    if config.target_modules and isinstance(config.target_modules, str):
+        raise ConfigError("target_parameters needs target_modules as a list", fix="name the layers, or leave them out")
+    return (*(spec.targets if config.target_modules else ()), *(config.target_parameters or ()))
 
 
 def _add_task_head(config: LoraConfig, model: nn.Module) -> None:

@@ -9,6 +9,7 @@ few megabytes.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
@@ -29,12 +30,35 @@ from veneer.ckpt.fit import fit
 from veneer.ckpt.hub import WEIGHTS, find
 from veneer.ckpt.layout import PREFIX
 from veneer.ckpt.tensorfile import TensorFile, header_bytes, save_tensors
-from veneer.core.model import Mixture, _state, adapters, is_merged, merge, put, spec_of, tensors, unmerge
+from veneer.core.model import (
+    Mixture,
+    _state,
+    active_of,
+    adapter_of,
+    adapters,
+    detach,
+    is_merged,
+    merge,
+    parameters,
+    put,
+    sites,
+    spec_of,
+    tensors,
+    unmerge,
+)
 from veneer.core.registry import near
+from veneer.core.spec import LoRA
 from veneer.errors import CheckpointError, ConfigError, StateError
 from veneer.peft.config import LoraConfig, PeftConfig
 
-__all__ = ["get_peft_model_state_dict", "load_into", "load_new", "save_pretrained", "set_peft_model_state_dict"]
+__all__ = [
+    "get_peft_model_state_dict",
+    "hotswap_adapter",
+    "load_into",
+    "load_new",
+    "save_pretrained",
+    "set_peft_model_state_dict",
+]
 
 CHECKPOINT, LIVE = re.compile(r"checkpoint-\d+"), "model.safetensors"  # as transformers' Trainer names them
 
@@ -151,19 +175,15 @@ def _put_file(model: nn.Module, name: str, content: Mapping[str, Tensor], config
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, WEIGHTS)
         save_tensors(path, {key: value.detach() for key, value in content.items()})
-        _put(model, name, TensorFile(path), config, str(path))
-
-
-def _put(model: nn.Module, name: str, file: TensorFile, config: Mapping[str, Any], where: str) -> None:
-    fitted = fit(model, parse(config, where), file, name)
-    put(model, name, _same_start(model, name, store._values(model, fitted, name)))
+        fitted = fit(model, parse(config), TensorFile(path), name)
+        put(model, name, _same_start(model, name, store._values(model, fitted, name)))
 
 
 def _same_start(model: nn.Module, name: str, values: dict[tuple[str, str], Tensor]) -> dict[tuple[str, str], Tensor]:
     """A live PiSSA or OLoRA adapter takes its factors out of the pair [A; A0], [B, -B0] that a file holds of it."""
     own = tensors(model, name)
     for (site, key), a0 in own.items():
-        if key != "A0":
+        if key != "A0" or (site, "A") not in values:
             continue
         b0, a, b, r = own[site, "B0"], values[site, "A"], values[site, "B"], a0.shape[0]
         values |= {(site, "A0"): a0.detach(), (site, "B0"): b0.detach()}
@@ -331,9 +351,75 @@ def load_into(
     """Put the values of a saved adapter into one that is there, so that an optimizer keeps its parameters."""
     refuse_options(**{key: value for key, value in kwargs.items() if key not in IGNORED})
     path = find(Path(model_id, subfolder) if subfolder else model_id, name, revision)
+    file, config = TensorFile(path / WEIGHTS), read_config(path / CONFIG)
     with _unmerged(model):
-        _put(model, name, TensorFile(path / WEIGHTS), read_config(path / CONFIG), str(path / WEIGHTS))
+        fitted = fit(model, parse(config, str(path)), file, name)
+        _refuse_other_scale(model, name, fitted.spec, str(path))
+        put(model, name, _same_start(model, name, store._values(model, fitted, name)))
     return nothing_amiss()
+
+
+def _scales(model: nn.Module, name: str, spec: LoRA) -> Iterator[tuple[str, Any, float]]:
+    """(layer, its live delta, the scale that `spec` gives it)."""
+    for site, layer in sites(model, name).items():
+        delta = adapter_of(layer, name).delta
+        if delta is not None:
+            yield site, delta, spec.at(site).scale
+
+
+def _refuse_other_scale(model: nn.Module, name: str, spec: LoRA, where: str) -> None:
+    """The same factors under another alpha are another adapter, and shapes do not show it."""
+    other = [
+        f"{site}: scale {scale:g} in the file, {delta.scale:g} here"
+        for site, delta, scale in _scales(model, name, spec)
+        if abs(delta.scale - scale) > 1e-6 * abs(scale)
+    ]
+    if other:
+        raise CheckpointError(
+            f"the file's adapter is scaled otherwise than {name!r} (alpha, rank or rsLoRA differ)",
+            where,
+            "hotswap_adapter takes the file's scale, or load it under another name",
+            other,
+        )
+
+
+def hotswap_adapter(
+    model: Any,
+    model_name_or_path: str | os.PathLike[str],
+    adapter_name: str = "default",
+    torch_device: str | None = None,
+    **kwargs: Any,
+) -> None:
+    """Put another saved adapter in the place of `adapter_name`, scale and all; what is active stays active.
+
+    Where layers, ranks and kinds are the same the parameters stay the same objects, so nothing is compiled again.
+    Otherwise the old adapter is taken away and the new one attached under its name.
+    """
+    model = getattr(model, "_orig_mod", model)
+    old = spec_of(model, adapter_name)
+    if is_merged(model):
+        raise StateError(f"{adapter_name!r} cannot be swapped while adapters are merged", fix="unmerge_adapter() first")
+    path = find(model_name_or_path, adapter_name, kwargs.get("revision"))
+    fitted = fit(model, parse(read_config(path / CONFIG), str(path)), TensorFile(path / WEIGHTS), adapter_name)
+    try:
+        put(model, adapter_name, _same_start(model, adapter_name, store._values(model, fitted, adapter_name)))
+    except CheckpointError:  # other layers, ranks or kinds
+        _replace(model, adapter_name, path)
+    else:
+        for _, delta, scale in _scales(model, adapter_name, fitted.spec):
+            delta.scale = scale
+        new = {key: getattr(fitted.spec, key) for key in ("rank", "alpha", "scaling", "overrides", "dropout")}
+        _state(model).placed[adapter_name].spec = dataclasses.replace(old, **new)
+    if hasattr(model, "peft_config"):
+        model.peft_config[adapter_name] = _config_in(path)
+
+
+def _replace(model: nn.Module, name: str, path: Path) -> None:
+    active = active_of(model)
+    before, trained = (active.names, active.mix), any(p.requires_grad for p in parameters(model, name).values())
+    detach(model, name)
+    store.load(model, path, name, trainable=trained)
+    active_of(model).change(*before)
 
 
 # ---------------------------------------------------------------- a Trainer's checkpoint

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -28,6 +28,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from veneer.core.init import NEEDS
 from veneer.core.model import (
     activate,
     active_of,
@@ -41,6 +42,7 @@ from veneer.core.model import (
     parameters,
     routed,
     sites,
+    spec_of,
     tensors,
     unmerge,
 )
@@ -61,6 +63,7 @@ __all__ = [
     "adopt",
     "get_peft_model",
     "inject_adapter_in_model",
+    "release",
 ]
 
 BASE = "__base__"  # in adapter_names: this row runs without an adapter
@@ -453,17 +456,20 @@ def get_peft_model(
     autocast_adapter_dtype: bool = True,
     revision: str | None = None,
     low_cpu_mem_usage: bool = False,
+    *,
+    data: Iterable[Any] | None = None,
 ) -> Any:
     """Put a new adapter on `model` and give it PEFT's methods. The model changes in place and is what is returned.
 
-    peft_config: a LoraConfig of veneer.peft.
+    peft_config: a LoraConfig of veneer.peft. data: a few batches for inits that look at them (eva, corda, lora_ga),
+    where PEFT has a function of its own to call for each.
     """
     config = _checked(peft_config)
     if mixed:
         raise ConfigError("mixed=True mixes methods, and there is one method here", fix="leave it out")
     config.base_model_name_or_path = getattr(model, "name_or_path", None) or None
     config.revision = revision or config.revision
-    return KINDS.get(_task(config), PeftModel)(model, config, adapter_name, autocast_adapter_dtype)
+    return KINDS.get(_task(config), PeftModel)(model, config, adapter_name, autocast_adapter_dtype, data=data)
 
 
 def _build(
@@ -473,13 +479,14 @@ def _build(
     adapter_name: str = "default",
     autocast_adapter_dtype: bool = True,
     low_cpu_mem_usage: bool = False,
+    data: Iterable[Any] | None = None,
 ) -> Any:
     config = _checked(peft_config)
     if kind.task is not None and config.task_type is None:
         config.task_type = kind.task
-    attached = _attach(model, adapter_name, config, autocast_adapter_dtype)
+    _attach(model, adapter_name, config, autocast_adapter_dtype, data)
     model = adopt(model, kind)
-    vars(model)["peft_config"][attached] = config
+    vars(model)["peft_config"][adapter_name] = config
     return _ready_for_checkpointing(model)
 
 
@@ -512,15 +519,20 @@ def _task(config: PeftConfig) -> str | None:
     return config.task_type.value if isinstance(config.task_type, TaskType) else config.task_type
 
 
-def _attach(model: nn.Module, name: str, config: LoraConfig, autocast: bool) -> str:
+def _attach(model: nn.Module, name: str, config: LoraConfig, autocast: bool, data: Iterable[Any] | None = None) -> None:
     """The new adapter, active; trainable unless the config is for inference."""
     spec = spec_for(_checked(config), model)
-    attach(model, spec, name, dtype=None if autocast else _dtype(model), trainable=not config.inference_mode)
+    if spec.init in NEEDS and data is None:
+        raise ConfigError(f"init {spec.init!r} looks at data", fix="get_peft_model(model, config, data=a few batches)")
+    dtype = None if autocast else _dtype(model)
+    attach(model, spec, name, dtype=dtype, trainable=not config.inference_mode, data=data)
     if config.init_lora_weights is False:
         _randomise(model, name)
+    if (overrides := spec_of(model, name).overrides) != spec.overrides:  # EVA has shared the ranks out again
+        config.rank_pattern = {p: f["rank"] for p, f in overrides.items() if "rank" in f}  # type: ignore[misc]
+        config.alpha_pattern = {p: f["alpha"] for p, f in overrides.items() if "alpha" in f}  # type: ignore[misc]
     if isinstance(model, PeftModel):
         model.peft_config[name] = config
-    return name
 
 
 def _dtype(model: nn.Module) -> torch.dtype | None:
