@@ -139,6 +139,7 @@ class Loop:
             self.go_back()
             self.tell("note", text=f"going on after step {self.progress.step} of {job.steps}")
         else:
+            self.run.cut_metrics(0)  # of a run that was killed before its first checkpoint
             self.probe()
             with same_random(), evaluating(job.model):
                 show(job, self.run, "before", self.tell)

@@ -74,6 +74,7 @@ class Run:
         """
         run = cls(_new_folder(out, name, resolved.settings.data, Path(root)))
         (run.folder / "checkpoints").mkdir()
+        run.write_config(resolved)  # before run.json: whoever finds that finds a run that can be gone on with
         now = time.time()
         run._write_info(
             {
@@ -82,7 +83,6 @@ class Run:
                 "sessions": 1, "error": None, "result": {},
             }
         )  # fmt: skip
-        run.write_config(resolved)
         return run
 
     @classmethod
@@ -101,6 +101,8 @@ class Run:
                 str(self.folder),
                 "wait for it, or stop it first",
             )
+        for left in self.path("checkpoints").glob(".*"):  # what a killed process was writing
+            shutil.rmtree(left, ignore_errors=True)
         self.update(status="preparing", **_process(), error=None, ended=None, sessions=self.info.get("sessions", 1) + 1)
 
     # ---------------------------------------------------------------- where things are
@@ -373,7 +375,9 @@ def _rows(path: Path) -> Iterator[dict[str, Any]]:
         return
     for line in path.read_bytes().splitlines():
         with suppress(ValueError):
-            yield json.loads(line)
+            row = json.loads(line)
+            if isinstance(row, dict):
+                yield row
 
 
 def _one_line(text: str) -> str:
