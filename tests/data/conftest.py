@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerFast
 
 MARKS = [
     "<s>", "</s>", "<pad>", "<|im_start|>", "<|im_end|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>",
-    "<start_of_turn>", "<end_of_turn>", "<|end|>", "<|return|>",
+    "<start_of_turn>", "<end_of_turn>", "<|end|>", "<|return|>", "<|user|>", "<|assistant|>",
 ]  # fmt: skip
 CORPUS = [
     "the quick brown fox jumps over the lazy dog, and the dog sleeps on; 0123456789 = + - question answer",
@@ -114,11 +114,27 @@ OWN = {
     "{% if loop.last and m.role == 'assistant' %}{{ '<|return|>' }}{% else %}{{ '<|end|>' }}{% endif %}{% endfor %}"
     + GENERATE,
     "no generation prompt though needed": CHATML,
+    "phi3, EOS behind the last turn": "{% for m in messages %}{{ '<|' + m.role + '|>\n' + m.content + '<|end|>\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% else %}{{ eos_token }}{% endif %}",
+    "glm, ended by the next marker": "{% for m in messages %}{{ '<|' + m.role + '|>\n' + m.content }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}",
+    "apertus, leaves the last turn open": "{{ bos_token }}{% for m in messages %}{% if m.role == 'assistant' %}"
+    "{{ '<|assistant|>' + m.content }}{% if not loop.last %}{{ '<|end|>' }}{% endif %}{% else %}"
+    "{{ '<|user|>' + m.content + '<|end_header_id|>' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}",
+    "vicuna, a space behind the colon": "{% for m in messages %}{% if m.role == 'user' %}"
+    "{{ 'USER: ' + m.content + '\n' }}{% else %}"
+    "{{ 'ASSISTANT: ' + m.content + eos_token + '\n' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'ASSISTANT: ' }}{% endif %}",
+    "qwen3.5, a prompt that melts into the answer": "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}"
+    "{% if m.role == 'assistant' %}{{ '<think>\n\n</think>\n' }}{% endif %}{{ m.content + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n<think>\n' }}{% endif %}",
     "system in the last user turn": "{{ bos_token }}{% set sys = messages[0].content if messages[0].role == 'system' "
     "else '' %}{% for m in messages %}{% if m.role == 'user' %}{{ '[INST] ' + (sys if loop.index0 >= messages | length "
     "- 2 else '') + m.content + ' [/INST]' }}{% elif m.role == 'assistant' %}{{ m.content + eos_token }}{% endif %}"
     "{% endfor %}",
 }
+ALWAYS = CHATML + "{{ '<|im_start|>assistant\n' }}"  # a generation prompt whether it is asked for or not
 ENDLESS = "{% for m in messages %}{{ '### ' + m.role + ':\n' + m.content + '\n\n' }}{% endfor %}" + (
     "{% if add_generation_prompt %}{{ '### assistant:\n' }}{% endif %}"
 )

@@ -77,7 +77,7 @@ def trained_turns(chat: Chat, loss_on: LossOn) -> list[int]:
 def _conversation(chat: Chat, renderer: Renderer, loss_on: LossOn) -> list[Rendered]:
     _refuse_what_vanishes(chat, renderer)
     if loss_on == "all":
-        text = renderer.render(chat.messages, chat.tools)
+        text = renderer.whole(chat.messages, chat.tools)
         return [Rendered(text, [(0, len(text))])]
     turns = trained_turns(chat, loss_on)
     if not turns:
@@ -105,7 +105,8 @@ def _refuse_what_vanishes(chat: Chat, renderer: Renderer) -> None:
     if chat.tools and not renderer.takes_tools:
         raise DataError("the chat template leaves tools out", fix="choose template=chatml, or drop the tools")
     if any(message.get("tool_calls") for message in chat.messages) and not renderer.takes_tool_calls:
-        raise DataError("the chat template leaves tool calls out", fix="choose template=chatml")
+        why = "ends turns by the next one's marker" if renderer.turn_end_is_next else "leaves them out"
+        raise DataError(f"the chat template cannot carry tool calls: it {why}", fix="choose template=chatml")
     if chat.messages[0]["role"] == "system" and not renderer.takes_system:
         raise DataError("the chat template takes no system turn", fix="choose template=gemma, or drop the system turns")
     for place, message in enumerate(chat.messages, 1):

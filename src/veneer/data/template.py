@@ -1,17 +1,17 @@
 """One renderer between conversations and tokens, for training, evaluation, chat and serving alike.
 
 A conversation is rendered to text by a chat template and the text is tokenised with no special tokens added: the
-template has written those it wants, so a second BOS cannot come about. Where the model begins to speak, and what ends
-its turn, is found by looking, once, at what the template does with a small conversation:
+template has written those it wants, so a second BOS cannot come about. Where the model begins to speak and what ends
+its turn is looked up once (habits.py):
 
     messages               ... <user turn> <header> <answer> <turn end> <rest>
     prompt(messages[:k])   ...............................^             what inference feeds
     trained                                          |---------------|  what training counts, turn end included
 
-The decision a reader would question: some templates end a generation prompt with text that their own rendering of the
-answer lacks (DeepSeek-R1's opens a <think> block), or have no generation prompt at all. What is trained must be what is
-asked for later, so `prompt` then ends where the two agree, or in the header that the answers have. And a template that
-writes the date of the day is held at one day, or a run resumed after midnight would see other tokens. `warnings` tells.
+The decision a reader would question: templates are not followed to the letter. What is trained must be what is asked
+for later, so a generation prompt that finished answers do not contain is cut, a missing one is added, an open last turn
+is closed as it is when the conversation goes on; and a template that writes the date of the day is held at one day, or
+a run resumed after midnight would see other tokens. `warnings` says which of these was done.
 """
 
 from __future__ import annotations
@@ -28,19 +28,18 @@ from pathlib import Path
 from typing import Any
 
 from veneer.data.families import FALLBACK, FAMILIES
+from veneer.data.habits import ANSWER, WHOLE, Habits, any_of, observed
 from veneer.data.types import Message, Tokenizer
 from veneer.errors import ConfigError, DataError
 
 __all__ = ["Renderer", "Turn"]
 
-QUESTION, ANSWER = "veneer-probe-question", "veneer-probe-answer"
-PROBE: tuple[Message, ...] = ({"role": "user", "content": QUESTION}, {"role": "assistant", "content": ANSWER})
-PROBE_TOOL = {
+DAY = datetime.date(2024, 7, 26)  # the day that Llama 3.1's template itself falls back on
+TOOL = {
     "type": "function",
     "function": {"name": "veneer_probe", "description": "x", "parameters": {"type": "object", "properties": {}}},
 }
-DAY = datetime.date(2024, 7, 26)  # the day that Llama 3.1's template itself falls back on
-CALL = {"type": "function", "id": "call00001", "function": {"name": "veneer_probe", "arguments": {}}}
+CALL = {"type": "function", "id": "call00001", "function": {"name": "veneer_probe", "arguments": {"veneer_probe": 1}}}
 
 
 @dataclass(frozen=True)
@@ -50,15 +49,6 @@ class Turn:
     text: str
     start: int
     end: int
-
-
-@dataclass(frozen=True)
-class _Habits:
-    """What the probe found: `cut` is taken off the template's generation prompt, `add` is put behind it."""
-
-    turn_end: str | None
-    cut: str = ""
-    add: str = ""
 
 
 class Renderer:
@@ -78,6 +68,7 @@ class Renderer:
         self.is_ours = chosen in FAMILIES.values()
         self.jinja = _held_at(DAY, chosen)
         self.is_dated = self.jinja != chosen
+        self.is_fast = bool(getattr(tokenizer, "is_fast", False))  # can tell which characters a token stands for
         self.bos = _habitual_bos(tokenizer)
         self.eos: str | None = tokenizer.eos_token
         self.eos_id = self._single_id(self.eos, "EOS") if self.eos else None
@@ -85,9 +76,20 @@ class Renderer:
 
     # What was decided
 
+    @cached_property
+    def trouble(self) -> str | None:
+        """Why no conversation can be written, if so; texts and prompt/completion rows need no template."""
+        try:
+            self._habits  # noqa: B018
+        except (ConfigError, DataError) as error:
+            return error.what
+        return None
+
     @property
     def decision(self) -> str:
         """One sentence to print: which template, why, and what ends a turn."""
+        if self.trouble:
+            return f"template: NONE that can be used ({self.trouble}); texts and prompt/completion rows only"
         chosen = {
             "own": "the tokenizer's own",
             "none": f"none in the tokenizer, so {FALLBACK}'s (plain words and EOS: all that a base model knows)",
@@ -98,7 +100,7 @@ class Renderer:
     @property
     def warnings(self) -> list[str]:
         """What is done otherwise than the template's author may expect."""
-        habits, found = self._habits, []
+        habits, found = Habits() if self.trouble else self._habits, []
         if habits.cut:
             found.append(
                 f"the template's generation prompt ends in {habits.cut!r}, which its finished answers do not contain; "
@@ -106,6 +108,8 @@ class Renderer:
             )
         if habits.add:
             found.append(f"the template has no generation prompt; {habits.add!r}, the start of its answers, is added")
+        if habits.close:
+            found.append(f"the template leaves the last turn open; {habits.close!r}, which it writes later, is added")
         if self.is_dated:
             found.append(f"the template writes the date of the day; it is held at {DAY}, in training and in use")
         return found
@@ -147,6 +151,10 @@ class Renderer:
             ) from error
         return str(text)
 
+    def whole(self, messages: Sequence[Message], tools: Sequence[dict[str, Any]] = ()) -> str:
+        """The text of a conversation, its last answer closed."""
+        return self.render(messages, tools) + (self._habits.close if messages[-1]["role"] == "assistant" else "")
+
     def prompt(self, messages: Sequence[Message], tools: Sequence[dict[str, Any]] = ()) -> str:
         """The text after which the model speaks."""
         text = self.render(messages, tools, generate=True)
@@ -155,17 +163,28 @@ class Renderer:
     def turn(self, messages: Sequence[Message], index: int, tools: Sequence[dict[str, Any]] = ()) -> Turn:
         """The assistant turn `messages[index]` as the last of its conversation, and which part of it is trained."""
         before = self.prompt(messages[:index], tools)
-        text = self.render(messages[: index + 1], tools)
+        text = self.whole(messages[: index + 1], tools)
         if not text.startswith(before):
             raise DataError(
                 f"the template's prompt for turn {index + 1} is no beginning of the text it writes for that turn, so "
                 "which tokens the model would produce cannot be told",
                 fix="choose another template (template=chatml)",
             )
-        ends = [match.end() for match in self._control_tokens.finditer(text, len(before))]
-        if not ends or text[ends[-1] :].strip():
+        return Turn(text, len(before), self._end(text, len(before), index))
+
+    def _end(self, text: str, start: int, index: int) -> int:
+        """Where a trained turn ends: behind its end token, among the control tokens that close the text. (Phi-3 writes
+        its turn end and then EOS; the model needs to produce the first only.)"""
+        closing: list[re.Match[str]] = []
+        rest = len(text)
+        for match in reversed([*self._control_tokens.finditer(text, start)]):
+            if text[match.end() : rest].strip():
+                break
+            closing.append(match)
+            rest = match.start()
+        if not closing:
             self._refuse_endless(index)
-        return Turn(text, len(before), ends[-1])
+        return next((match for match in closing if match.group() == self.turn_end), closing[0]).end()
 
     def finish(self, text: str) -> str:
         """`text` with EOS after it, if it does not end so already; unchanged for a tokenizer without EOS."""
@@ -188,7 +207,7 @@ class Renderer:
         batch = list(texts)
         if not batch:
             return
-        if not getattr(self.tokenizer, "is_fast", False):
+        if not self.is_fast:
             raise ConfigError(
                 f"the tokenizer, {type(self.tokenizer).__name__}, cannot tell which characters a token stands for",
                 where="tokenizer",
@@ -220,7 +239,12 @@ class Renderer:
     @property
     def turn_end(self) -> str | None:
         """The token that closes an assistant turn; None for a template that writes none."""
-        return self._habits.turn_end
+        return None if self.trouble else self._habits.turn_end
+
+    @property
+    def turn_end_is_next(self) -> bool:
+        """Whether turns end at the marker with which the next one begins (GLM)."""
+        return self._habits.by_next
 
     @cached_property
     def stop_ids(self) -> tuple[int, ...]:
@@ -233,16 +257,20 @@ class Renderer:
     @cached_property
     def takes_tools(self) -> bool:
         """Whether tools appear in the text at all; many templates leave them out in silence."""
-        return "veneer_probe" in self._tried(PROBE[:1], [PROBE_TOOL])
+        text = self._tried(WHOLE[:1], [TOOL])
+        return text is None or "veneer_probe" in text  # a template that refuses will say so itself
 
     @cached_property
     def takes_system(self) -> bool:
-        return ANSWER in self._tried([Message(role="system", content=ANSWER), *PROBE[:1]])
+        return ANSWER in (self._tried([Message(role="system", content=ANSWER), *WHOLE[:1]]) or "")
 
     @cached_property
     def takes_tool_calls(self) -> bool:
         calling: Message = {"role": "assistant", "content": "", "tool_calls": [CALL]}
-        return "veneer_probe" in self._tried([PROBE[0], calling])
+        text = None if self._habits.by_next else self._tried([WHOLE[0], calling])
+        if text is None:  # a marker that is not yet known would end such a turn; a template that refuses will say so
+            return not self._habits.by_next
+        return "veneer_probe" in text or CALL["id"] in text  # Kimi K2 writes the id alone
 
     def forged(self, text: str) -> str | None:
         """A token of the template that stands in a turn's own text, where it would end the turn or begin another."""
@@ -252,36 +280,16 @@ class Renderer:
     # How the template behaves
 
     @cached_property
-    def _habits(self) -> _Habits:
+    def _habits(self) -> Habits:
         if self.is_ours and self.eos is None:
-            return _Habits(None)
-        before, asked = self.render(PROBE[:1]), self.render(PROBE[:1], generate=True)
-        whole = self.render(PROBE)
-        answer = whole.find(ANSWER)
-        if answer < 0 or QUESTION not in whole:
-            raise ConfigError("the chat template leaves the text of the turns out", where="template")
-        end = self._control_tokens.search(whole, answer + len(ANSWER))
-        turn_end = end.group() if end else None
-        shared = _shared(asked, whole[:answer])
-        if shared < len(asked):
-            return self._cut(turn_end, asked, shared, _shared(before, whole))
-        header = whole[shared:answer] if asked == before else ""
-        return _Habits(turn_end, add=header if header.strip() else "")
+            return Habits()
+        return observed(self.render, self.tokens if self.is_fast else None, self._control_tokens)
 
-    def _cut(self, turn_end: str | None, asked: str, shared: int, before: int) -> _Habits:
-        if shared <= before:
-            raise ConfigError(
-                "the chat template's generation prompt has nothing in common with the answers it writes",
-                where="template",
-                fix="choose another: template=chatml (or llama3, gemma, mistral, alpaca, vicuna, a .jinja file)",
-            )
-        return _Habits(turn_end, cut=asked[shared:])
-
-    def _tried(self, messages: Sequence[Message], tools: Sequence[dict[str, Any]] = ()) -> str:
+    def _tried(self, messages: Sequence[Message], tools: Sequence[dict[str, Any]] = ()) -> str | None:
         try:
             return self.render(messages, tools)
         except DataError:
-            return ""
+            return None
 
     def _with_system(self, messages: Sequence[Message]) -> Sequence[Message]:
         if self.system is None or (messages and messages[0]["role"] == "system"):
@@ -292,18 +300,20 @@ class Renderer:
     def _control_tokens(self) -> re.Pattern[str]:
         """Tokens that stand outside the text proper: special ones, and whatever was added to the vocabulary."""
         added = [str(token) for token in getattr(self.tokenizer, "added_tokens_decoder", {}).values()]
-        return _any_of({*added, *getattr(self.tokenizer, "all_special_tokens", [])})
+        return any_of({*added, *getattr(self.tokenizer, "all_special_tokens", [])})
 
     @cached_property
     def _structure(self) -> re.Pattern[str]:
         """The control tokens that the template writes around turns."""
-        return _any_of(set(self._control_tokens.findall(self.render(PROBE))))
+        return any_of(set(self._control_tokens.findall(self.render(WHOLE))))
 
     # Refusals
 
     def _check_named(self) -> None:
         if self.name == "none" and self.eos is None:
-            return  # said when a conversation is to be rendered; texts and completions need no template
+            return  # said when a conversation is to be rendered
+        if self.name not in ("own", "none") and self.trouble:
+            raise ConfigError(self.trouble, where="template", fix="choose another template")
         if self.is_ours and not self.turn_end:
             raise ConfigError(
                 f"the {self.name} template ends turns in a token that this tokenizer does not have",
@@ -318,11 +328,17 @@ class Renderer:
             )
 
     def _refuse_endless(self, index: int) -> None:
-        raise DataError(
-            f"the template ends assistant turn {index + 1} in no token, so the model would never learn to stop",
-            fix="choose template=chatml (or another named one) or a .jinja file whose assistant turns end in "
-            "{{ eos_token }}; prompt/completion rows need no template: EOS is appended to them",
+        fix = (
+            "choose template=chatml (or another named one) or a .jinja file whose assistant turns end in "
+            "{{ eos_token }}; prompt/completion rows need no template: EOS is appended to them"
         )
+        if self.turn_end is None:
+            raise ConfigError(
+                "the chat template ends assistant turns in no token, so the model would never learn to stop",
+                where="template",
+                fix=fix,
+            )
+        raise DataError(f"the chat template ends assistant turn {index + 1} in no token", fix=fix)
 
     def _single_id(self, token: str, what: str) -> int:
         ids = self.ids(token)
@@ -370,15 +386,3 @@ def _held_at(day: datetime.date, jinja: str | None) -> str | None:
         return jinja
     texts = json.dumps({form: day.strftime(form) for _, form in formats})
     return f"{{%- macro strftime_now(format) -%}}{{{{- {texts}[format] -}}}}{{%- endmacro -%}}{jinja}"
-
-
-def _any_of(tokens: Iterable[str]) -> re.Pattern[str]:
-    """A pattern for any of them, the longest first; for none, one that never matches."""
-    ordered = sorted(tokens, key=lambda token: (-len(token), token))
-    return re.compile("|".join(map(re.escape, ordered)) or r"(?!)")
-
-
-def _shared(one: str, other: str) -> int:
-    """How many characters two texts have in common at their beginning."""
-    pairs = enumerate(zip(one, other, strict=False))
-    return next((place for place, (a, b) in pairs if a != b), min(len(one), len(other)))
