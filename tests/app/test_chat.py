@@ -21,9 +21,7 @@ from veneer.train.settings import resolve
 
 def make_run(base: Path, name: str, seed: int = 0, **settings: Any) -> Run:
     """A finished run without its training: an adapter that changes what the model says."""
-    run = Run.create(
-        resolve(mapping={"model": str(base), "data": "d.jsonl", "name": name, **settings}), argv=["veneer"]
-    )
+    run = Run.create(resolve(mapping={"model": str(base), "data": "d.jsonl", **settings}), name=name)
     model = AutoModelForCausalLM.from_pretrained(base)
     attach(model, LoRA(rank=4, alpha=8))
     dice = torch.Generator().manual_seed(seed)
@@ -100,9 +98,7 @@ def test_a_base_has_no_base(tiny_folder: Path, veneer: Callable[..., Any]) -> No
 
 
 def test_a_run_that_died_early_says_so(tiny_folder: Path, veneer: Callable[..., Any]) -> None:
-    Run.create(resolve(mapping={"model": str(tiny_folder), "data": "d", "name": "early"}), argv=[]).update(
-        status="failed"
-    )
+    Run.create(resolve(mapping={"model": str(tiny_folder), "data": "d"}), name="early").update(status="failed")
     said = veneer("chat", "early", "-p", "x")
     assert said.code == 2 and "the run early (failed) has no checkpoint" in said.err and "--resume" in said.err
 

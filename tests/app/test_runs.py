@@ -16,7 +16,7 @@ from veneer.train.settings import resolve
 
 
 def make(name: str, *, status: str = "done", steps: int = 12, **settings: Any) -> Run:
-    run = Run.create(resolve(mapping={"model": "m/tiny", "data": "d.jsonl", "name": name, **settings}), argv=["veneer"])
+    run = Run.create(resolve(mapping={"model": "m/tiny", "data": "d.jsonl", **settings}), name=name)
     for step in range(1, steps + 1):
         run.log_metrics({"step": step, "loss": 3.0 - step / 10})
     for step in (steps // 2, steps):

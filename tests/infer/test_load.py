@@ -56,7 +56,7 @@ def test_several_adapters_share_one_base(ready: Ready) -> None:
 def test_the_prompt_is_what_the_renderer_trains_with(ready: Ready) -> None:
     text = ready.tokenizer.decode(ready.prompt([{"role": "user", "content": "hi"}]))
     assert text == "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
-    assert ready.engine.stop_ids == frozenset(ready.renderer.stop_ids)
+    assert ready.engine.stop_ids == frozenset(ready.task.ends)
 
 
 def test_a_canary_is_replayed_and_another_model_is_found_out(

@@ -13,6 +13,7 @@ import json
 import math
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import asdict, is_dataclass
@@ -144,6 +145,24 @@ class Output:
         else:
             with self.errors.status(what, spinner="dots"):
                 yield
+
+    @contextmanager
+    def progress(self, what: str) -> Iterator[Callable[[str], None]]:
+        """A wait whose words change as it goes on: the callable says where it stands. Elsewhere than on a terminal
+        only a word every ten seconds."""
+        if not self.json and not self.quiet and self.stderr.isatty():
+            with self.errors.status(what, spinner="dots") as status:
+                yield lambda line: status.update(line)
+            return
+        said = time.monotonic()
+
+        def say(line: str) -> None:
+            nonlocal said
+            if time.monotonic() - said > 10:
+                said = time.monotonic()
+                self.note(f"{line} ...")
+
+        yield say
 
 
 def described(error: BaseException, log: Path | None) -> tuple[str, str | None, str | None, list[str]]:

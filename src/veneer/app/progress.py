@@ -14,39 +14,52 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from veneer.app.keys import Keys
 from veneer.app.output import Output
-from veneer.app.text import UNICODE, Signs, bytes_, count, duration, number, share, shorten, spark
+from veneer.app.text import UNICODE, Signs, bytes_, count, duration, number, printable, share, shorten, spark
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
 
-__all__ = ["Lines", "Plain", "Progress", "Terminal", "display", "lines_of"]
+__all__ = ["Lines", "Plain", "Progress", "Terminal", "display", "lines_of", "print_samples"]
 
 Event = Mapping[str, Any]
 
 EVERY_SECONDS = 10.0  # between two lines of a log
+RECENT_STEPS = 8  # that speed and time left are worked out from
 SHOWN_SAMPLES = 3
+KEYS_OF_SAMPLES = {"prompt": "prompt", "expected": "wanted", "before": "before", "after": "after"}
 
 NEXT = {  # what is going on once an event has been told
     "start": "reading the data",
     "data": "tokenising",
-    "mask": "loading the model",
+    "split": "loading the tokenizer",
     "tokens": "loading the model",
-    "model": "attaching the adapter",
+    "lengths": "working out the memory",
+    "memory": "planning",
+    "model": "planning",
     "plan": "trying the longest batch",
-    "probe": "training",
+    "probe": "answering a few rows as the base does",
+    "stopping": "finishing the step",
     "samples": "proving the adapter",
-    "proof": "writing the report",
+    "proof": "writing it down",
 }
 KEYS = {"s": "save", "e": "eval", "q": "stop"}
-LABELS = {"probe": "memory", "tokens": "mask"}  # events whose line bears another name
-TOLD = ("data", "tokens", "mask", "model", "probe", "plan")
+MARKED = ("data", "split", "tokens", "mask", "lengths", "model", "memory", "plan", "time")
 WARNINGS = ("warning", "oom", "diverged", "stopping")
+
+
+def kind_of(event: Event) -> str:
+    """The event's kind, finer than the loop's: of the facts about the data, which."""
+    kind = str(event.get("event"))
+    if kind == "data":
+        return "split" if "val_rows" in event else "tokens" if "trained_share" in event else "data"
+    return kind
 
 
 def lines_of(event: Event, signs: Signs) -> Iterator[tuple[str, str]]:
@@ -56,19 +69,36 @@ def lines_of(event: Event, signs: Signs) -> Iterator[tuple[str, str]]:
     >>> list(lines_of({"event": "plan", "text": "r16, 60 steps"}, ASCII))
     [('ok', 'ok plan     r16, 60 steps')]
     """
-    kind, text = str(event.get("event")), str(event.get("text", ""))
-    if kind in TOLD and text:
+    kind, text = kind_of(event), str(event.get("text", ""))
+    if kind == "probe":
+        kind, text = "memory", _memory(event)
+    if kind in MARKED and text:
         first, *more = text.split("\n")
-        yield "ok", f"{signs.ok} {LABELS.get(kind, kind):<8} {first}"
-        yield from (("dim", f"{'':<{len(signs.ok) + 10}}{line}") for line in more)
-    elif kind in WARNINGS:
+        yield "ok", f"{signs.ok} {kind:<8} {first}"
+        yield from (("more", f"{'':<{len(signs.ok) + 10}}{line}") for line in more)
+    elif kind in WARNINGS and text:
         yield "warn", f"{signs.warn} {text}"
-    elif kind == "note":
+    elif kind == "note" and text:
         yield "dim", f"{signs.dot} {text}"
     elif kind == "proof":
         good = bool(event.get("passed"))
         sign = signs.ok if good else signs.fail
         yield "ok" if good else "fail", f"{sign} proof    " + text.replace(UNICODE.dot, signs.dot)
+
+
+def _total_memory(event: Event) -> int:
+    """What the device has: from the event, or asked here."""
+    from veneer.advise.device import total_memory, usual_device
+
+    return int(event.get("total_memory_bytes") or total_memory(usual_device()))
+
+
+def _memory(event: Event) -> str:
+    of = f" of {bytes_(_total_memory(event))}"
+    rows, longest = int(event.get("micro_batch", 0)), int(event.get("longest_tokens", 0))
+    return (
+        f"{bytes_(float(event['memory_bytes']))}{of} in use with the longest batch ({rows} rows, to {longest} tokens)"
+    )
 
 
 @dataclass
@@ -82,14 +112,15 @@ class Progress:
     first_val: float | None = None
     is_best: bool = False
     latest: dict[str, Any] = field(default_factory=dict)
+    recent: deque[tuple[float, int, int]] = field(default_factory=lambda: deque(maxlen=RECENT_STEPS))
     total_memory: int | None = None
     doing: str = "starting"
     since: float = field(default_factory=time.monotonic)
 
     def take(self, event: Event) -> None:
-        kind = str(event.get("event"))
+        kind = kind_of(event)
         if kind == "step":
-            self.latest = dict(event)
+            self._remember(event)
             self.step, self.steps = int(event["step"]), int(event["steps"])
             if event.get("loss") is not None:
                 self.losses.append(float(event["loss"]))
@@ -97,12 +128,32 @@ class Progress:
             self.val, self.is_best = float(event["val_loss"]), bool(event.get("best"))
             self.first_val = self.val if self.first_val is None else self.first_val
         elif kind == "probe":
-            self.total_memory = event.get("total_memory_bytes")
-        doing = NEXT.get(kind)
+            self.total_memory = _total_memory(event)
+        self._now(self._next(kind, event))
+
+    def _remember(self, event: Event) -> None:
+        """The step's own figures; tokens are counted from the beginning in the event, and by step here."""
+        before, self.latest = self.latest, dict(event)
+        if "seconds" in event:
+            all_, trained = (int(event.get(key, 0)) - int(before.get(key, 0)) for key in ("tokens", "trained_tokens"))
+            self.recent.append((float(event["seconds"]), all_, trained))
+
+    def _next(self, kind: str, event: Event) -> str | None:
+        if kind == "tokenising":
+            return f"tokenising {event.get('what', '')}: {event['done']:,} of {event['total']:,} rows"
         if kind == "step":
-            doing = "evaluating and saving" if self.step >= self.steps else "training"
+            return "training" if self.step < self.steps else "answering the same rows again"
+        return NEXT.get(kind)
+
+    def _now(self, doing: str | None) -> None:
         if doing and doing != self.doing:
-            self.doing, self.since = doing, time.monotonic()
+            if doing.partition(":")[0] != self.doing.partition(":")[0]:
+                self.since = time.monotonic()
+            self.doing = doing
+
+    @property
+    def is_training(self) -> bool:
+        return self.doing == "training" and self.steps > 0
 
     # ------------------------------------------------------------------ the parts of a line
 
@@ -110,8 +161,11 @@ class Progress:
         return self.step / self.steps if self.steps else 0.0
 
     def left(self) -> str:
-        seconds = self.latest.get("seconds_left")
-        return f"{duration(float(seconds))} left" if seconds is not None else ""
+        """From the mean of the last steps: a single one says little."""
+        if not self.recent:
+            return ""
+        seconds = sum(row[0] for row in self.recent) / len(self.recent) * (self.steps - self.step)
+        return f"{duration(seconds)} left" if self.step < self.steps else ""
 
     def loss(self) -> str:
         return f"loss {number(self.losses[-1])}" if self.losses else ""
@@ -122,10 +176,11 @@ class Progress:
         return f"val {number(self.val)}{f' {signs.down} best' if self.is_best else ''}"
 
     def speed(self) -> str:
-        rate, trained = self.latest.get("tokens_per_second"), self.latest.get("trained_tokens_per_second")
-        if rate is None:
+        seconds = sum(row[0] for row in self.recent)
+        if not seconds:
             return ""
-        return f"{count(float(rate))} tok/s" + (f" ({count(float(trained))} trained)" if trained is not None else "")
+        rate, trained = (sum(row[i] for row in self.recent) / seconds for i in (1, 2))
+        return f"{count(rate)} tok/s ({count(trained)} trained)".replace(" k", "k")
 
     def memory(self) -> str:
         used = self.latest.get("memory_bytes")
@@ -199,14 +254,14 @@ class Plain:
         self._steps(event)
         if event.get("event") == "done":
             return
-        if self.progress.doing != "training":
+        if not self.progress.is_training:
             self.timer = threading.Timer(self.patience, self._print, [f"{self.progress.doing} ..."])
             self.timer.daemon = True
             self.timer.start()
 
     def _steps(self, event: Event) -> None:
         kind, p = event.get("event"), self.progress
-        due = time.monotonic() - self.printed >= self.every or p.step in (1, p.steps)
+        due = time.monotonic() - self.printed >= self.every or p.step == 1 or (p.step == p.steps and p.val is None)
         if (kind == "step" and due) or (kind == "eval" and p.steps):
             self._print(p.line(self.out.signs))
             self.printed = time.monotonic()
@@ -223,7 +278,7 @@ class Plain:
 
 # ------------------------------------------------------------------ for a person
 
-STYLES = {"ok": "", "warn": "yellow", "dim": "dim", "fail": "bold red"}
+STYLES = {"ok": "", "more": "", "warn": "yellow", "dim": "dim", "fail": "bold red"}
 
 
 class Terminal:
@@ -249,9 +304,9 @@ class Terminal:
             self.live.stop()
 
     def __call__(self, event: Event) -> str | None:
-        was_training = self.progress.doing == "training"
+        was_training = self.progress.is_training
         self.progress.take(event)
-        if was_training and self.progress.doing != "training":
+        if was_training and not self.progress.is_training:
             self.out.console.print(self._marked("ok", self.progress.summary(self.out.signs)), soft_wrap=True)
         for style, line in lines_of(event, self.out.signs):
             self.out.console.print(self._marked(style, line), soft_wrap=True)
@@ -260,7 +315,7 @@ class Terminal:
     def _marked(self, style: str, line: str) -> RenderableType:
         from rich.text import Text
 
-        made = Text(line, style=STYLES[style])
+        made = Text.from_ansi(line, style=STYLES[style])  # the mask's preview brings its own colours
         if style == "ok":
             made.stylize("green", 0, len(self.out.signs.ok))
         return made
@@ -270,7 +325,7 @@ class Terminal:
         from rich.spinner import Spinner
 
         p = self.progress
-        if p.doing == "training" and p.steps:
+        if p.is_training:
             return self._training()
         waited = time.monotonic() - p.since
         return Spinner("dots", f" {p.doing}{f'  {duration(waited)}' if waited > 2 else ''}", style="cyan")
@@ -306,14 +361,15 @@ def display(out: Output) -> Iterator[Callable[[dict[str, Any]], Any]]:
 # ------------------------------------------------------------------ at the end
 
 
-def print_samples(console: Console, samples: list[Mapping[str, Any]], signs: Signs, most: int = SHOWN_SAMPLES) -> None:
+def print_samples(
+    console: Console, samples: Sequence[Mapping[str, Any]], signs: Signs, most: int = SHOWN_SAMPLES
+) -> None:
     """Prompts with what was said before and after the training, side by side."""
     from veneer.app.tables import table
 
     if not samples:
         return
-    cells = [[shorten(str(row.get(key) or "-"), 300, signs) for key in KEYS_OF_SAMPLES] for row in samples[:most]]
+    cells = [
+        [shorten(printable(str(row.get(key) or "-")), 300, signs) for key in KEYS_OF_SAMPLES] for row in samples[:most]
+    ]
     console.print(table([f"+{heading}" for heading in KEYS_OF_SAMPLES.values()], ([*row] for row in cells)))
-
-
-KEYS_OF_SAMPLES = {"prompt": "prompt", "expected": "wanted", "before": "before", "after": "after"}

@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from veneer.errors import CheckpointError
+from veneer.errors import CheckpointError, VeneerError
 from veneer.train.run import Run
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ def source_of(word: str, root: str = "runs", base: str | None = None) -> Source:
 
 
 def _of_run(run: Run, base: str | None) -> Source:
-    from veneer.infer.load import Source
+    from veneer.infer.load import Source, told_by
 
     settings = run.config().settings
     if not run.best.is_dir():
@@ -46,7 +46,8 @@ def _of_run(run: Run, base: str | None) -> Source:
         "label": run.name,
         "template": settings.template,
         "system": settings.system,
-        "task": settings.task,
+        "plain": _is_plain(run),
+        **({"task": settings.task} | told_by(run.best)),
     }
     if settings.method != "lora":
         return Source(base=str(run.best), **common)
@@ -54,3 +55,24 @@ def _of_run(run: Run, base: str | None) -> Source:
     return Source(
         base=base or str(settings.model), adapter=run.best, proof=proof if proof.is_file() else None, **common
     )
+
+
+def _is_plain(run: Run) -> bool:
+    """Whether the rows were texts rather than conversations: what was trained is what is asked.
+
+    The format prompt/completion holds either; then the first row says which.
+    """
+    from veneer.data.dataset import load
+    from veneer.data.types import Chat
+
+    settings = run.config().settings
+    data = settings.data or ""
+    form = run.data.get("format") if run.path("data.json").exists() else None
+    if form in ("text", "tokenised"):
+        return True
+    if form != "prompt/completion":
+        return False
+    try:
+        return not isinstance(load(data, columns=settings.columns, limit=1).examples[0], Chat)
+    except (VeneerError, OSError):  # the data is gone; strings are by far the commoner kind
+        return True

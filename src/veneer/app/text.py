@@ -13,7 +13,20 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
-__all__ = ["ASCII", "UNICODE", "Signs", "bytes_", "count", "duration", "number", "plural", "share", "shorten", "spark"]
+__all__ = [
+    "ASCII",
+    "UNICODE",
+    "Signs",
+    "bytes_",
+    "count",
+    "duration",
+    "number",
+    "plural",
+    "printable",
+    "share",
+    "shorten",
+    "spark",
+]
 
 
 @dataclass(frozen=True)
@@ -140,6 +153,15 @@ def plural(n: int, noun: str) -> str:
     ('1 row', '2,431 rows')
     """
     return f"{n:,} {noun}{'' if n == 1 else 's'}"
+
+
+def printable(text: str) -> str:
+    r"""`text` without what a terminal would obey: a model may write escape codes. Line ends and tabs stay.
+
+    >>> printable("a\x1b[31mb\n") == "a\ufffd[31mb\n"
+    True
+    """
+    return "".join(char if char.isprintable() or char in "\n\t" else "\ufffd" for char in text)
 
 
 def shorten(text: str, width: int, signs: Signs = UNICODE) -> str:

@@ -50,6 +50,8 @@ class Speaker:
     def prompt(self, room: int) -> list[int]:
         """The conversation as tokens, its oldest turns left out until `room` tokens are free for the answer."""
         limit = self.ready.engine.limit
+        if self.ready.plain:  # a text to go on from has no turns before it
+            return self.ready.prompt(self.messages[-1]["content"])
         while True:
             ids = self.ready.prompt(self.messages)
             first = 1 if self.messages[0]["role"] == "system" else 0

@@ -17,9 +17,9 @@ from __future__ import annotations
 import json
 import re
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,24 +29,30 @@ from torch import nn
 from veneer.ckpt import peft
 from veneer.ckpt.config import CONFIG, read_config
 from veneer.core.model import activate, adapters, disabled
+from veneer.data.labels import LabelSet
 from veneer.data.template import Renderer
 from veneer.data.types import Message
-from veneer.errors import CheckpointError, ProofFailed
+from veneer.errors import CheckpointError, ConfigError, ProofFailed
 from veneer.infer.engine import Engine
+from veneer.prove.answers import call, first_tensor
 from veneer.prove.canary import replay
 from veneer.prove.proof import Proof
-from veneer.tasks.base import TASKS
+from veneer.tasks.base import TASKS, Task
 
-__all__ = ["Ready", "Source", "adapter_name", "load", "source_of_folder"]
+__all__ = ["Ready", "Source", "adapter_name", "load", "quiet_transformers", "source_of_folder", "told_by"]
 
 Say = Callable[[str], object]
 PEFT_TASKS = {"CAUSAL_LM": "causal_lm", "SEQ_2_SEQ_LM": "seq2seq", "SEQ_CLS": "sequence_classification"}
 PEFT_TASKS |= {"TOKEN_CLS": "token_classification"}
+PROBE = "The quick brown fox jumps over the lazy dog. 1 + 1 ="
 
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """Where a model that answers comes from. Without `adapter` it is the base itself, or a model trained in full."""
+    """Where a model that answers comes from. Without `adapter` it is the base itself, or a model trained in full.
+
+    `labels` are the classes of a trained head. `plain`: prompts are continued as they stand, not put into a chat turn.
+    """
 
     label: str
     base: str
@@ -55,7 +61,8 @@ class Source:
     template: str | None = None
     system: str | None = None
     task: str = "causal_lm"
-    options: Mapping[str, Any] = field(default_factory=dict)  # more for from_pretrained: the classes of a head
+    labels: LabelSet | None = None
+    plain: bool = False
 
     @property
     def name(self) -> str | None:
@@ -80,31 +87,61 @@ def source_of_folder(where: str, base: str | None = None) -> Source:
     """An adapter's folder, a model's folder, or a model's id. `base` overrides what the adapter says of itself."""
     folder = Path(where).expanduser()
     if not (folder / CONFIG).is_file():
-        return Source(label=where, base=where)
+        return Source(label=where, base=where, **told_by(folder))
     config = read_config(folder / CONFIG)
     named = base or config.get("base_model_name_or_path")
     if not named:
         fix = "name it with --base"
         raise CheckpointError("the adapter does not say which base it belongs to", str(folder / CONFIG), fix)
     proof = next((p for p in (folder / "proof.json", folder.parent / "proof.json") if p.is_file()), None)
-    task = PEFT_TASKS.get(config.get("task_type") or "", "causal_lm")
-    return Source(label=where, base=named, adapter=folder, proof=proof, task=task)
+    told: dict[str, Any] = {"task": PEFT_TASKS.get(config.get("task_type") or "", "causal_lm")} | told_by(folder)
+    return Source(label=where, base=named, adapter=folder, proof=proof, **told)
+
+
+def told_by(folder: Path) -> dict[str, Any]:
+    """The task and its classes, as a run leaves them beside the weights."""
+    path = folder / "task.json"
+    try:
+        told = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except ValueError as error:
+        raise CheckpointError(f"task.json is damaged: {error}", str(path), "copy it again") from None
+    labels = LabelSet(told.get("kind", "one"), tuple(told["labels"])) if "labels" in told else None
+    return {"task": told.get("task", "causal_lm"), "labels": labels}
 
 
 @dataclass
 class Ready:
-    """A model that answers. `sources` are in the order they were asked for."""
+    """A model that answers, or judges. `sources` are in the order they were asked for."""
 
     model: nn.Module
-    tokenizer: Any
-    renderer: Renderer
+    task: Task
     engine: Engine
     sources: Sequence[Source]
     evidence: dict[str, str]
 
+    @property
+    def tokenizer(self) -> Any:
+        return self.task.tokenizer
+
+    @property
+    def plain(self) -> bool:
+        """Whether a prompt is text to go on from, rather than a turn of a conversation."""
+        return self.task.renderer is None or any(source.plain for source in self.sources)
+
+    @property
+    def answers(self) -> bool:
+        """Whether it writes text at all; a classifier does not."""
+        return not self.task.labelled
+
     def prompt(self, messages: Sequence[Message] | str, tools: Sequence[dict[str, Any]] = ()) -> list[int]:
         """The tokens after which the model speaks; a plain string is continued as it stands."""
-        return self.renderer.prompt_ids(messages, tools)
+        if self.task.renderer is not None:
+            return self.task.renderer.prompt_ids(messages, tools)
+        if not isinstance(messages, str):
+            raise ConfigError(f"the task {self.task.name} has no conversations", fix="give it one text")
+        return list(self.tokenizer(messages)["input_ids"])
 
 
 def load(sources: Sequence[Source], *, device: str | None = None, dtype: str | None = None, say: Say = print) -> Ready:
@@ -112,20 +149,31 @@ def load(sources: Sequence[Source], *, device: str | None = None, dtype: str | N
     first = next((source for source in sources if source.adapter is not None), sources[0])
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     say(f"loading {first.base}")
-    tokenizer = _tokenizer(first.tokenizer)
-    model = _base(first, place, _dtype(dtype, place))
+    task = _task(first)
+    model = _base(first, task, place, _dtype(dtype, place))
     for source in sources:
         if source.adapter is not None and source.name not in adapters(model):
             say(f"loading adapter {source.label}")
             with _notes(say):
                 peft.load(model, source.adapter, str(source.name))
-    renderer = Renderer(tokenizer, first.template, first.system)
-    engine = Engine(model, tokenizer, renderer.stop_ids)
-    ready = Ready(model, tokenizer, renderer, engine, sources, {})
+    ready = Ready(model, task, Engine(model, task.tokenizer, _stops(task)), sources, {})
     for source in sources:
         if source.name is not None:
             ready.evidence[source.name] = _prove(ready, source)
     return ready
+
+
+def _task(source: Source) -> Task:
+    """The task with the tokenizer, the classes and, for conversations, the renderer that it was trained with."""
+    kind, tokenizer = TASKS[source.task], _tokenizer(source.tokenizer)
+    renderer = Renderer(tokenizer, source.template, source.system) if kind.renders else None
+    return kind(tokenizer, source.labels, renderer)
+
+
+def _stops(task: Task) -> tuple[int, ...]:
+    """What ends an answer: the task's own ends, or the tokenizer's."""
+    eos = getattr(task.tokenizer, "eos_token_id", None)
+    return task.ends or (() if eos is None else (int(eos),))
 
 
 def _dtype(name: str | None, device: torch.device) -> torch.dtype:
@@ -144,12 +192,13 @@ def _tokenizer(where: str) -> Any:
         return AutoTokenizer.from_pretrained(where)
 
 
-def _base(source: Source, device: torch.device, dtype: torch.dtype) -> nn.Module:
+def _base(source: Source, task: Task, device: torch.device, dtype: torch.dtype) -> nn.Module:
     import transformers
 
-    with _plain_errors(source.base, "model"), _quiet():
-        kind = getattr(transformers, TASKS[source.task].auto_class)
-        return kind.from_pretrained(source.base, dtype=dtype, **source.options).to(device).eval()
+    options = task.model_options() if source.labels is not None else {}
+    with _plain_errors(source.base, "model"), quiet_transformers():
+        model = getattr(transformers, task.auto_class).from_pretrained(source.base, dtype=dtype, **options)
+    return model.to(device).eval()
 
 
 @contextmanager
@@ -166,7 +215,7 @@ def _plain_errors(where: str, what: str) -> Any:
 
 
 @contextmanager
-def _quiet() -> Any:
+def quiet_transformers() -> Any:
     """Without transformers' bar over shards and its advice; our own lines say what is going on."""
     from transformers.utils import logging
 
@@ -218,11 +267,12 @@ def _has_canary(proof: Path) -> bool:
 
 @torch.no_grad()
 def _change(ready: Ready, name: str) -> float:
-    """How far the adapter moves the logits of a few ordinary tokens."""
-    ids = ready.renderer.ids("The quick brown fox jumps over the lazy dog. 1 + 1 =")[:32]
-    decoder = ready.engine.decoder(ready.model, [ids], 0)
+    """How far the adapter moves the logits of a few ordinary words."""
+    ids = torch.tensor([list(ready.tokenizer(PROBE)["input_ids"])[:32]])
+    inputs = {"input_ids": ids}
+    if getattr(ready.model.config, "is_encoder_decoder", False):
+        inputs["decoder_input_ids"] = ids[:, :8]
     activate(ready.model, name)
-    with_adapter = decoder.start()
+    with_adapter = first_tensor(call(ready.model, inputs)).float()
     with disabled(ready.model):
-        without = ready.engine.decoder(ready.model, [ids], 0).start()
-    return float((with_adapter.float() - without.float()).abs().max())
+        return float((with_adapter - first_tensor(call(ready.model, inputs)).float()).abs().max())

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from veneer.app.flags import add_sampling, sampling_of
 from veneer.app.output import Output
 from veneer.app.subjects import source_of
-from veneer.app.text import number
+from veneer.app.text import number, printable
 from veneer.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -37,6 +37,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--vs", action="append", default=[], metavar="base|RUN", help="who answers beside it")
     parser.add_argument("--prompt", "-p", action="append", default=[], metavar="TEXT", help="ask this and end")
     parser.add_argument("--system", metavar="TEXT", help="system prompt [what the run was trained with]")
+    parser.add_argument("--plain", action="store_true", help="go on from the text as it stands, without a chat turn")
     parser.add_argument("--base", metavar="MODEL", help="the base model, where an adapter does not say")
     parser.add_argument("--root", default="runs", help="the folder that holds the runs [runs]")
     parser.add_argument("--device", metavar="cpu|cuda", help="where to run [a GPU where there is one]")
@@ -64,8 +65,8 @@ def run(args: argparse.Namespace, out: Output) -> int:
 def open_chat(args: argparse.Namespace, out: Output) -> Chat:
     from veneer.infer.chat import Chat
 
-    first = source_of(args.run, args.root, args.base)
-    rest = [_opponent(word, first, args.root) for word in args.vs]
+    first = _asked(args.run, args)
+    rest = [_opponent(word, first, args) for word in args.vs]
     speakers: list[Speaker] = []
     ready: dict[str, Ready] = {}
     for source in (first, *rest):
@@ -76,14 +77,21 @@ def open_chat(args: argparse.Namespace, out: Output) -> Chat:
     return Chat(speakers)
 
 
-def _opponent(word: str, first: Source, root: str) -> Source:
-    from veneer.infer.load import Source
+def _asked(word: str, args: argparse.Namespace) -> Source:
+    from dataclasses import replace
+
+    source = source_of(word, args.root, args.base)
+    return replace(source, plain=True) if args.plain else source
+
+
+def _opponent(word: str, first: Source, args: argparse.Namespace) -> Source:
+    from dataclasses import replace
 
     if word != "base":
-        return source_of(word, root)
+        return _asked(word, args)
     if first.adapter is None:
         raise ConfigError(f"{first.label} has no adapter, so it is its own base", "--vs base", "name another run")
-    return Source(label="base", base=first.base, template=first.template, system=first.system, task=first.task)
+    return replace(first, label="base", adapter=None, proof=None)
 
 
 def _loaded(sources: list[Source], args: argparse.Namespace, out: Output) -> Ready:
@@ -91,6 +99,9 @@ def _loaded(sources: list[Source], args: argparse.Namespace, out: Output) -> Rea
 
     with out.wait(f"loading {sources[0].base}"):
         ready = load(sources, device=args.device, dtype=args.dtype, say=lambda line: None)
+    if not ready.answers:
+        fix = f"`veneer eval {sources[0].label}` judges it"
+        raise ConfigError(f"{sources[0].label} does {ready.task.name}: it has no answers", "chat", fix)
     for name, evidence in ready.evidence.items():
         out.note(f"{out.signs.ok} {name}: {evidence}")
     return ready
@@ -211,13 +222,13 @@ def _show_stream(chat: Chat, stream: Iterator[Any], console: Console) -> None:
     alone = len(chat.speakers) == 1
     for _, piece in stream:
         if alone:
-            console.print(piece.text, end="", markup=False, soft_wrap=True)
+            console.print(printable(piece.text), end="", markup=False, soft_wrap=True)
     if alone:
         console.print()
     for speaker in chat.speakers:
         if not alone:
             console.print(speaker.label, style="bold", markup=False)
-            console.print(speaker.answer.text, markup=False)
+            console.print(printable(speaker.answer.text), markup=False)
         console.print(_figures(speaker), style="dim", markup=False)
 
 
@@ -237,7 +248,7 @@ def _columns(chat: Chat, done: bool = False) -> Table:
     table = Table(box=None, expand=True, padding=(0, 3, 0, 0), pad_edge=False)
     for speaker in chat.speakers:
         table.add_column(Text(speaker.label), ratio=1, header_style="bold cyan", overflow="fold")
-    table.add_row(*(Text(speaker.answer.text) for speaker in chat.speakers))
+    table.add_row(*(Text(printable(speaker.answer.text)) for speaker in chat.speakers))
     if done:
         table.add_row(*(Text(_figures(speaker), style="dim") for speaker in chat.speakers))
     return table

@@ -1,12 +1,19 @@
-"""veneer train: settings from flags, file or both; then one call of the training loop."""
+"""veneer train: settings from flags, a file or both; then one call of the training loop, watched by a display."""
 
 from __future__ import annotations
 
 import argparse
+from typing import TYPE_CHECKING, Any
 
 from veneer.app.flags import from_said
 from veneer.app.output import Output
-from veneer.train.settings import explain
+from veneer.app.progress import display, print_samples
+from veneer.app.text import number
+from veneer.errors import ConfigError
+from veneer.train.settings import Resolved, explain
+
+if TYPE_CHECKING:
+    from veneer.train.run import Run
 
 EXAMPLES = """  veneer train Qwen/Qwen3-1.7B support.jsonl
   veneer train config.yaml --lr 1e-4
@@ -14,6 +21,8 @@ EXAMPLES = """  veneer train Qwen/Qwen3-1.7B support.jsonl
   veneer train --resume                      go on with the last run
   veneer train MODEL DATA --dry-run          everything but the training
   veneer train --explain targets             all about one key"""
+
+STOPPED = 130
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -33,4 +42,62 @@ def run(args: argparse.Namespace, out: Output) -> int:
         out.result({"key": text.partition(":")[0], "text": text}, lambda console: console.print(text, markup=False))
         return 0
     resolved = from_said(args.positional, args.said, args.set, args.config)
-    raise NotImplementedError(resolved)
+    if args.dry_run:
+        from veneer.app.commands.check import check
+
+        return check(resolved, out)
+    _need_subject(resolved)
+    return finish(train(resolved, out), out)
+
+
+def _need_subject(resolved: Resolved) -> None:
+    """Said before torch is loaded, which takes seconds."""
+    settings = resolved.settings
+    missing = [name for name in ("model", "data") if getattr(settings, name) is None]
+    if missing and settings.resume is None:
+        fix = "veneer train MODEL DATA, veneer train config.yaml, or veneer train --resume"
+        raise ConfigError(f"no {' and no '.join(missing)} was named", "command line", fix)
+
+
+def train(resolved: Resolved, out: Output) -> Run:
+    """Run the loop under the display that fits; afterwards what it learned is shown."""
+    samples: list[dict[str, Any]] = []
+    with display(out) as show:
+
+        def report(event: dict[str, Any]) -> Any:
+            samples.extend(event["samples"] if event.get("event") == "samples" else [])
+            return show(event)
+
+        show({"event": "note", "text": ""})  # the display says "starting" while torch is being loaded
+        from veneer.app.report import write_report
+        from veneer.infer.load import quiet_transformers
+        from veneer.train.loop import train as loop
+
+        with quiet_transformers():
+            done = loop(report=report, resolved=resolved)
+        write_report(done.folder)
+    if not out.json and not out.quiet:
+        print_samples(out.console, samples, out.signs)
+    return done
+
+
+def finish(done: Run, out: Output) -> int:
+    """The last line: what came out and what to do next. 130 when the run was stopped and can be resumed."""
+    status, result = done.status, done.result
+    if out.json:
+        out.line({"ok": status == "done", "command": out.command, "run": str(done.folder), "status": status,
+                  "result": result})  # fmt: skip
+    elif status == "stopped":
+        out.console.print(f"stopped {done.folder}   next:  veneer train --resume {done.folder}", soft_wrap=True)
+    else:
+        out.console.print(saved_line(done, out), markup=False, soft_wrap=True)
+    return STOPPED if status == "stopped" else 0
+
+
+def saved_line(done: Run, out: Output) -> str:
+    before, after = done.result.get("val_before"), done.result.get("val_after")
+    fell = f"   val {number(before)} {out.signs.arrow} {number(after)}" if after is not None else ""
+    verb = "chat" if done.config().settings.task in ("causal_lm", "seq2seq") else "eval"
+    against = " --vs base" if verb == "chat" and done.config().settings.method == "lora" else ""
+    report = f" {out.signs.dot} open {done.path('report.html')}"
+    return f"saved {done.folder}{fell}   next:  veneer {verb} {done.folder}{against}{report}"

@@ -1,0 +1,173 @@
+"""Everything that can go wrong, looked at before it costs anything: no weights are read and nothing is written.
+
+    rows       all of them are read and checked; every problem with file and line           a DataError, exit 2
+    template   the renderer says which it is and what ends a turn
+    mask       one sample with its trained tokens marked, and the share of all that is trained
+    lengths    how long samples are, and what becomes of those over max_len
+    memory     from the model's shapes, against what is free here                            exit 3 when it does not fit
+    plan       steps, learning rate and how long it will take
+
+The first steps are the very functions that training uses, so what passes here passes there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from veneer.advise.device import free_memory, usual_device
+from veneer.advise.lr import learning_rate
+from veneer.advise.memory import Estimate, estimate_memory
+from veneer.advise.time import Duration, estimate_time
+from veneer.app.text import bytes_, count, number, share
+from veneer.data.encode import Encodings
+from veneer.data.preview import preview, runs
+from veneer.errors import ConfigError, DoesNotFit
+from veneer.train.base import config_of, precision_of
+from veneer.train.prepare import encode_rows, make_task, read_data, refuse_quant, settle_length
+from veneer.train.settings import Reads, Resolved
+
+__all__ = ["Checked", "preflight"]
+
+Tell = Callable[..., Any]
+
+# what memory depends on, under one name in the settings and in the estimate
+SHARED = (
+    "task", "method", "r", "targets", "exclude", "modules_to_save", "layers", "dropout", "combine", "quant",
+    "batch_size", "recompute",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Checked:
+    """What was found, with the settings as far as they could be settled."""
+
+    resolved: Resolved
+    train: Encodings
+    val_rows: int
+    mask: list[dict[str, Any]]  # one sample in stretches: text, is_trained, tokens
+    template: str
+    steps: int
+    lr: float
+    lr_reason: str
+    memory: Estimate
+    free_bytes: int
+    duration: Duration
+
+    def to_json(self) -> dict[str, Any]:
+        memory = self.memory.to_json()
+        memory.pop("plan")
+        return {
+            "fits": self.memory.fits,
+            "rows": self.train.rows,
+            "val_rows": self.val_rows,
+            "template": self.template,
+            "tokens": self.train.facts(),
+            "trained_share": self.train.trained_share,
+            "mask": self.mask,
+            "plan": {"steps": self.steps, "lr": self.lr, "lr_reason": self.lr_reason},
+            "memory": {**memory, "free_bytes": self.free_bytes, "knobs": [str(knob) for knob in self.memory.knobs]},
+            "time": self.duration.to_json(),
+            "settings": {
+                name: str(origin) for name, origin in self.resolved.origins.items() if origin.how != "default"
+            },
+        }
+
+    def raise_if_too_big(self) -> None:
+        if self.memory.fits is False:
+            raise DoesNotFit(
+                f"this needs {bytes_(self.memory.needed_bytes)} and {bytes_(self.free_bytes)} are free",
+                f"memory of the {self.memory.plan.device}",
+                "; ".join(str(knob) for knob in self.memory.knobs) or "take a smaller model",
+            )
+
+
+def preflight(resolved: Resolved, tell: Tell, *, colour: bool = False) -> Checked:
+    """Look at everything; what is found is told as it is found, in the events of a run."""
+    settings = Reads(resolved)
+    if settings.model is None or settings.data is None:
+        raise ConfigError("a model and data are needed", "command line", "veneer check MODEL DATA")
+    refuse_quant(settings.quant)
+    parts = read_data(settings, None, tell)
+    task = make_task(settings, settings.model, None, parts, tell)
+    settle_length(settings, settings.model)
+    train, _ = encode_rows(task, settings, parts, tell)
+    mask = _told_mask(train, task.tokenizer, tell, colour)
+    memory, free = _memory(settings, train, labels=len(task.labels.names) if task.labels else 2)
+    _tell_memory(memory, free, tell)
+    steps, rate, reason = _plan(settings, train, memory, tell)
+    duration = _duration(settings, train, steps, memory, tell)
+    template = task.renderer.decision if task.renderer is not None else ""
+    return Checked(
+        settings.resolved, train, len(parts.validation), mask, template, steps, rate, reason, memory, free, duration
+    )
+
+
+def _told_mask(train: Encodings, tokenizer: Any, tell: Tell, colour: bool) -> list[dict[str, Any]]:
+    """The sample of median length: neither the stub at the top of the file nor the longest."""
+    ordered = sorted(train.samples, key=len)
+    sample = ordered[len(ordered) // 2]
+    text = preview([sample], tokenizer, colour=colour)
+    tell("mask", text=f"{share(train.trained_share)} of all tokens are trained; for instance {text}")
+    tell("lengths", text=f"{train.lengths.sketch()}, {train.lengths}")
+    if sample.layout != "token":
+        return []
+    return [run._asdict() for run in runs(sample, tokenizer)]
+
+
+def _memory(settings: Reads, train: Encodings, labels: int) -> tuple[Estimate, int]:
+    """With the longest sample there is, not the longest there could be."""
+    device = usual_device()
+    free = free_memory(device)
+    precision = settings.precision if settings.precision != "auto" else precision_of(str(settings.model))[0]
+    longest = max((len(sample) for sample in train.samples), default=settings.max_len)
+    found = estimate_memory(
+        config_of(str(settings.model)),
+        memory=free,
+        device=device,
+        precision=precision,
+        labels=max(labels, 1),
+        max_len=longest,
+        accumulate=settings.global_batch > settings.batch_size,
+        **{name: getattr(settings, name) for name in SHARED},
+    )
+    return found, free
+
+
+def _tell_memory(memory: Estimate, free: int, tell: Tell) -> None:
+    parts = ", ".join(
+        f"{name} {bytes_(size)}" for name, size in memory.parts.items() if size >= memory.total_bytes / 50
+    )
+    verdict = "needs" if memory.fits else "does NOT fit: needs"
+    text = f"{verdict} {bytes_(memory.needed_bytes)} of {bytes_(free)} free ({parts})"
+    tell("memory" if memory.fits else "warning", text=text)
+    for knob in memory.knobs if not memory.fits else ():
+        tell("note", text=str(knob))
+
+
+def _plan(settings: Reads, train: Encodings, memory: Estimate, tell: Tell) -> tuple[int, float, str]:
+    per_epoch = -(-len(train) // settings.global_batch)
+    steps = settings.steps if settings.steps is not None else max(1, round(settings.epochs * per_epoch))
+    if settings.lr == "auto":
+        names = ("alpha", "scaling", "combine", "method", "task")
+        given = {name: getattr(settings, name) for name in names}
+        rate, reason = learning_rate(memory.parameters, rank=settings.r, steps=steps, **given)
+    else:
+        rate, reason = float(settings.lr), str(settings.resolved.origins["lr"])
+    share_trained = memory.trainable / max(memory.parameters + memory.trainable, 1)
+    text = (
+        f"{steps:,} steps of {settings.global_batch} rows, {settings.batch_size} at a time; lr {number(rate)} "
+        f"({reason}); {count(memory.trainable)} parameters trained ({share(share_trained)})"
+    )
+    tell("plan", text=text, steps=steps, lr=rate)
+    return steps, rate, reason
+
+
+def _duration(settings: Reads, train: Encodings, steps: int, memory: Estimate, tell: Tell) -> Duration:
+    tokens = steps * settings.global_batch * train.tokens / max(len(train), 1)
+    plan = {name: getattr(settings, name) for name in SHARED}
+    mean = max(1, round(train.tokens / max(len(train), 1)))
+    found = estimate_time(memory.shapes, tokens, **{**plan, "max_len": mean, "precision": memory.plan.precision})
+    tell("time", text=str(found))
+    return found
