@@ -64,7 +64,11 @@ def test_a_csv_without_the_column_names_those_that_are_there(tmp_path):
     path.write_text("prompt,compleson\na,b\n")
     with pytest.raises(DataError, match="no known format has the columns prompt, compleson") as error:
         load(path)
-    assert "column 'compleson' is not known. Did you mean 'completion'?" in error.value.problems
+    assert error.value.problems == [
+        "column 'compleson' is not known. Did you mean 'completion'?",
+        "for prompt/completion rows completion or response or answer or output is missing",
+        "for pairs rows target or summary or completion or response or answer or output is missing",
+    ]
     assert error.value.where == f"{path}:2"
 
 

@@ -203,7 +203,7 @@ def _format(
     if not found:
         raise DataError("there is not one row in it", where=name, fix="check that this is the file you mean")
     if not rows:
-        _refuse(name, problems, "not one row can be read")
+        raise DataError("not one row can be read", name, "check that this is the file you mean", problems)
     if wanted:
         return FORMATS[wanted]
     try:

@@ -143,9 +143,20 @@ def _unknown(shapes: Counter[tuple[str, ...]], columns: Mapping[str, str], usabl
         + "; ".join(f"{form.name} {{{form.fields}}}" for form in known),
         problems=[
             *(f"the mapped column {name!r} is not there.{near(name, present)}" for name in gone),
-            *(f"column {name!r} is not known.{hint}" for name in present if (hint := near(name, wanted))),
+            *(f"column {name!r} is not known.{near(name, wanted)}" for name in present if _is_near_miss(name, wanted)),
+            *(f"for {form.name} rows {missing} is missing" for form in known if (missing := _missing(form, present))),
         ],
     )
+
+
+def _is_near_miss(name: str, wanted: list[str]) -> bool:
+    return name not in wanted and bool(near(name, wanted))
+
+
+def _missing(form: Format, present: list[str]) -> str:
+    """What a format of which some fields are there still lacks; nothing for the rest."""
+    lacking = [names for names in form.needs if not set(names).intersection(present)]
+    return ", ".join(" or ".join(names) for names in lacking) if 0 < len(lacking) < len(form.needs) else ""
 
 
 def example_of(row: Row, form: Format, columns: Mapping[str, str]) -> Example:

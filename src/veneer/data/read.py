@@ -88,7 +88,7 @@ def suffix_of(path: Path) -> str:
 def files_in(folder: Path, split: str) -> list[Path]:
     """The files of one split: those named after it (train.jsonl, validation/a.csv), or all if none is named so."""
     files = sorted(path for path in folder.rglob("*") if path.is_file() and suffix_of(path) in READERS)
-    files = [path for path in files if not path.name.startswith((".", "README", "LICENSE"))]
+    files = [path for path in files if not path.name.startswith((".", "README", "LICENSE", "dataset_info", "state."))]
     named = {path: _split_of(path.relative_to(folder)) for path in files}
     if not any(named.values()):
         return files if split == "train" else []
