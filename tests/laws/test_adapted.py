@@ -272,3 +272,17 @@ def test_every_layer_kind_is_in_the_product() -> None:
     covered = {op_for(type(build())) for build, _ in LAYERS.values()}
     elsewhere = {OPS["veneer.core.leaf.Leaf"]}  # read, not called: test_leaf.py
     assert covered | elsewhere == set(OPS.values())
+
+
+@pytest.mark.parametrize("shape", [(12,), (0, 12), (2, 0, 12), (1, 12), (5, 3, 2, 12)])
+@pytest.mark.parametrize("grad", [True, False])
+def test_odd_shapes_of_the_input(shape: tuple[int, ...], grad: bool) -> None:
+    from veneer.core.lowrank import low_rank_linear, reference
+
+    torch.manual_seed(0)
+    w, v, a, b = (torch.randn(*s) for s in ((10, 12), (10,), (4, 12), (10, 4)))
+    x = torch.randn(shape)
+    with torch.set_grad_enabled(grad):
+        torch.testing.assert_close(low_rank_linear(x, w, v, a, b, 0.5), reference(x, w, v, a, b, 0.5))
+        turned = torch.randn(12, 7, 3).permute(2, 1, 0)
+        torch.testing.assert_close(low_rank_linear(turned, w, v, a, b, 0.5), reference(turned, w, v, a, b, 0.5))

@@ -73,9 +73,9 @@ def low_rank_linear(x: Tensor, w: Tensor, bias: Tensor | None, a: Tensor, b: Ten
     if a.dtype != x.dtype:
         a, b = a.to(x.dtype), b.to(x.dtype)
     if not torch.is_grad_enabled():
-        y = F.linear(x, w, bias)
-        y.view(-1, y.shape[-1]).addmm_(F.linear(x, a).view(-1, a.shape[0]), b.T, alpha=s)
-        return y
+        rows = x if x.ndim == 2 else x.reshape(-1, x.shape[-1])  # two axes: the product's memory is then its own
+        y = F.linear(rows, w, bias).addmm_(F.linear(rows, a), b.T, alpha=s)
+        return y if x.ndim == 2 else y.view(*x.shape[:-1], w.shape[0])
     if x.numel() // x.shape[-1] * w.shape[0] < SMALL:
         h = F.linear(x, a)
         y = F.linear(x, w, bias)
