@@ -15,6 +15,8 @@ from torch import Tensor, nn
 import veneer
 import veneer.prove
 from veneer.ckpt.peft import save
+from veneer.core.combine import COMBINES
+from veneer.core.delta import DELTAS
 from veneer.core.model import activate, active_of, adapters, attach, detach, disabled, merge, parameters, unmerge
 from veneer.core.spec import LoRA
 from veneer.errors import CheckpointError, ProofFailed, StateError
@@ -117,6 +119,22 @@ def test_every_dtype(make_model: Callable[..., nn.Module], dtype: torch.dtype, s
     model = make_model("llama").to(dtype)
     attach(model, LoRA(rank=4, **spec))
     proof = prove(moved(model), tokens())
+    assert proof.passed, str(proof)
+
+
+OPTIONS: dict[str, dict[str, Any]] = {  # what some deltas cannot do without
+    "tokens": {"targets": ["embed_tokens"], "options": {"rows": tuple(range(7, 384))}},
+    "fused": {"targets": ["q_proj"], "options": {"parts": ((0, 16), (16, 32))}},
+}
+
+
+@pytest.mark.parametrize("delta", sorted(DELTAS))
+@pytest.mark.parametrize("combine", sorted(COMBINES))
+def test_every_delta_and_combine_rule(make_model: Callable[..., nn.Module], delta: str, combine: str) -> None:
+    model = make_model("llama")
+    attach(model, LoRA(rank=4, delta=delta, combine=combine, **OPTIONS.get(delta, {})))
+    before = snapshot(model, inputs=tokens())
+    proof = prove_run(moved(model), before=before)
     assert proof.passed, str(proof)
 
 

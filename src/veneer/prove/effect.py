@@ -15,7 +15,7 @@ from veneer.prove.proof import Check
 __all__ = ["differs_and_returns"]
 
 TITLE = "Effect"
-LEAST = 1e-6  # nats, or relative change: below it nobody could tell adapter and base apart
+LEAST = {"KL": 1e-9, "relative change": 1e-6}  # nats; well above rounding, well below one careful step of training
 
 
 def differs_and_returns(subject: Subject, remembered: Sequence[Answer] = ()) -> Check:
@@ -27,11 +27,11 @@ def differs_and_returns(subject: Subject, remembered: Sequence[Answer] = ()) -> 
     drift = max(gap(off, subject.base), gap(subject.base, remembered) if remembered else 0.0)
     said = f"With the adapter the answers differ from the base's ({kind} {apart:.3g})"
     said += "; switched off, the base is back bit for bit." if back else f"; but the base is not back: {drift:.3g} off."
-    if not apart > LEAST:
-        said = f"The adapter changes nothing: {kind} {apart:.3g} against the base, at least {LEAST:g} is needed. "
+    if not apart > LEAST[kind]:
+        said = f"The adapter changes nothing: {kind} {apart:.3g} against the base, at least {LEAST[kind]:g} is needed. "
         said += "It is not applied, or it has not learned."
     return Check(
-        "P4", TITLE, back and apart > LEAST, said,
+        "P4", TITLE, back and apart > LEAST[kind], said,
         {"measure": kind, "apart": apart, "base_gap": drift, "largest_change": gap(subject.adapted, subject.base)},
         f"differs from base ({kind} {apart:.2g})",
     )  # fmt: skip

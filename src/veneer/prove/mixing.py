@@ -4,23 +4,22 @@
     {"a": 0.75, "copy of a": 0.25}  is a; a weight that is squared, or lost, shows here
     {"a": 0.75, "b": -0.25}         is the one LoRA [A_a; A_b], [0.75 s B_a, -0.25 s B_b] of rank 2r   (plain LoRA only)
 
-b is a with its A upside down: another change of the same size. Quarters, because they are exact in every type. Mixing A
-and B separately, which is what some tools call a weighted sum, fails the last two.
+b is a with its A upside down: another change of the same size. Quarters, because they are exact in every type. The pair
+is made by `combine(..., method="cat")`, so that is proved as well. Mixing A and B separately, which is what some tools
+call a weighted sum, fails the last two.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import re
-from collections.abc import Mapping
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from veneer.core.combine import Add
-from veneer.core.delta import Lora
+from veneer.core.delta import DenseDelta
+from veneer.core.mixing import combine
 from veneer.core.model import activate, adapter_of, attach, put, sites, spec_of, tensors
-from veneer.core.spec import LoRA
 from veneer.prove.answers import Subject, gap, limit
 from veneer.prove.found import spare
 from veneer.prove.proof import Check
@@ -39,7 +38,7 @@ def adds_up(subject: Subject) -> Check:
         _copy(model, name, twin)
         activate(model, {name: 0.75, twin: 0.25})
         apart["shares of it"] = gap(subject.now(), subject.adapted)
-        if _is_plain_lora(model, name):
+        if _is_thin(model, name):
             apart["sum of two"] = _sum_and_pair(subject, twin)
     allowed = limit(subject.adapted)
     wrong = {which: by for which, by in apart.items() if not by <= allowed}
@@ -48,51 +47,44 @@ def adds_up(subject: Subject) -> Check:
     if wrong:
         told = ", ".join(f"{which} is off by {by:.3g}" for which, by in wrong.items())
         said = f"Adapters do not add up: {told}; {allowed:.2g} is allowed."
-    return Check("P6", TITLE, not wrong, said, {"largest_difference": worst, "allowed": allowed, "differences": apart})
+    return Check(
+        "P6", TITLE, not wrong, said, {"largest_difference": worst, "allowed": allowed, "differences": apart}
+    )  # fmt: skip
+
+
+def _is_thin(model: nn.Module, name: str) -> bool:
+    """Whether every dW is a product of thin factors that is simply added."""
+    held = [adapter_of(layer, name) for layer in sites(model, name).values()]
+    held = [adapter for adapter in held if adapter.delta is not None]
+    return all(isinstance(a.combine, Add) and not isinstance(a.delta, DenseDelta) for a in held)
 
 
 def _copy(model: nn.Module, name: str, twin: str) -> None:
-    attach(model, spec_of(model, name), twin, trainable=False)
-    put(model, twin, tensors(model, name))
-
-
-def _is_plain_lora(model: nn.Module, name: str) -> bool:
-    held = [adapter_of(layer, name) for layer in sites(model, name).values()]
-    whole = any(leaf.startswith("saved.") for _, leaf in tensors(model, name))
-    plain = all(type(a.delta) is Lora and type(a.combine) is Add and a.bias is None for a in held)
-    return plain and bool(held) and not whole
+    """The same adapter again; a thin one as the plain LoRA it amounts to, so that no costly init is run for it."""
+    if _is_thin(model, name):
+        combine(model, {name: 1.0}, twin, "cat")
+    else:
+        attach(model, spec_of(model, name), twin, trainable=False)
+        put(model, twin, tensors(model, name))
 
 
 def _sum_and_pair(subject: Subject, twin: str) -> float:
     """The difference between {name: 0.75, twin: -0.25} and the one adapter that is their sum."""
-    model, name = subject.model, subject.name
+    model = subject.model
     for layer in sites(model, twin).values():
-        delta = adapter_of(layer, twin).delta
-        delta.A.data = delta.A.data.flip(-2)  # type: ignore[union-attr]
-    activate(model, {name: 0.75, twin: -0.25})
+        if (delta := adapter_of(layer, twin).delta) is not None:
+            _turn_over(delta)
+    weights = {subject.name: 0.75, twin: -0.25}
+    activate(model, weights)
     mixed = subject.now()
     with spare(model, "pair") as pair:
-        attach(model, _pair_spec(model, name), pair, init=False, trainable=False)
-        put(model, pair, _pair_values(model, {name: 0.75, twin: -0.25}))
+        combine(model, weights, pair, "cat")
         activate(model, pair)
         return gap(subject.now(), mixed)
 
 
-def _pair_spec(model: nn.Module, name: str) -> LoRA:
-    """A spec for the joined pairs: the same layers, whatever rank each pair has, scale 1."""
-    ranks = {site: len(adapter_of(layer, name).delta.factors()[0]) * 2 for site, layer in sites(model, name).items()}  # type: ignore[union-attr]
-    exact = {re.escape(site): {"rank": rank, "alpha": float(rank)} for site, rank in ranks.items()}
-    return dataclasses.replace(
-        spec_of(model, name), targets="|".join(exact), exclude=(), layers=None, overrides=exact, init="kaiming",
-        scaling="lora", dropout=0.0,
-    )  # fmt: skip
-
-
-def _pair_values(model: nn.Module, weights: Mapping[str, float]) -> dict[tuple[str, str], Tensor]:
-    found = {}
-    for site in sites(model, next(iter(weights))):
-        deltas = [(adapter_of(model.get_submodule(site), name).delta, w) for name, w in weights.items()]
-        factors = [(*delta.factors(), delta.scale * w) for delta, w in deltas]  # type: ignore[union-attr]
-        found[site, "A"] = torch.cat([a for a, _, _ in factors], -2).detach()
-        found[site, "B"] = torch.cat([b * scale for _, b, scale in factors], -1).detach()
-    return found
+def _turn_over(delta: Any) -> None:
+    """Another dW of the same size: A upside down."""
+    size = delta.norm()
+    delta.A.data = delta.A.data.flip(-2)
+    delta.B.data *= size / max(delta.norm(), torch.finfo(delta.B.dtype).tiny)

@@ -8,6 +8,7 @@ targets, the order of two factors).
 
 from __future__ import annotations
 
+import math
 import tempfile
 import warnings
 from collections.abc import Iterator
@@ -24,7 +25,7 @@ from veneer.prove.answers import Subject, gap, limit
 from veneer.prove.found import spare
 from veneer.prove.proof import Check
 
-__all__ = ["reloads_equal"]
+__all__ = ["beside_delta", "reloads_equal"]
 
 TITLE = "Reload"
 CLOSE = {torch.float32: 1e-6, torch.float64: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}  # relative, as stored
@@ -69,38 +70,53 @@ def _saved(model: nn.Module, name: str, folder: str | Path | None) -> Iterator[P
         yield save(model, Path(temporary) / "adapter", name)
 
 
+def beside_delta(model: nn.Module, name: str) -> set[tuple[str, str]]:
+    """Fields of an adapter that are no part of a delta: magnitude, bias, modules that are trained whole."""
+    inside = {
+        (site, key)
+        for site, layer in sites(model, name).items()
+        if (delta := adapter_of(layer, name).delta) is not None
+        for key in delta.state_dict()
+    }
+    return set(tensors(model, name)) - inside
+
+
 def _differing(model: nn.Module, live: str, again: str) -> list[str]:
-    """In words, each layer in which the two adapters are not the same."""
+    """In words, each layer in which the two adapters are not the same.
+
+    Deltas are compared as dW, not by their tensors: a file may hold the same dW with A and B of another rank, or any
+    delta as the plain LoRA it amounts to.
+    """
     ours, theirs = sites(model, live), sites(model, again)
     found = [f"{site} is missing" for site in ours.keys() - theirs.keys()]
     found += [f"{site} was not trained" for site in theirs.keys() - ours.keys()]
     for site in ours.keys() & theirs.keys():
         a, b = adapter_of(ours[site], live).delta, adapter_of(theirs[site], again).delta
-        if a is not None and (b is None or (apart := _distance(a, b)) > _close(a)):
-            found.append(f"dW of {site} differs" + (f" by {100 * apart:.2g} %" if b is not None else ""))
+        if (a is None) != (b is None):
+            found.append(f"dW of {site} is missing")
+        elif a is not None and (apart := _distance(a, b)) > _close(a):  # type: ignore[arg-type]
+            found.append(f"dW of {site} differs by {100 * apart:.2g} %")
     mine, other = tensors(model, live), tensors(model, again)
-    for (site, leaf), tensor in mine.items():
-        if leaf in ("A", "B", "A0", "B0"):
-            continue  # compared as dW: a file may hold A and B of another rank for the same dW
-        twin = other.get((site, leaf))
+    for site, leaf in beside_delta(model, live):
         around = ours[site]._parameters.get("bias") if leaf == "bias" else None  # the file holds base + change
-        if twin is None or not _equal(tensor, twin, around):
+        twin = other.get((site, leaf))
+        if twin is None or not _equal(mine[site, leaf], twin, around):
             found.append(f"{leaf} of {site} differs")
     return sorted(found)
 
 
 def _distance(a: Delta, b: Delta) -> float:
-    """|dW_a - dW_b| / |dW_a| from the factors alone, as the norm of the joined pair [B_a, -B_b] [A_a; A_b]."""
+    """|dW_a - dW_b| / |dW_a|, from the factors alone: the norm of the joined pair [B_a, -B_b] [A_a; A_b]."""
     (a1, b1), (a2, b2) = ([f.detach().double() for f in d.factors()] for d in (a, b))
     if a1.shape[-1] != a2.shape[-1] or b1.shape[-2] != b2.shape[-2]:
-        return float("inf")
+        return math.inf
     rows, columns = torch.cat([a1, a2], -2), torch.cat([a.scale * b1, -b.scale * b2], -1)
     norm = float(((columns.mT @ columns) * (rows @ rows.mT)).sum().clamp_min(0).sqrt())
-    return norm / own if (own := a.norm()) else (0.0 if norm == 0 else float("inf"))
+    return norm / own if (own := a.norm()) else (math.inf if norm else 0.0)
 
 
 def _close(delta: Delta) -> float:
-    return CLOSE.get(delta.factors()[0].dtype, CLOSE[torch.float32])
+    return CLOSE.get(next(delta.parameters()).dtype, CLOSE[torch.float32])
 
 
 def _equal(a: Tensor, b: Tensor, around: Tensor | None = None) -> bool:
