@@ -299,15 +299,21 @@ class Reads:
 
     @property
     def given(self) -> dict[str, str]:
-        """The keys that somebody set, and where."""
-        origins = self.resolved.origins.items()
-        return {name: str(origin) for name, origin in origins if origin.how in ("file", "call", "flag")}
+        """The keys that somebody set, and where; but not those that mean nothing here and have their default."""
+        settings, origins = self.resolved.settings, self.resolved.origins.items()
+        said = {name: str(origin) for name, origin in origins if origin.how in ("file", "call", "flag")}
+        return {name: where for name, where in said.items() if applies(KEYS[name], settings)}
 
 
 class Given(NamedTuple):
     value: Any
     origin: Origin
     rank: int  # a later source wins over an earlier one
+
+
+def applies(key: Key, settings: Settings) -> bool:
+    """Whether a key means anything with these settings."""
+    return all(getattr(settings, other) in allowed for other, allowed in key.only_for.items())
 
 
 def resolve(
@@ -439,12 +445,10 @@ def _contradictions(settings: Settings, given: dict[str, Given]) -> list[str]:
     """Settings that would be read by nobody, and pairs that cannot both hold."""
     found = []
     for name, (value, origin, _) in given.items():
-        for other, allowed in KEYS[name].only_for.items():
-            if getattr(settings, other) not in allowed and value != KEYS[name].default:
-                now = f"{other}: {getattr(settings, other)}"
-                found.append(
-                    f"{_at(origin)}{name} has no effect with {now}; it is for {' or '.join(allowed)}. Leave it out"
-                )
+        if value != KEYS[name].default and not applies(KEYS[name], settings):
+            now = ", ".join(f"{other}: {getattr(settings, other)}" for other in KEYS[name].only_for)
+            meant = " and ".join(" or ".join(allowed) for allowed in KEYS[name].only_for.values())
+            found.append(f"{_at(origin)}{name} has no effect with {now}; it is for {meant}. Leave it out")
     if settings.method == "freeze" and not isinstance(settings.layers, (int, type(None))):
         found.append("layers: with method freeze say how many of the last layers train, as a number")
     if settings.global_batch is not None and settings.global_batch < settings.batch_size and "batch_size" in given:
