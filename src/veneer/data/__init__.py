@@ -1,8 +1,13 @@
 """Files become batches. Import from the submodules; this package stays empty so that importing it costs nothing.
 
-from veneer.data.dataset import load, split      # load(data) -> Dataset; split(dataset, val, seed) -> Split
-from veneer.data.template import Renderer        # Renderer(tokenizer, template=None, system=None)
-from veneer.data.encode import encode            # encode(examples, renderer, max_len=...) -> Encodings
-from veneer.data.pack import pack                # pack(samples, max_len) -> list[Encoded]
-from veneer.data.loader import Loader            # Loader(samples, batch_size=8, accumulate=2, seed=0)
+| from | comes | by |
+| --- | --- | --- |
+| dataset | checked examples of one format, parted for validation | `load(data)`, `split(dataset, val, seed)` |
+| template | the text and tokens of a conversation, the same in training and in use | `Renderer(tokenizer)` |
+| encode, labelled | samples with labels, and what became of the rows | `encode(examples, renderer, max_len=...)` |
+| preview | what is trained, to be looked at | `preview(samples, tokenizer)` |
+| pack, isolation | several samples in a row, and the proof that they do not mix | `pack(samples, max_len)`, `check(model)` |
+| loader, batch | the samples of each step, resumable, and their tensors | `Loader(samples, 16)`, `batches(samples, 4)` |
+
+Nothing up to and including `dataset` imports torch, transformers or numpy: data is checked before anything loads.
 """
