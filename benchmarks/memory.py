@@ -2,6 +2,7 @@
 
     python benchmarks/memory.py                  the table, and benchmarks/results/memory_cpu.json (or memory_cuda.json)
     python benchmarks/memory.py --one NAME       one configuration, in this process, as JSON
+    python benchmarks/memory.py --jobs 4         four at a time
 
 Every configuration runs in its own process: a model built from its config with random weights, two optimiser steps
 with the parts that `veneer train` uses (attach, chunked loss, clipping, fused AdamW).
@@ -22,6 +23,7 @@ import platform
 import subprocess
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,8 +38,13 @@ class Case:
     name: str
     config: dict[str, Any]
     settings: dict[str, Any]
+    gpu: bool = False  # too large for a CPU's patience
 
 
+LLAMA_8B = {
+    "model_type": "llama", "hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32,
+    "num_key_value_heads": 8, "intermediate_size": 14336, "vocab_size": 128256, "tie_word_embeddings": False,
+}  # fmt: skip
 LLAMA = {
     "model_type": "llama", "hidden_size": 640, "num_hidden_layers": 10, "num_attention_heads": 10,
     "num_key_value_heads": 5, "intermediate_size": 1792, "vocab_size": 8192, "tie_word_embeddings": False,
@@ -70,8 +77,10 @@ T5 = {
 CLASSIFY = "sequence_classification"
 
 
-def case(name: str, config: dict[str, Any], batch_size: int, max_len: int, precision: str, **more: Any) -> Case:
-    return Case(name, config, {"batch_size": batch_size, "max_len": max_len, "precision": precision, **more})
+def case(
+    name: str, config: dict[str, Any], batch_size: int, max_len: int, precision: str, gpu: bool = False, **more: Any
+) -> Case:
+    return Case(name, config, {"batch_size": batch_size, "max_len": max_len, "precision": precision, **more}, gpu)
 
 
 CASES = {
@@ -91,6 +100,9 @@ CASES = {
         case("bert lora classify", BERT, 16, 128, "fp32", task=CLASSIFY),
         case("vit lora classify", VIT, 8, 197, "fp32", task=CLASSIFY),
         case("t5 lora seq2seq", T5, 4, 128, "fp32", task="seq2seq"),
+        case("8B lora bf16", LLAMA_8B, 2, 2048, "bf16", gpu=True),
+        case("8B lora bf16 recompute", LLAMA_8B, 4, 2048, "bf16", gpu=True, recompute="full"),
+        case("8B lora bf16 r64 one row", LLAMA_8B, 1, 4096, "bf16", gpu=True, r=64),
     )
 }
 
@@ -255,7 +267,8 @@ def _estimated(case: Case, device: str, measured: int) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--one", help="run this configuration here and print JSON")
-    parser.add_argument("--only", help="those whose name contains this")
+    parser.add_argument("--only", default="", help="those whose name contains this")
+    parser.add_argument("--jobs", type=int, default=1)
     options = parser.parse_args()
     if options.one:
         print(json.dumps(run(CASES[options.one])))
@@ -263,11 +276,10 @@ def main() -> None:
     print(
         f"{'configuration':28} {'estimate':>10} {'measured':>10} {'ratio':>6} {'rss':>10}  peak at  (MiB)", flush=True
     )
+    gpu = Path("/dev/nvidia0").exists()
+    names = [name for name, each in CASES.items() if options.only in name and (gpu or not each.gpu)]
     rows = []
-    for name in CASES:
-        if options.only and options.only not in name:
-            continue
-        row = measure(name)
+    for name, row in zip(names, ThreadPoolExecutor(options.jobs).map(measure, names), strict=True):
         rows.append(row)
         mib = {key: row[f"{key}_bytes"] / 2**20 for key in ("estimated", "measured", "rss")}
         sizes = f"{mib['estimated']:10.1f} {mib['measured']:10.1f} {row['ratio']:6.3f} {mib['rss']:10.1f}"

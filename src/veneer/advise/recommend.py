@@ -23,7 +23,9 @@ from typing import Any
 
 from veneer.advise.device import usual_device
 from veneer.advise.lr import learning_rate
-from veneer.advise.memory import Estimate, Plan, estimate_memory, gib, trained_base
+from veneer.advise.memory import Estimate, estimate_memory, gib
+from veneer.advise.peak import trained_base
+from veneer.advise.plan import Plan
 from veneer.advise.shapes import Shapes, bytes_of, shapes_of
 from veneer.core.registry import near
 from veneer.errors import ConfigError

@@ -19,7 +19,8 @@ import time as clock
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from veneer.advise.memory import Plan, ranks, trained_base
+from veneer.advise.peak import ranks, trained_base
+from veneer.advise.plan import Plan
 from veneer.advise.shapes import Shapes, shapes_of
 from veneer.core.registry import near
 from veneer.errors import ConfigError
