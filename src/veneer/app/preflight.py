@@ -22,7 +22,7 @@ from veneer.advise.memory import Estimate, estimate_memory
 from veneer.advise.time import Duration, estimate_time
 from veneer.app.text import bytes_, count, number, share
 from veneer.data.encode import Encodings
-from veneer.data.preview import preview, runs
+from veneer.data.preview import runs
 from veneer.errors import ConfigError, DoesNotFit
 from veneer.train.base import config_of, precision_of
 from veneer.train.prepare import encode_rows, make_task, read_data, refuse_quant, settle_length
@@ -83,7 +83,7 @@ class Checked:
             )
 
 
-def preflight(resolved: Resolved, tell: Tell, *, colour: bool = False) -> Checked:
+def preflight(resolved: Resolved, tell: Tell) -> Checked:
     """Look at everything; what is found is told as it is found, in the events of a run."""
     settings = Reads(resolved)
     if settings.model is None or settings.data is None:
@@ -93,7 +93,7 @@ def preflight(resolved: Resolved, tell: Tell, *, colour: bool = False) -> Checke
     task = make_task(settings, settings.model, None, parts, tell)
     settle_length(settings, settings.model)
     train, _ = encode_rows(task, settings, parts, tell)
-    mask = _told_mask(train, task.tokenizer, tell, colour)
+    mask = _told_mask(train, task.tokenizer, tell)
     memory, free = _memory(settings, train, labels=len(task.labels.names) if task.labels else 2)
     _tell_memory(memory, free, tell)
     steps, rate, reason = _plan(settings, train, memory, tell)
@@ -104,16 +104,15 @@ def preflight(resolved: Resolved, tell: Tell, *, colour: bool = False) -> Checke
     )
 
 
-def _told_mask(train: Encodings, tokenizer: Any, tell: Tell, colour: bool) -> list[dict[str, Any]]:
+def _told_mask(train: Encodings, tokenizer: Any, tell: Tell) -> list[dict[str, Any]]:
     """The sample of median length: neither the stub at the top of the file nor the longest."""
     ordered = sorted(train.samples, key=len)
     sample = ordered[len(ordered) // 2]
-    text = preview([sample], tokenizer, colour=colour)
-    tell("mask", text=f"{share(train.trained_share)} of all tokens are trained; for instance {text}")
+    found = runs(sample, tokenizer) if sample.layout == "token" else []
+    if found:
+        tell("mask", sample=[tuple(run) for run in found], where=sample.where)
     tell("lengths", text=f"{train.lengths.sketch()}, {train.lengths}")
-    if sample.layout != "token":
-        return []
-    return [run._asdict() for run in runs(sample, tokenizer)]
+    return [run._asdict() for run in found]
 
 
 def _memory(settings: Reads, train: Encodings, labels: int) -> tuple[Estimate, int]:
@@ -165,6 +164,7 @@ def _plan(settings: Reads, train: Encodings, memory: Estimate, tell: Tell) -> tu
 
 
 def _duration(settings: Reads, train: Encodings, steps: int, memory: Estimate, tell: Tell) -> Duration:
+    tell("doing", text="measuring the speed of this machine")
     tokens = steps * settings.global_batch * train.tokens / max(len(train), 1)
     plan = {name: getattr(settings, name) for name in SHARED}
     mean = max(1, round(train.tokens / max(len(train), 1)))

@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from veneer.app.keys import Keys
+from veneer.app.mask import picture
 from veneer.app.output import Output
 from veneer.app.text import UNICODE, Signs, bytes_, count, duration, number, printable, share, shorten, spark
 
@@ -62,8 +63,8 @@ def kind_of(event: Event) -> str:
     return kind
 
 
-def lines_of(event: Event, signs: Signs) -> Iterator[tuple[str, str]]:
-    """(style, line) for an event; nothing for those that only move the bar.
+def lines_of(event: Event, signs: Signs, *, colour: bool = False) -> Iterator[tuple[str, str]]:
+    """(style, line) for an event; nothing for those that only move the bar. `colour`: the mask may be painted.
 
     >>> from veneer.app.text import ASCII
     >>> list(lines_of({"event": "plan", "text": "r16, 60 steps"}, ASCII))
@@ -72,6 +73,8 @@ def lines_of(event: Event, signs: Signs) -> Iterator[tuple[str, str]]:
     kind, text = kind_of(event), str(event.get("text", ""))
     if kind == "probe":
         kind, text = "memory", _memory(event)
+    elif kind == "mask":
+        text = picture(event["sample"], signs, colour=colour)
     if kind in MARKED and text:
         first, *more = text.split("\n")
         yield "ok", f"{signs.ok} {kind:<8} {first}"
@@ -139,6 +142,8 @@ class Progress:
             self.recent.append((float(event["seconds"]), all_, trained))
 
     def _next(self, kind: str, event: Event) -> str | None:
+        if kind == "doing":
+            return str(event["text"])
         if kind == "tokenising":
             return f"tokenising {event.get('what', '')}: {event['done']:,} of {event['total']:,} rows"
         if kind == "step":
@@ -308,7 +313,7 @@ class Terminal:
         self.progress.take(event)
         if was_training and not self.progress.is_training:
             self.out.console.print(self._marked("ok", self.progress.summary(self.out.signs)), soft_wrap=True)
-        for style, line in lines_of(event, self.out.signs):
+        for style, line in lines_of(event, self.out.signs, colour=True):
             self.out.console.print(self._marked(style, line), soft_wrap=True)
         return self.keys.take()
 

@@ -45,7 +45,7 @@ def check(resolved: Resolved, out: Output) -> int:
         from veneer.infer.load import quiet_transformers
 
         with quiet_transformers():
-            found = preflight(resolved, tell, colour=out.is_terminal)
+            found = preflight(resolved, tell)
     found.raise_if_too_big()
     words = f"veneer train {resolved.settings.model} {resolved.settings.data} ..."
     out.result(found.to_json(), lambda console: console.print(f"ready   next:  {words}", markup=False, soft_wrap=True))

@@ -107,11 +107,11 @@ def held_out(run: Run) -> tuple[Sequence[Example], str]:
     rows = (
         [example for example in parts.validation if example.id in set(wanted)] if wanted else parts.validation.examples
     )
-    if not rows:
-        raise DataError(f"{run.name} held no rows out", str(run.folder), "name the data to judge it on")
     if len(rows) < len(wanted):
         lost = f"{len(wanted) - len(rows)} of {len(wanted)} held-out rows are no longer in the data"
         raise DataError(lost, str(parts.train.source), "name the data to judge it on")
+    if not rows:
+        raise DataError(f"{run.name} held no rows out", str(run.folder), "name the data to judge it on")
     return rows, f"{plural(len(rows), 'held-out row')} of {run.name}"
 
 

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import argparse
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import Any
 
 from veneer.app.flags import from_said
 from veneer.app.output import Output
 from veneer.app.progress import display, print_samples
 from veneer.app.text import number
 from veneer.errors import ConfigError
+from veneer.train.run import Run
 from veneer.train.settings import Resolved, explain
-
-if TYPE_CHECKING:
-    from veneer.train.run import Run
 
 EXAMPLES = """  veneer train Qwen/Qwen3-1.7B support.jsonl
   veneer train config.yaml --lr 1e-4
@@ -59,25 +58,39 @@ def _need_subject(resolved: Resolved) -> None:
         raise ConfigError(f"no {' and no '.join(missing)} was named", "command line", fix)
 
 
+class Watcher:
+    """Stands between loop and display: shows the mask once the run knows it, and keeps the answers for the end."""
+
+    def __init__(self, show: Callable[[dict[str, Any]], Any]) -> None:
+        self.show, self.run = show, ""
+        self.samples: list[dict[str, Any]] = []
+
+    def __call__(self, event: dict[str, Any]) -> Any:
+        kind = event["event"]
+        if kind == "start":
+            self.run = event["run"]
+        elif kind == "samples":
+            self.samples = event["samples"]
+        elif kind == "probe" and (preview := Run(self.run).data.get("preview")):
+            self.show({"event": "mask", "sample": preview[0]})
+        return self.show(event)
+
+
 def train(resolved: Resolved, out: Output) -> Run:
     """Run the loop under the display that fits; afterwards what it learned is shown."""
-    samples: list[dict[str, Any]] = []
     with display(out) as show:
-
-        def report(event: dict[str, Any]) -> Any:
-            samples.extend(event["samples"] if event.get("event") == "samples" else [])
-            return show(event)
-
-        show({"event": "note", "text": ""})  # the display says "starting" while torch is being loaded
+        if not out.json:
+            show({"event": "doing", "text": "starting"})  # loading torch takes seconds
         from veneer.app.report import write_report
         from veneer.infer.load import quiet_transformers
         from veneer.train.loop import train as loop
 
+        watcher = Watcher(show)
         with quiet_transformers():
-            done = loop(report=report, resolved=resolved)
+            done = loop(report=watcher, resolved=resolved)
         write_report(done.folder)
     if not out.json and not out.quiet:
-        print_samples(out.console, samples, out.signs)
+        print_samples(out.console, watcher.samples, out.signs)
     return done
 
 
