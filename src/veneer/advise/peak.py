@@ -1,7 +1,7 @@
 """What a training step holds, moment by moment.
 
-Some things are there all the time (weights, adapter, optimiser states), others come and go, so the peak is the largest of
-a few moments and not the sum of everything:
+Some things are there all the time (weights, adapter, optimiser states), others come and go, so the peak is the largest
+of a few moments and not the sum of everything:
 
     loss         every block's activations, and the logits of one chunk with their gradient
     backward i   the activations of blocks 0..i, the gradients of those behind it, one block's own scratch
@@ -195,14 +195,14 @@ def _training(
 ) -> dict[str, dict[str, float]]:
     tokens = plan.batch_size * (shapes.tokens_fixed or plan.max_len)
     layers = _layers(shapes, plan, found, tokens)
-    casts = _casts(shapes, plan, found)
+    casts, outside = _casts(shapes, plan, found), _outside(shapes, plan, tokens)
     held = 4 * trainable if plan.accumulate else 0  # gradients of the micro-batches before
     beside = 4 * _largest(shapes) if plan.accumulate and plan.method != "lora" else 0  # one more, before it is added
     keeps = [layer.entry if plan.recompute == "full" else layer.kept for layer in layers]
     made, loss = _loss(shapes, plan, tokens)
     at_loss = {
         "gradients": held + made,
-        "activations": sum(keeps) + casts + _outside(shapes, plan, tokens),
+        "activations": sum(keeps) + casts + outside,
         "loss": loss,
     }
     every = {"loss": always | at_loss}

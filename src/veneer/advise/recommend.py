@@ -74,6 +74,7 @@ NOTES = "LoRA: principles and implementation (blog, 2025-04-10)"
 TOOLS = "what Axolotl, LLaMA-Factory and Unsloth ship"
 RULE = "veneer.advise.lr"
 SUMS = "veneer.advise.memory"
+FOUND = "benchmarks/methods.py"
 JUDGEMENT = "judgement"
 
 LARGEST_RANK = 256  # the largest rank "LoRA Without Regret" and vLLM both treat as ordinary
@@ -347,18 +348,17 @@ def _targets(case: Case, s: Settings) -> Settings:
 
 
 def _method(case: Case, s: Settings) -> Settings:
+    """An adapter, unless the data outgrow it or the model is so small that it saves nothing."""
     if case.method is not None:
         return s | {"method": Setting(case.method, "asked for", "you")}
-    if _beyond_capacity(case):
-        full = _fits(case, s, method="full", recompute="full", batch_size=1)
-        if full is not False:
-            return s | {"method": Setting("full", "the data outgrow what a low-rank adapter can hold", REGRET)}
-    if case.shapes.parameters < SMALL_MODEL:
-        return s | {"method": Setting("full", "a model this small can be trained whole", NOTES)}
-    if _is_tiny(case) and case.shapes.parameters < 1e9:
-        return s | {
-            "method": Setting("freeze", f"{case.rows} rows on a small model: train its last layers only", NOTES)
-        }
+    small = case.shapes.parameters < SMALL_MODEL
+    if _beyond_capacity(case) and _fits(case, s, method="full", recompute="full", batch_size=1) is not False:
+        return s | {"method": Setting("full", "the data outgrow what a low-rank adapter can hold", REGRET)}
+    if small and _fits(case, s, method="full", batch_size=1) is not False:
+        reason = "a model this small is trained whole at little cost, and learns more from few rows that way"
+        return s | {"method": Setting("full", reason, f"{NOTES}; {FOUND}")}
+    if small:
+        return s | {"method": Setting("freeze", "small, but too large here to train whole", NOTES)}
     return s | {"method": Setting("lora", "as good as full fine-tuning while the adapter can hold the data", REGRET)}
 
 
@@ -383,15 +383,18 @@ def _wrong_tool(case: Case, s: Settings) -> str | None:
         )
     if case.shapes.parameters < SMALL_MODEL:
         return (
-            f"with {case.shapes.parameters / 1e6:.3g} M parameters there is little to save: training all of them or "
-            f"the last layers is simpler ({NOTES}). An adapter still makes sense where many tasks share one model or a "
-            "small file counts; compare the two"
+            f"with {case.shapes.parameters / 1e6:.3g} M parameters an adapter saves little, and for small models the "
+            f"advice is to train all or the last layers ({NOTES}). Found with MiniLM (22.7 M): from 200 rows whole "
+            "80.2 %, adapter 79.1, last two blocks 77.7; from 1,000 rows 84.4, 84.1, 82.3; from 4,000 rows adapter and "
+            f"whole are equal ({FOUND}). An adapter still makes sense where many tasks share one model or a small file "
+            "counts"
         )
     if _is_tiny(case):
         return (
-            f"{case.rows} rows are few for any training: for small data the advice is to train the last layers "
-            f"(--method freeze) or the whole model ({NOTES}). Hold some rows out, compare with the untrained model "
-            "given examples in its prompt, and keep what wins"
+            f"{case.rows} rows are few for any training, and for small data the advice is to train the last layers or "
+            f"all of them instead ({NOTES}). Found with 40 rows on SmolLM2-135M: adapter 2.60, whole 2.62, last two "
+            "blocks 2.95, untrained 3.67 (held-out loss, benchmarks/learning_rate.py), so the adapter stays the first "
+            "thing to try. Hold rows out, and compare with the untrained model given examples in its prompt"
         )
     return None
 
@@ -426,7 +429,7 @@ def _storage(case: Case, s: Settings) -> Settings:
     plain = {
         "precision": Setting(precision, "the type the device is fast at", "PyTorch on such devices"),
         "quant": Setting("none", "nothing to gain by rounding the base", JUDGEMENT),
-        "recompute": Setting("none", "a third more time for nothing when memory is there", "docs/benchmarks.md"),
+        "recompute": Setting("none", "a third more time for nothing when memory is there", SUMS),
         "batch_size": Setting(batch, "the whole step, or 8 rows of it, at once", JUDGEMENT),
     }
     if case.memory is None:
@@ -464,6 +467,7 @@ def _rate(case: Case, s: Settings) -> Settings:
         method=s["method"].value,
         task=case.task,
         steps=steps,
+        rows=case.rows,
     )
     return s | {"lr": Setting(value, reason, RULE)}
 
