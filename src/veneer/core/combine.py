@@ -92,7 +92,7 @@ class Dora(Combine):
     def gain(self, host: nn.Module, op: Op, delta: Delta) -> Float[Tensor, " out"]:
         """m / |W + dW|, differentiable in m alone. The norm is kept only for frozen factors: trained ones may be
         written through `.data` (averaging does), which leaves no trace to notice."""
-        if any(p.requires_grad for p in delta.parameters()):
+        if torch.compiler.is_compiling() or any(p.requires_grad for p in delta.parameters()):
             self._norm = None
             return self.magnitude / self.norm(host, op, delta).to(self.magnitude.dtype)
         state = identity(host), *((p.data_ptr(), p._version) for p in delta.parameters())
@@ -104,7 +104,7 @@ class Dora(Combine):
     def norm(self, host: nn.Module, op: Op, delta: Delta) -> Float[Tensor, "*e out"]:
         """|W + dW| for each row, in fp32 or wider, without forming dW."""
         w = op.to_matrix(host, read_weight(host))
-        if self._base is None or self._base[0] != identity(host):
+        if self._base is None or not (torch.compiler.is_compiling() or self._base[0] == identity(host)):
             self._base = identity(host), wide(w).square().sum(-1)
         squared = delta.row_squares(w, self._base[1])
         return squared.clamp_min(torch.finfo(squared.dtype).tiny).sqrt()

@@ -97,7 +97,12 @@ class Active:
         return self._routes[batch]
 
     def watch_checkpoint(self) -> None:
-        """Remember a checkpointed forward until autograd drops it, whether or not the caller keeps the loss."""
+        """Remember a checkpointed forward until autograd drops it, whether or not the caller keeps the loss.
+
+        Inside a compiled graph there is nothing to watch: the graph holds the adapters it was compiled for.
+        """
+        if torch.compiler.is_compiling():
+            return
         hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
         if hooks is not None and hooks[1].__module__ == "torch.utils.checkpoint" and not _in_backward():
             self.pending.add(hooks[1])

@@ -37,6 +37,25 @@ def reference(
     return F.linear(x, w, bias) + F.linear(F.linear(x, a), b) * s
 
 
+SCHEMA = "(Tensor(a!) y, Tensor left, Tensor right, float s) -> ()"
+
+
+@torch.library.custom_op("veneer::add_product_", mutates_args=("y",), schema=SCHEMA)
+def _compiled_add_product_(y: Tensor, left: Tensor, right: Tensor, s: float) -> None:
+    y.addmm_(left, right, alpha=s)
+
+
+def add_product_(y: Tensor, left: Tensor, right: Tensor, s: float) -> None:
+    """y += s left right, in y's own memory.
+
+    A compiler takes in-place products apart into new arrays; as an operator of our own this one stays in place.
+    """
+    if torch.compiler.is_compiling():
+        _compiled_add_product_(y, left, right, s)
+    else:
+        y.addmm_(left, right, alpha=s)
+
+
 class LowRankLinear(torch.autograd.Function):
     """`reference` with the backward pass written above."""
 
@@ -45,7 +64,7 @@ class LowRankLinear(torch.autograd.Function):
         rows = x.reshape(-1, x.shape[-1])
         h = rows @ a.T  # (tokens, r)
         y = F.linear(rows, w, bias)  # (tokens, out)
-        y.addmm_(h, b.T, alpha=s)
+        add_product_(y, h, b.T, s)
         ctx.save_for_backward(x, w, a, b, h)
         ctx.s = s
         return y.view(*x.shape[:-1], w.shape[0])
@@ -57,10 +76,13 @@ class LowRankLinear(torch.autograd.Function):
         need_x, _, _, need_a, need_b, _ = ctx.needs_input_grad
         g_rows = g.reshape(-1, g.shape[-1])
         d = g_rows @ b  # (tokens, r)
-        dx = (g_rows @ w).addmm_(d, a, alpha=ctx.s).view_as(x) if need_x else None
-        d.mul_(ctx.s)  # r wide: scaled here once rather than in two results
-        da = d.T @ x.reshape(-1, x.shape[-1]) if need_a else None
-        db = (g_rows.T @ h).mul_(ctx.s) if need_b else None
+        dx = None
+        if need_x:
+            dx = g_rows @ w
+            add_product_(dx, d, a, ctx.s)
+            dx = dx.view_as(x)
+        da = (d * ctx.s).T @ x.reshape(-1, x.shape[-1]) if need_a else None  # scaled while it is r wide
+        db = g_rows.T @ (h * ctx.s) if need_b else None
         return dx, None, None, da, db, None
 
 
