@@ -131,6 +131,19 @@ def test_transformers_own_questions_get_its_own_answers(kind: str, make_model: C
     assert model.base_model.model is model
 
 
+def test_base_model_called_is_the_body(make_model: Callable[..., Any], tokens: torch.Tensor) -> None:
+    """As trainers call it that fuse the head with the loss; adapters act inside it."""
+    plain, model = make_model("llama"), get_peft_model(make_model("llama"), LoraConfig(**CONFIG))
+    moved(model)
+    with torch.no_grad():
+        hidden = model.base_model(input_ids=tokens).last_hidden_state
+        assert torch.equal(model.lm_head(hidden), model(input_ids=tokens).logits)
+        assert not torch.allclose(hidden, plain.base_model(input_ids=tokens).last_hidden_state)
+    model.base_model.mark = 1
+    assert model.model.mark == 1 and "LlamaForCausalLM" in repr(model.base_model)
+    assert model.base_model.merge_and_unload() is model
+
+
 def test_generate_without_and_with_rows(model: Any, tokens: torch.Tensor, run: Any) -> None:
     options = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}
     adapted = model.generate(input_ids=tokens, **options)

@@ -199,6 +199,8 @@ def adding_adapters_up(lib: Any, world: World) -> dict[str, Any]:
 def state_dicts(lib: Any, world: World) -> dict[str, Any]:
     model = lib.PeftModel.from_pretrained(world.base(), world.folder / "a")
     state = lib.get_peft_model_state_dict(model)
+    read = lib.load_peft_weights(str(world.folder / "a"), device="cpu")
+    assert read.keys() == state.keys() and all(torch.equal(read[key], state[key]) for key in read)
     config = lib.LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
     other = lib.get_peft_model(world.base(), config).eval()
     result = lib.set_peft_model_state_dict(other, {key: value * 2 for key, value in state.items()})
@@ -333,5 +335,5 @@ def through_the_wrappers(lib: Any, world: World) -> dict[str, Any]:
         "is one": isinstance(model.base_model, lib.LoraModel),
         "config": model.config.model_type,
         "device": str(model.device),
-        "logits": model.base_model(input_ids=world.tokens).logits.detach(),
+        "rank": model.base_model.peft_config["default"].r,
     }

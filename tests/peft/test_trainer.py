@@ -228,3 +228,22 @@ def test_an_adapter_that_is_not_reached_stops_the_run(make_model: Callable[..., 
 def test_a_model_without_adapters_is_refused(make_model: Callable[..., Any], tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no adapter to train"):
         trainer(make_model("llama"), tmp_path, kind=hf.Trainer)
+
+
+@pytest.mark.slow
+def test_trl_takes_the_object(make_model: Callable[..., Any], tiny_tokenizer: Any, tmp_path: Path) -> None:
+    """TRL asks for hidden states through model.base_model and fuses the head with the loss."""
+    trl, datasets = pytest.importorskip("trl"), pytest.importorskip("datasets")
+    rows = [{"prompt": f"count to {n}", "completion": " ".join(map(str, range(n)))} for n in range(3, 9)]
+    args = trl.SFTConfig(
+        str(tmp_path), max_steps=2, save_steps=2, per_device_train_batch_size=2, report_to="none", use_cpu=True,
+        disable_tqdm=True, bf16=False, max_length=64, learning_rate=1e-2, warmup_steps=0,
+    )  # fmt: skip
+    model = fresh(make_model)
+    before = state(model)
+    data = datasets.Dataset.from_list(rows)
+    trl.SFTTrainer(model=model, args=args, train_dataset=data, processing_class=tiny_tokenizer).train()
+    assert not same(before, state(model))
+    saved = PeftModel.from_pretrained(make_model("llama"), tmp_path / "checkpoint-2")
+    tokens = torch.arange(5)[None]
+    assert torch.allclose(saved(tokens).logits, model.eval()(tokens).logits, atol=1e-6)

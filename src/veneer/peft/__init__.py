@@ -34,7 +34,10 @@ _HOME = {
         "veneer.peft.model",
     ),
     "LoraModel": "veneer.peft.tuner",
-    **dict.fromkeys(("get_peft_model_state_dict", "hotswap_adapter", "set_peft_model_state_dict"), "veneer.peft.files"),
+    **dict.fromkeys(
+        ("get_peft_model_state_dict", "hotswap_adapter", "load_peft_weights", "set_peft_model_state_dict"),
+        "veneer.peft.files",
+    ),
     **dict.fromkeys(
         ("TunerLayerStatus", "TunerModelStatus", "get_layer_status", "get_model_status"), "veneer.peft.status"
     ),
@@ -87,6 +90,7 @@ __all__ = [
     "get_peft_model_state_dict",
     "hotswap_adapter",
     "inject_adapter_in_model",
+    "load_peft_weights",
     "prepare_model_for_kbit_training",
     "release",
     "rescale_adapter_scale",
@@ -104,7 +108,12 @@ if TYPE_CHECKING:
         AutoPeftModelForTokenClassification,
     )
     from veneer.peft.config import LoraConfig, LoraRuntimeConfig, PeftConfig, PeftType, TaskType, get_peft_config
-    from veneer.peft.files import get_peft_model_state_dict, hotswap_adapter, set_peft_model_state_dict
+    from veneer.peft.files import (
+        get_peft_model_state_dict,
+        hotswap_adapter,
+        load_peft_weights,
+        set_peft_model_state_dict,
+    )
     from veneer.peft.helpers import check_if_peft_model, prepare_model_for_kbit_training, rescale_adapter_scale
     from veneer.peft.model import (
         PeftModel,

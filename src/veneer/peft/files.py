@@ -56,6 +56,7 @@ __all__ = [
     "hotswap_adapter",
     "load_into",
     "load_new",
+    "load_peft_weights",
     "save_pretrained",
     "set_peft_model_state_dict",
 ]
@@ -139,6 +140,15 @@ def get_peft_model_state_dict(
 def _key(model: nn.Module, key: str) -> str:
     """PEFT's wrapper puts a prefix before all names; a model that was only injected into has none."""
     return key if hasattr(model, "get_base_model") else key.removeprefix(PREFIX)
+
+
+def load_peft_weights(
+    model_id: str | os.PathLike[str], device: str | torch.device | None = None, **kwargs: Any
+) -> dict[str, Tensor]:
+    """The tensors of an adapter's file under its own keys; they lie on the file's pages until they are used."""
+    refuse_options(**{key: value for key, value in kwargs.items() if key not in (*IGNORED, "revision")})
+    file = TensorFile(find(model_id, revision=kwargs.get("revision")) / WEIGHTS)
+    return {stored.name: stored.load().to(device or "cpu") for stored in file}
 
 
 def set_peft_model_state_dict(

@@ -30,6 +30,7 @@ from torch import Tensor, nn
 
 from veneer.core.init import NEEDS
 from veneer.core.model import (
+    _state,
     activate,
     active_of,
     adapter_of,
@@ -158,7 +159,8 @@ class PeftModel(nn.Module):
         paused = vars(self).pop("_paused", None)
         activate(self, names)
         for name in adapters(self):
-            self.set_requires_grad(name, name in names and not inference_mode)
+            if name in names or _is_trained(self, name):  # the cost does not grow with how many adapters are loaded
+                self.set_requires_grad(name, name in names and not inference_mode)
         if paused is not None:
             self.disable_adapter_layers()
 
@@ -365,7 +367,7 @@ class PeftModel(nn.Module):
                 config = files.load_new(self, model_id, adapter_name, is_trainable, autocast_adapter_dtype, **kwargs)
             self.peft_config[adapter_name] = config
             result = files.nothing_amiss()
-        if not is_trainable:
+        if not is_trainable and self.training:
             self.eval()
         return result
 
@@ -533,6 +535,13 @@ def _attach(model: nn.Module, name: str, config: LoraConfig, autocast: bool, dat
         config.alpha_pattern = {p: f["alpha"] for p, f in overrides.items() if "alpha" in f}  # type: ignore[misc]
     if isinstance(model, PeftModel):
         model.peft_config[name] = config
+
+
+def _is_trained(model: nn.Module, name: str) -> bool:
+    """Whether an adapter requires gradients, by its first layer."""
+    placed = _state(model).placed[name]
+    first = next(iter((*placed.sites, *placed.saved)))
+    return any(p.requires_grad for p in _state(model).hosts[first].slots[name].parameters())  # type: ignore[index, union-attr]
 
 
 def _dtype(model: nn.Module) -> torch.dtype | None:

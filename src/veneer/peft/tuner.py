@@ -1,9 +1,9 @@
-"""`model.base_model`: what stands there for PEFT's LoraModel.
+"""`model.base_model`, a name of two libraries.
 
-PEFT puts two objects around a model, and scripts reach through them: `peft_model.base_model.model` is the model they
-began with, and `peft_model.base_model` answers most of the PeftModel's calls as well. Here there is one object, so this
-is a view of it. transformers has a property of the same name - the body without the head - and asks it a few questions
-of its own; those it answers as transformers means them.
+For PEFT it is the LoraModel inside the PeftModel: `peft_model.base_model.model` is the model one began with, and most
+of the PeftModel's methods can be called on it. For transformers, and for trainers built on it, it is the model's body:
+they call it for hidden states. There is one object here, so this view of it answers both: PEFT's names (`model`,
+`merge_and_unload`, `peft_config` ...) by the model, everything else by the body, and what the body lacks by the model.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ if TYPE_CHECKING:
 
 __all__ = ["LoraModel"]
 
-ASKED_BY_TRANSFORMERS = (
+ASKED_OF_THE_BODY = (  # what transformers' own methods pass on to it
     *("get_encoder", "set_encoder", "get_decoder", "set_decoder", "get_input_embeddings", "set_input_embeddings"),
     *("_tp_plan", "_pp_plan"),
 )
 
 
 class LoraModel:
-    """The adapted model seen as PEFT's tuner. `.model` is the model; every other attribute is the model's own."""
+    """An adapted model seen as PEFT's tuner and as transformers' body at once."""
 
     def __init__(
         self,
@@ -40,24 +40,28 @@ class LoraModel:
             configs = config if isinstance(config, dict) else {adapter_name: config}
             for name, one in configs.items():
                 model = get_peft_model(model, one, name)
-        self.model: Any = model
+        self.__dict__["model"] = model
 
     @property
-    def body(self) -> nn.Module:
-        """What transformers means by base_model: the model without its head, or the model itself."""
-        return getattr(self.model, getattr(self.model, "base_model_prefix", ""), self.model)
+    def body(self) -> Any:
+        """What transformers means: the model without its head, or, where it has no such part, the model itself."""
+        model = self.__dict__["model"]
+        return getattr(model, getattr(model, "base_model_prefix", "") or "", model)
 
     def __getattr__(self, name: str) -> Any:
-        if name == "model":
+        if "model" not in self.__dict__:  # while it is being copied
             raise AttributeError(name)
-        if name not in ASKED_BY_TRANSFORMERS:
-            return getattr(self.model, name)
-        if self.body is self.model:  # its answer would come back to this question
+        model, body = self.__dict__["model"], self.body
+        if body is model and name in ASKED_OF_THE_BODY:  # its answer would come back to this question
             raise AttributeError(name)
-        return getattr(self.body, name)
+        is_pefts = any(name in vars(kind) for kind in type(model).__mro__ if kind.__module__ == "veneer.peft.model")
+        return getattr(model, name) if is_pefts or not hasattr(body, name) else getattr(body, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(self.body, name, value)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self.model(*args, **kwargs)
+        return self.body(*args, **kwargs)
 
     def __eq__(self, other: object) -> bool:
         return other is self.body or (isinstance(other, LoraModel) and other.model is self.model)
