@@ -80,9 +80,11 @@ def edges() -> Iterator[tuple[str, str, str]]:
 def test_imports_point_down() -> None:
     wrong = []
     for place, here, there in edges():
-        if there not in HEIGHT and here != "app":  # the front door stands beside app: what users see, app may use
+        if there == "__version__" or (there not in HEIGHT and here == "app"):
+            continue  # the front door stands beside app: what users see, app may use
+        if there not in HEIGHT:
             wrong.append(f"{place}: import {there!r} from where it is defined, not from the package's front door")
-        elif HEIGHT.get(here, -1) < HEIGHT.get(there, 0):
+        elif HEIGHT.get(here, -1) < HEIGHT[there]:
             wrong.append(f"{place}: {here} may not import {there}")
     assert not wrong, "\n".join(wrong)
 
@@ -183,15 +185,16 @@ def test_the_front_door_has_what_it_lists() -> None:
         _ = veneer.no_such_name
 
 
-def test_the_front_door_survives_its_rooms() -> None:
-    """`veneer.train` is a function and a package. Importing the package first must not take the function away."""
-    code = f"""
-import importlib, veneer
-for name in {modules()}: importlib.import_module(name)
-print(*[n for n in veneer.__all__ if n != "__version__" and not callable(getattr(veneer, n))])
-import veneer.train.settings as settings
-"""
-    assert not fresh(code).split()
+def test_a_name_that_is_also_a_package_can_still_be_called() -> None:
+    """`veneer.train` is a function and a package. Neither may take the other away, whichever is imported first."""
+    import veneer
+
+    both = [name for name in veneer.__all__ if (SOURCE / name).is_dir()]
+    assert both
+    for name in both:
+        room = next(module for module in modules() if module.startswith(f"veneer.{name}."))
+        assert fresh(f"import veneer, {room} as room; print(callable(veneer.{name}))") == "True\n"
+        assert fresh(f"import veneer; print(callable(veneer.{name})); import {room} as room") == "True\n"
 
 
 @pytest.mark.parametrize("name", modules())

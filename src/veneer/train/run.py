@@ -333,9 +333,9 @@ def _is_alive(info: Mapping[str, Any]) -> bool:
 
 
 def _versions() -> dict[str, str]:
-    import veneer
+    from veneer import __version__
 
-    found = {"veneer": veneer.__version__, "python": platform.python_version()}
+    found = {"veneer": __version__, "python": platform.python_version()}
     found["system"] = f"{platform.system()} {platform.release()}"
     for package in PACKAGES:
         with suppress(PackageNotFoundError):
