@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, MixtralConfig
 
 import veneer
 import veneer.prove
@@ -101,7 +102,7 @@ class Attention(nn.Module):
         (lambda: nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3)), torch.randn(5, 6), "all-linear"),
         (Convolutions, (torch.randn(2, 3, 8, 8),), ["0", "3"]),
         (Attention, {"x": torch.randn(2, 5, 6), "scale": 0.5}, ["up", "out_proj"]),
-        (Attention, [(torch.randn(2, 5, 6), 2.0), torch.randn(1, 3, 6)], ["up", "out_proj"]),
+        (Attention, [(torch.randn(2, 5, 6), 2.0), torch.randn(1, 3, 6)], ["up", "out_proj", "in_proj_weight"]),
     ],
 )
 def test_any_module_and_any_inputs(make: Callable[[], nn.Module], inputs: Any, targets: Any) -> None:
@@ -239,6 +240,16 @@ def test_the_model_is_left_as_found(make_model: Callable[..., nn.Module], spec: 
         assert replay(model, proof, name="b").passed
     now = everything(model)
     assert [key for key in was if not same(was[key], now[key])] == []
+
+
+def test_experts_are_proved_too() -> None:
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2}
+    config = MixtralConfig(vocab_size=384, num_hidden_layers=2, num_local_experts=4, **sizes)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    attach(model, LoRA(rank=4, targets=["gate_up_proj", "down_proj", "q_proj"]))
+    before = snapshot(model, inputs=tokens())
+    proof = prove_run(moved(model), before=before)
+    assert proof.passed and not [each for each in proof.left_out if each.id == "P5"], str(proof)
 
 
 def test_bare_is_the_model_before_attach(make_model: Callable[..., nn.Module]) -> None:

@@ -81,9 +81,9 @@ def _plain_parts(tensor: Tensor) -> Iterator[Tensor]:
     if tensor.device.type == "meta":
         return
     if hasattr(tensor, "_local_tensor"):
-        yield from _plain_parts(tensor._local_tensor)
+        yield from _plain_parts(tensor._local_tensor)  # type: ignore[attr-defined]
     elif hasattr(tensor, "__tensor_flatten__"):
-        for name in tensor.__tensor_flatten__()[0]:
+        for name in tensor.__tensor_flatten__()[0]:  # type: ignore[attr-defined]
             yield from _plain_parts(getattr(tensor, name))
     elif tensor.is_complex():
         yield torch.view_as_real(tensor)

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from veneer.core.host import Hosted, original_class
+from veneer.core.leaf import Reading, original
 from veneer.core.model import active_of, adapters, detach
 
 __all__ = ["as_found", "bare", "spare"]
@@ -65,19 +66,20 @@ def bare(model: nn.Module) -> Iterator[None]:
 
     This is a base that no line of the adapters' code can colour, and so the thing to hold `disabled` against.
     """
-    hosts = [layer for layer in model.modules() if isinstance(layer, Hosted)]
-    kinds = [type(layer) for layer in hosts]
-    over = [vars(layer).get("forward") for layer in hosts]
+    hosts = [layer for layer in model.modules() if isinstance(layer, Hosted | Reading)]
+    held = [(type(layer), vars(layer).get("forward"), layer._modules["lora"]) for layer in hosts]
     try:
         for layer in hosts:
-            layer.__class__ = original_class(type(layer))
+            layer.__class__ = original(original_class(type(layer)))
+            del layer._modules["lora"]  # a Sequential would take it for one more layer
             vars(layer).pop("forward", None)
             if "inner_forward" in vars(layer):
                 layer.forward = vars(layer)["inner_forward"]
         yield
     finally:
-        for layer, kind, forward in zip(hosts, kinds, over, strict=True):
+        for layer, (kind, forward, lora) in zip(hosts, held, strict=True):
             vars(layer).pop("forward", None)
-            layer.__class__ = kind
+            layer.__class__ = kind  # type: ignore[assignment]
+            layer._modules["lora"] = lora
             if forward is not None:
                 layer.forward = forward

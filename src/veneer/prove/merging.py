@@ -17,6 +17,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from veneer.core.leaf import own_parameters
 from veneer.core.model import adapter_of, is_merged, merge, sites, unmerge
 from veneer.core.op import op_of
 from veneer.core.weight import is_plain, read_weight
@@ -51,7 +52,8 @@ def merges_and_returns(subject: Subject) -> Check | LeftOut:
     finally:
         if is_merged(model):
             unmerge(model)
-    wrong = [s for s in wanted if not _agree(got[s], wanted[s], was[s], OFF.get(_dtype(model, s), NARROW))]
+    types = {site: read_weight(layer).dtype for site, layer in sites(model, name).items() if site in wanted}
+    wrong = [s for s in wanted if not _agree(got[s], wanted[s], was[s], OFF.get(types[s], NARROW))]
     changed = fingerprints(_weights(model, name)).differing(before)
     return _verdict(subject, wrong, changed, gap(merged, subject.adapted), kept)
 
@@ -63,7 +65,7 @@ def _verdict(subject: Subject, wrong: list[str], changed: list[str], apart: floa
     said += "unmerged, every weight has its old bits."
     if share < DULL:
         worst = min(kept, key=lambda site: kept[site])
-        kind = str(_dtype(subject.model, worst)).removeprefix("torch.")
+        kind = str(read_weight(sites(subject.model)[worst]).dtype).removeprefix("torch.")
         said += f" But {kind} keeps only {100 * share:.0f} % of dW in {worst}: merge into fp32."
     if not back:
         said = f"Unmerging did not give the old weights back: {', '.join(changed[:3]) or 'the answers differ'}."
@@ -93,7 +95,7 @@ def _reason_not_to(model: nn.Module, name: str) -> str | None:
 
 
 def _is_plain(layer: nn.Module) -> bool:
-    raw = layer._parameters.get("weight")
+    raw = own_parameters(layer).get("weight")
     return raw is not None and is_plain(raw)
 
 
@@ -102,7 +104,7 @@ def _weights(model: nn.Module, name: str) -> dict[str, Tensor]:
     found = {}
     for site, layer in sites(model, name).items():
         for leaf in ("weight", "bias"):
-            if (raw := layer._parameters.get(leaf)) is not None:
+            if (raw := own_parameters(layer).get(leaf)) is not None:
                 found[f"{site}.{leaf}"] = raw
     return found
 
@@ -128,7 +130,3 @@ def _agree(got: Tensor, wanted: Tensor, was: Tensor, off: float) -> bool:
     """Whether the change of a layer is the wanted one, up to what the order of sums may do."""
     floor = 4 * torch.finfo(torch.float32).eps * float(was.norm())
     return float((got - wanted).norm()) <= off * float((wanted - was).norm()) + floor
-
-
-def _dtype(model: nn.Module, site: str) -> torch.dtype:
-    return read_weight(model.get_submodule(site)).dtype

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from veneer.ckpt.peft import load, save
 from veneer.core.delta import Delta
+from veneer.core.leaf import own_parameters
 from veneer.core.model import activate, adapter_of, sites, tensors
 from veneer.prove.answers import Subject, gap, limit
 from veneer.prove.found import spare
@@ -98,7 +99,7 @@ def _differing(model: nn.Module, live: str, again: str) -> list[str]:
             found.append(f"dW of {site} differs by {100 * apart:.2g} %")
     mine, other = tensors(model, live), tensors(model, again)
     for site, leaf in beside_delta(model, live):
-        around = ours[site]._parameters.get("bias") if leaf == "bias" else None  # the file holds base + change
+        around = own_parameters(ours[site]).get("bias") if leaf == "bias" else None  # the file holds base + change
         twin = other.get((site, leaf))
         if twin is None or not _equal(mine[site, leaf], twin, around):
             found.append(f"{leaf} of {site} differs")

@@ -121,11 +121,11 @@ def _in_words(heat: svg.Heat) -> str:
 
 
 def _norm(value: object) -> float:
-    return float(value) if is_number(value) else math.nan  # type: ignore[arg-type]
+    return float(value) if is_number(value) else math.nan
 
 
 def _told(value: object) -> str:
-    return brief(value) if is_number(value) and math.isfinite(value) else "not a number"  # type: ignore[arg-type]
+    return brief(value) if is_number(value) and math.isfinite(value) else "not a number"
 
 
 def spread(items: Sequence[Any], most: int) -> list[Any]:

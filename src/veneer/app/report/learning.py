@@ -76,7 +76,7 @@ def plot(title: str, series: Sequence[Series], said: str, *below: object, kind: 
 
 
 def _key(series: Series, last: str) -> Html:
-    shown = [tag("i"), series.name, tag("output", last)]
+    shown = [tag("i"), series.name, " ", tag("output", last)]
     return tag("span", *shown, class_=f"key {series.colour}", data_name=series.name, data_last=last)
 
 

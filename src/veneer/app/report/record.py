@@ -7,10 +7,10 @@ missing, and what cannot be read counts as missing.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from veneer.app.svg import Point
 from veneer.errors import VeneerError
@@ -45,8 +45,8 @@ class Record:
     status: str = "unknown"
     info: Row = field(default_factory=dict)
     settings: list[Setting] = field(default_factory=list)
-    metrics: list[Row] = field(default_factory=list)
-    events: list[Row] = field(default_factory=list)
+    metrics: Sequence[Row] = field(default_factory=list)
+    events: Sequence[Row] = field(default_factory=list)
     data: Row = field(default_factory=dict)
     proof: Row = field(default_factory=dict)
 
@@ -133,7 +133,7 @@ def _settings(run: Run) -> list[Setting]:
     ]
 
 
-def is_number(value: object) -> bool:
+def is_number(value: object) -> TypeGuard[float]:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
