@@ -23,7 +23,6 @@ from veneer.data.batch import Batch
 from veneer.data.encode import Encodings
 from veneer.data.labels import LabelSet
 from veneer.data.template import Renderer
-from veneer.data.types import Encoded
 from veneer.errors import ConfigError, StateError
 
 __all__ = ["TASKS", "Judged", "Shown", "Task", "class_options", "new_heads"]
@@ -110,7 +109,7 @@ class Task(ABC):
         """The summed loss of a batch: what is trained."""
         return self.judge(model, batch).loss
 
-    def shown(self, model: nn.Module, rows: Sequence[Encoded]) -> list[Shown]:
+    def shown(self, model: nn.Module, examples: Sequence[Any]) -> list[Shown]:
         """A few rows with the model's answers, for people to look at."""
         return []
 

@@ -14,14 +14,15 @@ from torch import nn
 
 from veneer.data.batch import Batch
 from veneer.data.encode import Encodings, encode
-from veneer.data.types import IGNORE, Chat, Completion, Encoded, Text, Tokens
+from veneer.data.template import Renderer
+from veneer.data.types import Chat, Completion, Text, Tokens
 from veneer.errors import StateError
 from veneer.tasks.base import TASKS, Judged, Shown, Task
 from veneer.tasks.cross_entropy import HeadSplit, chunked_cross_entropy, head_split, plain_cross_entropy
 
 __all__ = ["CausalLM", "greedy"]
 
-SHOWN_TOKENS = 40  # of an answer that is only to be looked at
+SHOWN_TOKENS = 32  # of an answer that is only to be looked at
 
 
 @TASKS.register("causal_lm")
@@ -33,11 +34,13 @@ class CausalLM(Task):
     split: HeadSplit = HeadSplit(None, None, "not looked at yet")
 
     def encode(self, examples: Sequence[Any], *, loss_on: str = "assistant", **options: Any) -> Encodings:
+        return encode(examples, self.known_renderer, loss_on=loss_on, **options)
+
+    @property
+    def known_renderer(self) -> Renderer:
         if self.renderer is None:
-            raise StateError(
-                "conversations cannot be encoded without a renderer", fix="CausalLM(tokenizer, renderer=...)"
-            )
-        return encode(examples, self.renderer, loss_on=loss_on, **options)
+            raise StateError("a conversation needs a renderer", fix="CausalLM(tokenizer, renderer=Renderer(tokenizer))")
+        return self.renderer
 
     @property
     def ends(self) -> tuple[int, ...]:
@@ -55,17 +58,29 @@ class CausalLM(Task):
         hidden = self.split.body(**batch.inputs)[0][:, :-1]
         return Judged(chunked_cross_entropy(hidden, labels, self.split.head))
 
-    def shown(self, model: nn.Module, rows: Sequence[Encoded]) -> list[Shown]:
+    def shown(self, model: nn.Module, examples: Sequence[Any]) -> list[Shown]:
         """What the model makes of the prompts of these rows, greedily."""
         found = []
-        for row in rows:
-            start = next(place for place, label in enumerate(row.labels) if label != IGNORE)
-            start = start if start > 1 else max(1, len(row) // 3)  # a text that is trained whole: its beginning
-            wanted = [int(label) for label in row.labels[start:] if label != IGNORE]
-            prompt = [int(token) for token in row.input_ids[:start]]
-            answer = greedy(model, prompt, self.ends, SHOWN_TOKENS)
-            found.append(Shown(self._text(prompt), self._text(wanted), self._text(answer)))
+        for example in examples:
+            ids, asked, wanted = self._question(example)
+            answer = greedy(model, ids, self.ends, SHOWN_TOKENS)
+            found.append(Shown(asked, wanted, self._text(answer)))
         return found
+
+    def _question(self, example: Any) -> tuple[list[int], str, str]:
+        """The prompt of a row as tokens and in words, and the right answer: the last turn, the completion, the rest."""
+        renderer = self.known_renderer
+        if isinstance(example, Chat):
+            last = max((i for i, turn in enumerate(example.messages) if turn["role"] == "assistant"), default=0)
+            before = example.messages[:last]
+            asked = next((turn.get("content", "") for turn in reversed(before) if turn["role"] == "user"), "")
+            wanted = example.messages[last].get("content", "")
+            return renderer.prompt_ids(before, example.tools), asked, wanted
+        if isinstance(example, Completion):
+            return renderer.prompt_ids(example.prompt), example.prompt, example.completion.strip()
+        ids = renderer.ids(example.text) if isinstance(example, Text) else list(example.input_ids)
+        cut = max(1, len(ids) // 3)  # a text that is trained whole: its beginning
+        return ids[:cut], self._text(ids[:cut]), self._text(ids[cut : cut + SHOWN_TOKENS])
 
     def _text(self, ids: Sequence[int]) -> str:
         return str(self.tokenizer.decode(list(ids), skip_special_tokens=True)).strip()

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from veneer.data.batch import Batch, collate, pad_id_of
 from veneer.data.encode import Encodings
 from veneer.data.labelled import encode_pairs
-from veneer.data.types import IGNORE, Completion, Encoded, Pair
+from veneer.data.types import IGNORE, Completion, Pair
 from veneer.errors import ConfigError
 from veneer.tasks.base import TASKS, Judged, Shown, Task
 from veneer.tasks.cross_entropy import plain_cross_entropy
@@ -54,12 +54,16 @@ class Seq2Seq(Task):
     def metrics(self, predicted: Sequence[Any], wanted: Sequence[Any]) -> dict[str, float]:
         return {"exact_match": exact_match(predicted, wanted), "rouge_l": rouge_l(predicted, wanted)}
 
-    def shown(self, model: nn.Module, rows: Sequence[Encoded]) -> list[Shown]:
+    def shown(self, model: nn.Module, examples: Sequence[Any]) -> list[Shown]:
         found = []
-        for row in rows:
-            batch = collate([row], pad_id_of(self.tokenizer)).to(next(model.parameters()).device)
-            prompt = self.tokenizer.decode(list(row.input_ids), skip_special_tokens=True)
-            found.append(Shown(prompt, *self._texts(batch.labels), *self.answers(model, batch)))
+        for example in examples:
+            batch = collate(self.encode([example]).samples, pad_id_of(self.tokenizer)).to(
+                next(model.parameters()).device
+            )
+            asked, wanted = (
+                (example.source, example.target) if isinstance(example, Pair) else (example.prompt, example.completion)
+            )
+            found.append(Shown(asked, wanted, *self.answers(model, batch)))
         return found
 
     @torch.no_grad()

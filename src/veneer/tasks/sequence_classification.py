@@ -21,7 +21,7 @@ from torch import nn
 from veneer.data.batch import Batch, collate, pad_id_of
 from veneer.data.encode import Encodings
 from veneer.data.labelled import encode_labelled
-from veneer.data.types import Encoded, Labelled
+from veneer.data.types import Labelled
 from veneer.tasks.base import TASKS, Judged, Shown, Task, class_options
 from veneer.tasks.metrics import accuracy, f1, macro_f1, mean_squared_error, spearman
 
@@ -63,14 +63,11 @@ class SequenceClassification(Task):
         return Judged(F.mse_loss(values, labels.float(), reduction="sum"), values.tolist(), labels.tolist())
 
     @torch.no_grad()
-    def shown(self, model: nn.Module, rows: Sequence[Encoded]) -> list[Shown]:
-        batch = collate(rows, pad_id_of(self.tokenizer)).to(next(model.parameters()).device)
-        judged = self.judge(model, batch)
-        texts = [self.tokenizer.decode(list(row.input_ids), skip_special_tokens=True) for row in rows]
-        return [
-            Shown(text, self.said(w), self.said(p))
-            for text, w, p in zip(texts, judged.wanted, judged.predicted, strict=True)
-        ]
+    def shown(self, model: nn.Module, examples: Sequence[Any]) -> list[Shown]:
+        samples = self.encode(examples, overlong="truncate").samples
+        judged = self.judge(model, collate(samples, pad_id_of(self.tokenizer)).to(next(model.parameters()).device))
+        rows = zip(examples, judged.wanted, judged.predicted, strict=True)
+        return [Shown(example.text, self.said(wanted), self.said(predicted)) for example, wanted, predicted in rows]
 
     def said(self, label: Any) -> str:
         """A label in words."""

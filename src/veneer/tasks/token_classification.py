@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from veneer.data.batch import Batch
+from veneer.data.batch import Batch, collate, pad_id_of
 from veneer.data.encode import Encodings
 from veneer.data.labelled import encode_tagged
 from veneer.data.types import IGNORE, Tagged
-from veneer.tasks.base import TASKS, Judged, Task, class_options
+from veneer.tasks.base import TASKS, Judged, Shown, Task, class_options
 from veneer.tasks.cross_entropy import plain_cross_entropy
 from veneer.tasks.metrics import accuracy, entity_f1
 
@@ -44,6 +44,13 @@ class TokenClassification(Task):
         rows = zip(guesses, batch.labels, batch.labels != IGNORE, strict=True)
         pairs = [(guess[has].tolist(), label[has].tolist()) for guess, label, has in rows]
         return Judged(plain_cross_entropy(logits, batch.labels), [p for p, _ in pairs], [w for _, w in pairs])
+
+    @torch.no_grad()
+    def shown(self, model: nn.Module, examples: Sequence[Any]) -> list[Shown]:
+        samples, names = self.encode(examples, overlong="truncate").samples, self.known_labels.names
+        judged = self.judge(model, collate(samples, pad_id_of(self.tokenizer)).to(next(model.parameters()).device))
+        rows = zip(examples, judged.wanted, judged.predicted, strict=True)
+        return [Shown(" ".join(e.tokens), *(" ".join(names[i] for i in tags) for tags in (w, p))) for e, w, p in rows]
 
     def metrics(self, predicted: Sequence[Any], wanted: Sequence[Any]) -> dict[str, float]:
         names = self.labels.names if self.labels is not None else ()

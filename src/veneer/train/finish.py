@@ -67,13 +67,9 @@ def outcome(run: Run, progress: Progress) -> dict[str, Any]:
     }
 
 
-SHOWN = 4  # rows that are looked at before and after
-
-
 def show(job: Job, run: Run, when: str, tell: Tell) -> None:
     """Answers to a few held-out rows, before and after: samples/before.json, then samples/samples.json with both."""
-    rows = job.val[:SHOWN] or job.samples[:SHOWN]
-    found = [each._asdict() for each in job.task.shown(job.model, rows)]
+    found = [each._asdict() for each in job.task.shown(job.model, job.shown)]
     run.path("samples").mkdir(exist_ok=True)
     run.write_json(f"samples/{when}.json", found)
     before = run.path("samples", "before.json")

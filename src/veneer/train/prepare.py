@@ -28,7 +28,7 @@ from veneer.data.isolation import check as check_isolation
 from veneer.data.pack import obstacle, pack, packed_times
 from veneer.data.preview import runs
 from veneer.data.template import Renderer
-from veneer.data.types import Encoded
+from veneer.data.types import Encoded, Example
 from veneer.errors import ConfigError, DataError
 from veneer.tasks.base import TASKS, Task
 from veneer.train import base
@@ -43,6 +43,7 @@ TOO_MANY_LOST = 0.05  # of the samples over-long: beyond this the user is asked
 ENOUGH_STEPS = 200  # packing leaves fewer, longer rows; below this many steps it would cost more than it saves
 EVALUATIONS = 10  # in a run, when nobody says how often
 SAVE_AT_LEAST = 100  # steps
+SHOWN = 3
 
 
 @dataclass
@@ -56,6 +57,7 @@ class Job:
     val: list[Encoded]
     trained: Mapping[str, nn.Parameter]
     samples: list[Encoded]  # the training samples before packing
+    shown: list[Example]  # rows that are looked at before and after
 
     @property
     def device(self) -> torch.device:
@@ -96,7 +98,8 @@ def prepare(run: Run, settings: Reads, model: Any, data: Any, tokenizer: Any, te
     run.write_config(settings.resolved)
     run.write_json("data.json", {**facts(parts, train, val, rows), "preview": previews(task, train.samples)})
     run.update(device=device_name(device), base=named or type(model).__name__)
-    return Job(settings, task, model, rows, val.samples, trained, train.samples)
+    shown = (parts.validation.examples or parts.train.examples)[:SHOWN]
+    return Job(settings, task, model, rows, by_length(val.samples), trained, train.samples, list(shown))
 
 
 # ------------------------------------------------------------------ data and tokens
@@ -171,6 +174,11 @@ def encode_rows(task: Task, settings: Reads, parts: Split, tell: Tell) -> tuple[
     if not len(parts.validation):
         return train, Encodings([], 0, train.lengths)
     return train, encoded(parts.validation, "held out")
+
+
+def by_length(samples: list[Encoded]) -> list[Encoded]:
+    """Rows of like length side by side: little of an evaluation batch is then padding."""
+    return sorted(samples, key=len, reverse=True)
 
 
 def settle_length(settings: Reads, source: Any) -> None:
