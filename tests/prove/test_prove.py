@@ -242,6 +242,24 @@ def test_the_model_is_left_as_found(make_model: Callable[..., nn.Module], spec: 
     assert [key for key in was if not same(was[key], now[key])] == []
 
 
+class Pooled(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.pool, self.unused = nn.Linear(6, 8), nn.Linear(8, 8), nn.Linear(6, 6)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        h = self.up(x)
+        return h, self.pool(h.mean(1)).tanh()
+
+
+def test_a_layer_that_no_output_needs_is_named() -> None:
+    model = Pooled()
+    attach(model, LoRA(rank=2))
+    proof = prove(moved(model), torch.randn(2, 5, 6))
+    assert [check.id for check in proof.failed] == ["P2"]
+    assert proof["P2"].statement == "1 get no gradient: unused."
+
+
 def test_experts_are_proved_too() -> None:
     sizes = {"hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2}
     config = MixtralConfig(vocab_size=384, num_hidden_layers=2, num_local_experts=4, **sizes)

@@ -25,7 +25,7 @@ from veneer.errors import StateError
 from veneer.prove.found import bare
 
 __all__ = ["NOISE", "Answer", "Inputs", "Subject", "answers", "batches", "call", "divergence", "few", "first_tensor"]
-__all__ += ["gap", "largest", "limit", "same_bits"]
+__all__ += ["gap", "largest", "limit", "same_bits", "tensors_in"]
 
 Inputs = Mapping[str, Any] | Sequence[Any] | Tensor
 
@@ -93,14 +93,18 @@ def _with_decoder(model: nn.Module, inputs: dict[str, Any]) -> dict[str, Any]:
 
 def first_tensor(output: Any) -> Tensor:
     """The logits, or else the first tensor of an output."""
+    return tensors_in(output)[0]
+
+
+def tensors_in(output: Any) -> list[Tensor]:
+    """The logits alone where there are some, else all tensors of an output."""
     if isinstance(output, Tensor):
-        return output
+        return [output]
     if isinstance(logits := getattr(output, "logits", None), Tensor):
-        return logits
+        return [logits]
     held = output.values() if isinstance(output, Mapping) else output if isinstance(output, Sequence) else ()
-    for each in held:
-        if isinstance(each, Tensor):
-            return each
+    if found := [each for each in held if isinstance(each, Tensor)]:
+        return found
     raise StateError(f"the model's output, a {type(output).__name__}, holds no tensor that proofs could compare")
 
 

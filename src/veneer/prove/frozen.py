@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from veneer.core.model import activate, adapter_of, adapters, sites, tensors
-from veneer.prove.answers import Answer, Inputs, answers, batches, call, first_tensor
+from veneer.prove.answers import Answer, Inputs, answers, batches, call, tensors_in
 from veneer.prove.fingerprint import Fingerprints, fingerprints
 from veneer.prove.found import as_found, bare
 from veneer.prove.proof import Check
@@ -146,13 +146,18 @@ def silent(model: nn.Module, name: str, inputs: Sequence[Inputs]) -> list[str]:
     waiting = list(parts)
     for each in inputs:
         with torch.enable_grad():
-            _objective(first_tensor(call(model, each))).backward()
+            _objective(tensors_in(call(model, each))).backward()
         waiting = [site for site in waiting if not any(t.grad is not None and bool(t.grad.any()) for t in parts[site])]
         if not waiting:
             break
     return waiting
 
 
-def _objective(y: Tensor) -> Tensor:
-    weights = torch.randn(y.shape, generator=torch.Generator().manual_seed(0)).to(y.device)
-    return (y.float() * weights).nan_to_num().sum() / max(1, y.numel()) ** 0.5
+def _objective(outputs: Sequence[Tensor]) -> Tensor:
+    source = torch.Generator().manual_seed(0)
+    parts = [
+        (y.float() * torch.randn(y.shape, generator=source).to(y.device)).nan_to_num().sum() / max(1, y.numel()) ** 0.5
+        for y in outputs
+        if y.requires_grad
+    ]
+    return torch.stack(parts).sum() if parts else torch.zeros((), requires_grad=True)
