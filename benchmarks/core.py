@@ -12,7 +12,7 @@ ratios within a round, so a machine that slows down slows all of them. One threa
     activate           switching between two adapters on the same model                    at least 20 x faster
     growth             load and activate with 2 and with 40 adapters on the model          flat
     merge              peak extra memory while merging a model                             one layer
-    step               forward and backward, 16 layers x 1024, 256 tokens                  at most 1.04 x the frozen model
+    step               forward and backward, 16 layers x 1024, 256 tokens                  at most 1.04 x frozen
     saved              bytes kept for the backward pass, 4 layers                          no more than by hand
 """
 
@@ -382,8 +382,9 @@ def main() -> None:
         results[name] = ROWS[name](args.quick)
         print(f"{name}", *(f"  {key:32} {value:10.3f}" for key, value in results[name].items()), sep="\n", flush=True)
     if args.json:
-        import peft
         import transformers
+
+        import peft
 
         versions = {"torch": torch.__version__, "transformers": transformers.__version__, "peft": peft.__version__}
         args.json.write_text(json.dumps({"command": sys.argv, "versions": versions, "rows": results}, indent=1) + "\n")

@@ -1,0 +1,196 @@
+"""Write docs/benchmarks.md from the raw results in benchmarks/results/.
+
+    python benchmarks/page.py
+
+No figure on that page is typed by hand: each comes from a JSON file that a script in this folder wrote, and the page
+names the command. A file that is missing leaves its section out.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+RESULTS, PAGE = HERE / "results", HERE.parent / "docs" / "benchmarks.md"
+GIB = 2**30
+
+HEAD = """\
+# Benchmarks
+
+Made by `benchmarks/page.py` from the raw results in `benchmarks/results/`; each section names the command that measured
+it. On a CPU only ratios count: all candidates run in turn in one process, and a ratio is the median of the ratios
+within a round. Absolute times on a CPU are there to give an idea of the order.
+"""
+
+
+def table(head: Iterable[str], rows: Iterable[Iterable[object]]) -> str:
+    head = list(head)
+    lines = [" | ".join(head), " | ".join(["---"] + ["---:"] * (len(head) - 1))]
+    lines += [" | ".join(str(cell) for cell in row) for row in rows]
+    return "\n".join(f"| {line} |" for line in lines)
+
+
+def core(found: dict[str, Any]) -> str:
+    rows, v = found["rows"], found["versions"]
+    aims = [
+        ("forward of one 32 x 32 layer, by hand = 1", "layer", "veneer / by hand", "peft / by hand", "at most 1.3"),
+        ("attach to a Llama-3.1-8B shape, PEFT's time / ours", "attach", "peft / veneer", None, "at least 5"),
+        ("load a file into 16 layers x 1024, PEFT's time / ours", "files", "load: peft / veneer", None, "at least 5"),
+        ("save the same, PEFT's time / ours", "files", "save: peft / veneer", None, ""),
+        ("switch between two adapters, PEFT's time / ours", "activate", "peft / veneer", None, "at least 20"),
+        ("load with 40 adapters on the model, with 5 = 1", "growth", "load with 40 / with 5", None, "flat"),
+        ("switch with 40 adapters, with 5 = 1", "growth", "activate with 40 / with 5", None, "flat"),
+        ("merge for good, PEFT's time / ours", "merge", "time: peft / veneer", None, ""),
+        ("training step, frozen model = 1", "step", "veneer / frozen", "peft / frozen", "at most 1.04"),
+        ("the same, LoRA by hand", "step", "by hand / frozen", None, ""),
+        ("the same with DoRA", "step", "veneer dora / frozen", "peft dora / frozen", ""),
+    ]
+    body = [
+        (what, f"{rows[row][key]:.3g}", f"{rows[row][other]:.3g}" if other else "", aim)
+        for what, row, key, other, aim in aims
+        if row in rows and key in rows[row]
+    ]
+    saved = [(k.removesuffix(" MiB"), f"{x:.1f}") for k, x in rows.get("saved", {}).items()]
+    merged = [(k, f"{x:.2f}") for k, x in rows.get("merge", {}).items() if k.endswith("MiB")]
+    return "\n\n".join(
+        [
+            "## The core, beside PEFT and by hand",
+            f"`python benchmarks/core.py`, one thread; torch {v['torch']}, transformers {v['transformers']}, "
+            f"PEFT {v['peft']}.",
+            table(["what", "Veneer", "PEFT", "aim"], body),
+            "Extra memory at the peak of a merge, the largest layer beside it:",
+            table(["", "MiB"], merged),
+            "Kept for the backward pass, 4 layers x 256 tokens in bf16, parameters not counted:",
+            table(["", "MiB"], saved),
+        ]
+    )
+
+
+def mixed(found: dict[str, Any]) -> str:
+    rows = [
+        (name, *(f"{r[k]:.2f}" if k in r else "" for k in ("veneer eight / one", "peft eight / one")))
+        for name, r in found["rows"].items()
+    ]
+    return "\n\n".join(
+        [
+            "## Eight rows with eight adapters",
+            "`python benchmarks/mixed.py`: time of a batch in which every row has its own adapter, the same rows with "
+            "one adapter = 1. The aim is at most 1.3. PEFT routes rows only outside training.",
+            table(["", "Veneer", "PEFT"], rows),
+        ]
+    )
+
+
+def memory(found: dict[str, Any]) -> str:
+    rows = [
+        (r["name"], f"{r['estimated_bytes'] / GIB:.3f}", f"{r['measured_bytes'] / GIB:.3f}", f"{r['ratio']:.3f}")
+        for r in found["rows"]
+    ]
+    return "\n\n".join(
+        [
+            f"## Memory, estimated before and measured after: {found['about']['device']}",
+            f"`python benchmarks/memory.py`, torch {found['about']['torch']}. The estimate knows shapes only; the aim "
+            "is 10 %.",
+            table(["", "estimated GiB", "measured GiB", "ratio"], rows),
+        ]
+    )
+
+
+def train_gpu(found: dict[str, Any]) -> str:
+    rows = [
+        (r["variant"], f"{r['tokens_per_second']:,.0f}", f"{r['peak_gib']:.1f}", f"{r['warmup_seconds']:.0f}")
+        for r in found["rows"]
+    ]
+    return "\n\n".join(
+        [
+            "## A training step on one H100",
+            "`python benchmarks/train_gpu.py`: Llama-3.1-8B shape in bf16, random weights and tokens, r = 16 on all "
+            f"seven linears, 2 x 2048 tokens, no recomputation; the card's own matrix product ran at "
+            f"{found['ceiling_tflops']:.0f} TFLOP/s in the same run. The fast path for GPUs is not built yet: these "
+            "are the plain layers, and with torch.compile they were behind PEFT's (a graph break in each layer, mended "
+            "since, not measured again).",
+            table(["", "tokens/s", "peak GiB", "warm-up s"], rows),
+        ]
+    )
+
+
+def merge_stream(found: dict[str, Any]) -> str:
+    return "\n\n".join(
+        [
+            "## Merging on disk",
+            "`python benchmarks/merge_stream.py`: a sharded model of random weights, merged shard by shard and proven "
+            "tensor by tensor, beside a plain copy of the same files in the same run.",
+            "```json\n" + json.dumps(found, indent=1)[:2000] + "\n```",
+        ]
+    )
+
+
+def learning_rate(found: list[dict[str, Any]]) -> str:
+    best: dict[tuple[str, float], list[float]] = defaultdict(list)
+    for r in found:
+        best[r["setup"], r["rate"]].append(r["loss"])
+    mean = {key: sum(losses) / len(losses) for key, losses in best.items()}
+    rows = []
+    for setup in sorted({s for s, _ in mean}):
+        tried = {rate: loss for (s, rate), loss in mean.items() if s == setup}
+        top = min(tried, key=tried.__getitem__)
+        near = [f"{tried[r]:.3f}" if r in tried else "" for r in (top / 4, top, top * 2)]
+        rows.append((setup, f"{top:g}", *near))
+    return "\n\n".join(
+        [
+            "## Held-out loss by learning rate",
+            "`python benchmarks/learning_rate.py`: SmolLM2-135M on the demo's data; what the rule for `lr: auto` was "
+            "held against.",
+            table(["", "best rate", "loss at a quarter of it", "loss", "loss at twice"], rows),
+        ]
+    )
+
+
+def methods(found: list[dict[str, Any]]) -> str:
+    cells: dict[tuple[str, int, float], list[float]] = defaultdict(list)
+    for r in found:
+        cells[r["method"], r["rows"], r["rate"]].append(r["accuracy"])
+    best: dict[tuple[str, int], float] = {}
+    for (method, rows, _), values in cells.items():
+        best[method, rows] = max(best.get((method, rows), 0.0), sum(values) / len(values))
+    counts = sorted({rows for _, rows in best})
+    names = list(dict.fromkeys(m for m, _ in best))
+    body = [(m, *(f"{100 * best[m, n]:.1f}" if (m, n) in best else "" for n in counts)) for m in names]
+    return "\n\n".join(
+        [
+            "## Adapter, whole model or last layers, by amount of data",
+            "`python benchmarks/methods.py`: all-MiniLM-L6-v2 on the sentiment of film reviews, accuracy in % on 1,000 "
+            "other reviews at the best of five rates.",
+            table(["rows", *map(str, counts)], body),
+        ]
+    )
+
+
+SECTIONS: dict[str, Callable[[Any], str]] = {
+    "core": core,
+    "mixed": mixed,
+    "memory_cpu": memory,
+    "memory_cuda": memory,
+    "merge_stream": merge_stream,
+    "train_gpu_8b": train_gpu,
+    "learning_rate": learning_rate,
+    "methods": methods,
+}
+
+
+def main() -> None:
+    parts = [HEAD.strip()]
+    for name, section in SECTIONS.items():
+        path = RESULTS / f"{name}.json"
+        if path.exists():
+            parts.append(section(json.loads(path.read_text())))
+    PAGE.write_text("\n\n".join(parts) + "\n")
+    print(f"{PAGE}: {len(parts) - 1} sections")
+
+
+if __name__ == "__main__":
+    main()
