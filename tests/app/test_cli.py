@@ -20,21 +20,22 @@ HEAVY = ("torch", "transformers", "rich", "numpy")
 
 @pytest.mark.parametrize("words", [["--help"], *([name, "--help"] for name in cli.COMMANDS)])
 def test_help_is_quick_and_loads_nothing_heavy(words: list[str]) -> None:
+    """CPU time of the whole process, interpreter included: what else the machine does is not counted."""
     code = (
-        "import sys, time; start = time.perf_counter()\n"
+        "import sys, time\n"
         "from veneer.app.cli import main\n"
         f"try: main({words!r})\nexcept SystemExit as end: assert end.code == 0, end.code\n"
-        f"print([name for name in {HEAVY!r} if name in sys.modules], time.perf_counter() - start, file=sys.stderr)"
+        f"print([name for name in {HEAVY!r} if name in sys.modules], time.process_time(), file=sys.stderr)"
     )
-    best = 9.0
-    for _ in range(3):  # other processes may hold the machine up; the quickest of three is ours
+    seconds = []
+    for _ in range(3):
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-        loaded, seconds = done.stderr.strip().splitlines()[-1].rsplit(" ", 1)
+        loaded, spent = done.stderr.strip().splitlines()[-1].rsplit(" ", 1)
         assert loaded == "[]", f"veneer {' '.join(words)} imported {loaded}"
-        best = min(best, float(seconds))
-        if best < 0.3:
+        seconds.append(float(spent))
+        if min(seconds) < 0.3:
             break
-    assert best < 0.3, f"veneer {' '.join(words)} took {best:.2f} s"
+    assert min(seconds) < 0.3, f"veneer {' '.join(words)} took {min(seconds):.2f} s"
     assert "veneer" in done.stdout and len(done.stdout.splitlines()) > 5
 
 

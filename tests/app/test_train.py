@@ -42,7 +42,7 @@ def test_a_run_from_the_command_line(veneer: Callable[..., Any], tiny_folder: Pa
         "val ",
     ):
         assert words in said.out, words
-    assert "\x1b" not in said.out and "Loading weights" not in said.err
+    assert "\x1b" not in said.out and "Loading weights" not in said.err and "display failed" not in said.err
     assert Path("runs/a/report.html").exists() and Run("runs/a").status == "done"
     assert "next:  veneer chat runs/a --vs base" in said.out
 
@@ -52,6 +52,21 @@ def test_json_lines_and_nothing_else(veneer: Callable[..., Any], tiny_folder: Pa
     kinds = [line.get("event") for line in lines]
     assert kinds[0] == "start" and kinds.count("step") == 6 and "proof" in kinds and kinds[-2] == "done"
     assert lines[-1]["ok"] is True and lines[-1]["run"] == "runs/a" and lines[-1]["result"]["steps"] == 6
+
+
+def test_a_display_that_fails_does_not_end_the_run(
+    veneer: Callable[..., Any], tiny_folder: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from veneer.app import progress
+
+    def fails(self: Any, event: Any) -> None:
+        if event["event"] == "step":
+            raise OSError("the terminal has gone")
+
+    monkeypatch.setattr(progress.Plain, "__call__", fails)
+    said = veneer("train", tiny_folder, data, "--name", "a", *QUICK)
+    assert said.code == 0 and Run("runs/a").status == "done"
+    assert said.err.count("the display failed (OSError: the terminal has gone); the run goes on without it") == 1
 
 
 def test_foreign_names_are_understood_with_a_notice(veneer: Callable[..., Any], tiny_folder: Path, data: Path) -> None:

@@ -298,9 +298,9 @@ def _self_test() -> Iterator[Finding]:
     spec, x, live = LoRA(rank=2, targets=["0", "2"]), torch.ones(3, 16), model()
     base = live(x)
     attach(live, spec)
-    step = torch.optim.SGD([p for p in live.parameters() if p.requires_grad], lr=0.05)
+    step = torch.optim.SGD([p for p in live.parameters() if p.requires_grad], lr=0.1)
     for _ in range(2):  # B is 0 at first, so A only moves in the second step
-        live(x).square().sum().backward()
+        live(x).square().mean().backward()
         check_alive(live)
         step.step()
         step.zero_grad()

@@ -41,7 +41,7 @@ class Said(NamedTuple):
 def split(words: Sequence[str]) -> Said:
     """
     >>> split(["m", "d.jsonl", "--lora_r=8", "--use-dora", "--no-yes", "--json"])
-    Said(flags={'--lora-r': '8', '--use-dora': 'true', '--no-yes': 'false'}, rest=['m', 'd.jsonl', '--json'])
+    Said(flags={'--lora-r': '8', '--use-dora': 'true', '--yes': 'false'}, rest=['m', 'd.jsonl', '--json'])
     """
     flags: dict[str, Any] = {}
     rest: list[str] = []

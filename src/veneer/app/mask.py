@@ -8,12 +8,13 @@ what one looks for here.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from veneer.app.text import Signs, printable, share
 
 __all__ = ["Stretch", "picture"]
 
-Stretch = tuple[str, bool, int]  # text, whether it is trained, its tokens
+Stretch = Sequence[Any]  # text, whether it is trained, its tokens: a tuple, or a list where it comes from JSON
 TRAINED, CONTEXT, PLAIN = "\x1b[1;32m", "\x1b[2m", "\x1b[0m"
 WIDTH = 700  # characters of a sample; what is longer loses the middles of its longest stretches
 

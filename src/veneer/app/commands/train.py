@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -59,13 +60,29 @@ def _need_subject(resolved: Resolved) -> None:
 
 
 class Watcher:
-    """Stands between loop and display: shows the mask once the run knows it, and keeps the answers for the end."""
+    """Stands between loop and display: shows the mask once the run knows it, and keeps the answers for the end.
 
-    def __init__(self, show: Callable[[dict[str, Any]], Any]) -> None:
-        self.show, self.run = show, ""
+    A run of hours must not die because a terminal went away: a display that fails is left alone from then on, which
+    is said once on stderr.
+    """
+
+    def __init__(self, show: Callable[[dict[str, Any]], Any], out: Output) -> None:
+        self.show, self.out, self.run = show, out, ""
         self.samples: list[dict[str, Any]] = []
+        self.broken = False
 
     def __call__(self, event: dict[str, Any]) -> Any:
+        if self.broken:
+            return None
+        try:
+            return self._shown(event)
+        except Exception as error:
+            self.broken = True
+            with contextlib.suppress(OSError):
+                self.out.warn(f"the display failed ({type(error).__name__}: {error}); the run goes on without it")
+            return None
+
+    def _shown(self, event: dict[str, Any]) -> Any:
         kind = event["event"]
         if kind == "start":
             self.run = event["run"]
@@ -85,7 +102,7 @@ def train(resolved: Resolved, out: Output) -> Run:
         from veneer.infer.load import quiet_transformers
         from veneer.train.loop import train as loop
 
-        watcher = Watcher(show)
+        watcher = Watcher(show, out)
         with quiet_transformers():
             done = loop(report=watcher, resolved=resolved)
         write_report(done.folder)
