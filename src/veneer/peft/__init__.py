@@ -35,9 +35,9 @@ _HOME = {
     ),
     "LoraModel": "veneer.peft.tuner",
     **dict.fromkeys(
-        ("get_peft_model_state_dict", "hotswap_adapter", "load_peft_weights", "set_peft_model_state_dict"),
-        "veneer.peft.files",
+        ("get_peft_model_state_dict", "load_peft_weights", "set_peft_model_state_dict"), "veneer.peft.states"
     ),
+    "hotswap_adapter": "veneer.peft.files",
     **dict.fromkeys(
         ("TunerLayerStatus", "TunerModelStatus", "get_layer_status", "get_model_status"), "veneer.peft.status"
     ),
@@ -108,12 +108,7 @@ if TYPE_CHECKING:
         AutoPeftModelForTokenClassification,
     )
     from veneer.peft.config import LoraConfig, LoraRuntimeConfig, PeftConfig, PeftType, TaskType, get_peft_config
-    from veneer.peft.files import (
-        get_peft_model_state_dict,
-        hotswap_adapter,
-        load_peft_weights,
-        set_peft_model_state_dict,
-    )
+    from veneer.peft.files import hotswap_adapter
     from veneer.peft.helpers import check_if_peft_model, prepare_model_for_kbit_training, rescale_adapter_scale
     from veneer.peft.model import (
         PeftModel,
@@ -128,6 +123,7 @@ if TYPE_CHECKING:
         inject_adapter_in_model,
         release,
     )
+    from veneer.peft.states import get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
     from veneer.peft.status import TunerLayerStatus, TunerModelStatus, get_layer_status, get_model_status
     from veneer.peft.tuner import LoraModel
 

@@ -49,7 +49,7 @@ from veneer.core.model import (
 )
 from veneer.core.op import op_of
 from veneer.errors import ConfigError, StateError
-from veneer.peft import files, status, weighted
+from veneer.peft import files, held, live, states, status, weighted
 from veneer.peft.config import LoraConfig, PeftConfig, TaskType, spec_for
 from veneer.peft.tuner import LoraModel
 
@@ -121,7 +121,7 @@ class PeftModel(nn.Module):
         if paused is not None:
             return list(paused[0])
         if is_merged(self):
-            return files.merged_names(self)
+            return held.merged_names(self)
         return list(active_of(self).names) if adapters(self) else []
 
     @property
@@ -196,7 +196,7 @@ class PeftModel(nn.Module):
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
         """The base, for the length of the block. What was merged is merged again afterwards."""
-        merged = files.merged_mixture(self)
+        merged = held.merged_mixture(self)
         if merged is not None:
             unmerge(self)
         try:
@@ -229,7 +229,7 @@ class PeftModel(nn.Module):
         """
         if isinstance(adapter_names, str):
             raise TypeError(f"adapter_names should be a list of names, got {adapter_names!r}")
-        already = files.merged_names(self)
+        already = held.merged_names(self)
         wanted = list(adapter_names) if adapter_names is not None else self.active_adapters
         new = [name for name in wanted if name not in already]
         if already and not new:
@@ -259,7 +259,7 @@ class PeftModel(nn.Module):
 
         untie: give an adapted layer whose weight another one shares (an embedding tied to the head) its own weight.
         """
-        if is_merged(self) and adapter_names is not None and set(adapter_names) != set(files.merged_names(self)):
+        if is_merged(self) and adapter_names is not None and set(adapter_names) != set(held.merged_names(self)):
             unmerge(self)
         if not is_merged(self):
             merge(self, adapter_names, keep_base=False, untie=untie)
@@ -285,7 +285,7 @@ class PeftModel(nn.Module):
             return None
         report = weighted.add(self, adapters, weights, adapter_name, combination_type, **options)
         self.set_requires_grad(adapter_name, False)
-        self.peft_config[adapter_name] = files.config_of(self, adapter_name, _task(self.peft_config[adapters[0]]))
+        self.peft_config[adapter_name] = held.config_of(self, adapter_name, _task(self.peft_config[adapters[0]]))
         return report
 
     # --- counting and looking ---
@@ -359,22 +359,22 @@ class PeftModel(nn.Module):
         **kwargs: Any,
     ) -> Any:
         """Load a saved adapter beside the others, idle until set_adapter; into it, if one of that name is there."""
-        files.refuse_options(key_mapping=key_mapping, ephemeral_gpu_offload=ephemeral_gpu_offload)
+        states.refuse_options(key_mapping=key_mapping, ephemeral_gpu_offload=ephemeral_gpu_offload)
         if adapter_name in adapters(self):
             result = files.load_into(self, model_id, adapter_name, **kwargs)
         else:
             with _same_active(self):
                 config = files.load_new(self, model_id, adapter_name, is_trainable, autocast_adapter_dtype, **kwargs)
             self.peft_config[adapter_name] = config
-            result = files.nothing_amiss()
+            result = held.nothing_amiss()
         if not is_trainable and self.training:
             self.eval()
         return result
 
     def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
         """As ever; but a state that holds adapters alone (a Trainer's checkpoint) must hold all of them."""
-        if state_dict and all(files.is_live_key(key) for key in state_dict):
-            return files.load_live(self, state_dict)
+        if state_dict and all(live.is_live_key(key) for key in state_dict):
+            return live.load_live(self, state_dict)
         return super().load_state_dict(state_dict, strict, assign)
 
 
@@ -433,7 +433,7 @@ def adopt(model: Any, kind: type[PeftModel] = PeftModel) -> Any:
     """Give a model PEFT's methods, in place. Adapters that `veneer.attach` put on it get configs that say the same."""
     if not isinstance(model, PeftModel):
         model.__class__ = peft_class(kind, type(model))
-        vars(model)["peft_config"] = {name: files.config_of(model, name, kind.task) for name in adapters(model)}
+        vars(model)["peft_config"] = {name: held.config_of(model, name, kind.task) for name in adapters(model)}
         vars(model)["_hf_peft_config_loaded"] = True  # transformers' own flag: there are adapters to train
     return model
 
@@ -581,7 +581,7 @@ def _load_new(
     key_mapping: dict[str, str] | None = None,
     **kwargs: Any,
 ) -> Any:
-    files.refuse_options(key_mapping=key_mapping, ephemeral_gpu_offload=ephemeral_gpu_offload)
+    states.refuse_options(key_mapping=key_mapping, ephemeral_gpu_offload=ephemeral_gpu_offload)
     if adapter_name in adapters(model):
         raise StateError(f"there is already an adapter named {adapter_name!r}", fix="give another adapter_name")
     found = files.load_new(model, model_id, adapter_name, is_trainable, autocast_adapter_dtype, **kwargs)

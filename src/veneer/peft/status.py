@@ -13,10 +13,11 @@ from typing import Any, Literal
 from torch import nn
 
 from veneer.core.host import original_class
+from veneer.core.leaf import Leaf
 from veneer.core.model import active_of, adapters, is_merged, parameters
 from veneer.core.weight import is_plain
 from veneer.errors import StateError
-from veneer.peft.files import hosts, merged_names
+from veneer.peft.held import hosts, merged_names
 
 __all__ = ["TunerLayerStatus", "TunerModelStatus", "get_layer_status", "get_model_status"]
 
@@ -71,7 +72,7 @@ def _layers(model: Any) -> Iterator[TunerLayerStatus]:
         parts = {adapter: list(module.parameters()) for adapter, module in layer.slots.items()}
         yield TunerLayerStatus(
             name=prefix + name,
-            module_type=f"lora.{original_class(type(layer)).__name__}",
+            module_type=_kind(layer),
             enabled=enabled,
             active_adapters=list(active),
             merged_adapters=[adapter for adapter in merged if adapter in parts],
@@ -80,6 +81,11 @@ def _layers(model: Any) -> Iterator[TunerLayerStatus]:
             devices={adapter: sorted({p.device.type for p in own}) for adapter, own in parts.items()},
             quantization_backend=_backend(layer),
         )
+
+
+def _kind(layer: Any) -> str:
+    """PEFT's name for its wrapper of such a layer."""
+    return "lora.ParamWrapper" if isinstance(layer, Leaf) else f"lora.{original_class(type(layer)).__name__}"
 
 
 def _activity(model: Any) -> tuple[bool, list[str], list[str]]:

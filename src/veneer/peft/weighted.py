@@ -14,7 +14,7 @@ from torch import nn
 from veneer.core.mixing import METHODS, Mixed, combine
 from veneer.core.registry import near
 from veneer.errors import ConfigError
-from veneer.peft.files import refuse_options
+from veneer.peft.states import refuse_options
 
 __all__ = ["add"]
 
