@@ -254,7 +254,7 @@ def contrast(one: str, two: str) -> float:
         ({"proved": None}, "Done", "Held-out loss fell from 3.500 to 2.500 in 60 steps. Nothing was proved."),
         ({"proved": False}, "Not proved", "Training ended, but its result does not hold: proof P6 failed."),
         ({"status": "failed", "proved": None}, "Failed", "The run failed at step 60 of 60."),
-        ({"status": "stopped", "proved": None}, "Stopped", "The run was stopped, and can go on, at step 60 of 60."),
+        ({"status": "stopped", "proved": None}, "Stopped", "The run was stopped at step 60 of 60, and can go on."),
         ({"status": "training", "proved": None}, "Training", "The run has not ended; it is at step 60 of 60."),
         (
             {"status": "training", "proved": None, "pid": 0x3FFFFF},

@@ -189,7 +189,7 @@ def _tick(value: float) -> str:
 def _frame(
     ink: Iterable[Html], across: Scale, up: Scale, label: str, x_name: str, write: Write, data: str | None = None
 ) -> Html:
-    rows, columns = up.ticks(4), across.ticks(5)
+    rows, columns = up.ticks(4), [v for v in across.ticks(5) if v == int(v)]  # no half steps, no half tokens
     grid = [tag("path", class_="grid", d=f"M0 {1000 - up(v):g}H1000") for v in rows]
     letters = [tag("span", write(v), class_="y", style=f"bottom:{up(v) / 10:g}%") for v in rows]
     letters += [tag("span", _tick(v), class_="x", style=f"left:{across(v) / 10:g}%") for v in columns]

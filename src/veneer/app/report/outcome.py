@@ -17,10 +17,10 @@ from veneer.app.text import bytes_, count, number, plural, share
 
 __all__ = ["Outcome", "figures", "outcome", "subject", "trouble"]
 
-ENDED = {
-    "failed": ("bad", "The run failed"),
-    "dead": ("bad", "The run's process vanished"),
-    "stopped": ("warn", "The run was stopped, and can go on,"),
+ENDED: dict[str, tuple[Tone, str]] = {
+    "failed": ("bad", "The run failed {at}."),
+    "dead": ("bad", "The run's process vanished {at}."),
+    "stopped": ("warn", "The run was stopped {at}, and can go on."),
 }
 PROBLEMS = 20  # single findings shown of an error
 
@@ -39,8 +39,8 @@ def outcome(record: Record) -> Outcome:
     at = f"at step {record.steps:,}{f' of {planned:,}' if planned else ''}"
     failed = [str(check.get("id")) for check in record.checks if not check.get("passed")]
     if record.status in ENDED:
-        tone, verb = ENDED[record.status]
-        return Outcome(tone, record.status.capitalize(), f"{verb} {at}.")  # type: ignore[arg-type]
+        tone, sentence = ENDED[record.status]
+        return Outcome(tone, record.status.capitalize(), sentence.format(at=at))
     if failed:
         which = f"proof {failed[0]}" if len(failed) == 1 else f"proofs {', '.join(failed)}"
         return Outcome("bad", "Not proved", f"Training ended, but its result does not hold: {which} failed.")
