@@ -24,14 +24,14 @@ from torch import Tensor, nn
 from veneer.ckpt.config import TASK_HEADS, Parsed, selects, selects_parameters
 from veneer.ckpt.layout import from_file, is_conv, is_flipped, misfit, parse_key
 from veneer.ckpt.tensorfile import Stored, TensorFile
-from veneer.core.host import Hosted
-from veneer.core.leaf import Leaf, Reading, leaves_of
+from veneer.core.host import plain_modules
+from veneer.core.leaf import Leaf, leaves_of
 from veneer.core.op import op_for
 from veneer.core.select import ends_with
 from veneer.core.spec import LoRA
 from veneer.errors import CheckpointError
 
-__all__ = ["Fit", "fit", "plain_modules", "renamings"]
+__all__ = ["Fit", "fit", "renamings"]
 
 
 Read = Callable[[str], Tensor | None]
@@ -408,25 +408,6 @@ def _rename(found: Found, forward: Callable[[str], str]) -> Found:
         {parameter(full): stored for full, stored in found.plain.items()},
         {parameter(full): stored for full, stored in found.base.items()},
     )
-
-
-def plain_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """`named_modules` without the inside of adapters, so that its cost does not grow with their number."""
-    found: dict[str, nn.Module] = {}
-    seen: set[nn.Module] = set()
-
-    def walk(module: nn.Module, name: str) -> None:
-        if module in seen:
-            return
-        seen.add(module)
-        found[name] = module
-        inside = isinstance(module, Hosted | Reading)
-        for key, child in module._modules.items():
-            if child is not None and not (inside and key == "lora"):
-                walk(child, f"{name}.{key}" if name else key)
-
-    walk(model, "")
-    return found
 
 
 def _shortest(endings: Sequence[str], saved: Sequence[str], modules: Iterable[str]) -> tuple[str, ...]:

@@ -42,14 +42,15 @@ from veneer.ckpt.config import (
     read_config,
     targets_for,
 )
-from veneer.ckpt.fit import NESTED, Fit, fit, plain_modules
+from veneer.ckpt.fit import NESTED, Fit, fit
 from veneer.ckpt.hub import WEIGHTS, find
 from veneer.ckpt.layout import PREFIX, file_rank, to_file
 from veneer.ckpt.tensorfile import TensorFile, save_tensors
 from veneer.core.delta import Lora
 from veneer.core.deltas.fused import FusedLora
+from veneer.core.host import plain_modules
 from veneer.core.leaf import Leaf, own_parameters
-from veneer.core.model import adapter_of, attach, detach, put, sites, spec_of, tensors
+from veneer.core.model import adapter_of, attach, detach, put, sites, spec_of, tensors, unmerged
 from veneer.core.op import OPS, op_of
 from veneer.core.spec import LoRA
 from veneer.core.weight import read_weight
@@ -226,10 +227,12 @@ def save(model: nn.Module, folder: str | os.PathLike[str], name: str = "default"
     Other files there stay. The two of the adapter are replaced together, or, on a full disk or a kill, not at all.
     """
     path = Path(folder).expanduser() / ("" if name == "default" else name)
-    spec, contents = spec_of(model, name), _contents(model, name)
+    spec = spec_of(model, name)
+    with unmerged(model):  # biases and magnitudes are written relative to the base, whatever is merged just now
+        contents = _contents(model, name)
+        config = _config(model, name, spec, contents)
     if not allow_nan:
         refuse_broken(contents.tensors, str(path))
-    config = _config(model, name, spec, contents)
     with atomic_folder(path, keep=True) as temp:
         save_tensors(temp / WEIGHTS, contents.tensors, {METADATA: base_of(model).to_json()})
         (temp / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

@@ -27,13 +27,24 @@ from torch import Tensor, nn
 
 from veneer.core.combine import Add, Combine
 from veneer.core.delta import Delta, Lora
-from veneer.core.leaf import Leaf, host_leaf, own_parameters, release_leaf
+from veneer.core.leaf import Leaf, Reading, host_leaf, own_parameters, release_leaf
 from veneer.core.lowrank import low_rank_linear
 from veneer.core.op import LinearOp, Op, op_for, op_of
 from veneer.core.weight import is_plain, read_weight
 from veneer.errors import StateError, TargetError
 
-__all__ = ["Active", "Adapted", "Adapter", "Readable", "Whole", "adapted_class", "host", "original_class", "release"]
+__all__ = [
+    "Active",
+    "Adapted",
+    "Adapter",
+    "Readable",
+    "Whole",
+    "adapted_class",
+    "host",
+    "original_class",
+    "plain_modules",
+    "release",
+]
 
 FEW = 4  # rows for each adapter up to which copying the factors for every row beats going adapter by adapter
 NORMS = (nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm)
@@ -471,6 +482,25 @@ def release(layer: nn.Module) -> None:
 
 def _is_sharded(w: Tensor) -> bool:
     return hasattr(w, "_local_tensor")
+
+
+def plain_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """`named_modules` without the inside of adapters, so that its cost does not grow with their number."""
+    found: dict[str, nn.Module] = {}
+    seen: set[nn.Module] = set()
+
+    def walk(module: nn.Module, name: str) -> None:
+        if module in seen:
+            return
+        seen.add(module)
+        found[name] = module
+        inside = isinstance(module, Hosted | Reading)
+        for key, child in module._modules.items():
+            if child is not None and not (inside and key == "lora"):
+                walk(child, f"{name}.{key}" if name else key)
+
+    walk(model, "")
+    return found
 
 
 def refuse_sharded(layers: Mapping[str, nn.Module]) -> None:

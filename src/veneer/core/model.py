@@ -21,7 +21,19 @@ from torch import Tensor, nn
 
 from veneer.core.combine import COMBINES, Add
 from veneer.core.delta import DELTAS
-from veneer.core.host import NORMS, Active, Adapted, Adapter, Hosted, Readable, Whole, host, refuse_sharded, release
+from veneer.core.host import (
+    NORMS,
+    Active,
+    Adapted,
+    Adapter,
+    Hosted,
+    Readable,
+    Whole,
+    host,
+    plain_modules,
+    refuse_sharded,
+    release,
+)
 from veneer.core.init import INITS, NEEDS, SHARES_RANKS, Site, share_ranks, unset
 from veneer.core.leaf import Leaf, own_parameters
 from veneer.core.observe import Loss, loss_of, observe
@@ -55,6 +67,7 @@ __all__ = [
     "summary",
     "tensors",
     "unmerge",
+    "unmerged",
 ]
 
 Mixture = str | None | Sequence[str] | Mapping[str, float]
@@ -87,7 +100,7 @@ class State:
 
 @dataclass(frozen=True)
 class Attached:
-    """What attach did."""
+    """What attach did. `total` counts the base and this adapter, not the other adapters on the model."""
 
     name: str
     sites: tuple[str, ...]
@@ -249,7 +262,7 @@ def attach(
     state.placed[name] = Placed(spec, tuple(new), tuple(copies))
     state.active.change((name,))
     trained = sum(p.numel() for m in (*new.values(), *copies.values()) for p in m.parameters())
-    return Attached(name, tuple(new), tuple(copies), trained if trainable else 0, _count(model))
+    return Attached(name, tuple(new), tuple(copies), trained if trainable else 0, _base_count(model) + trained)
 
 
 def _start(model: nn.Module) -> State:
@@ -259,6 +272,11 @@ def _start(model: nn.Module) -> State:
         parameter.requires_grad_(False)
     vars(model)["_veneer"] = state
     return state
+
+
+def _base_count(model: nn.Module) -> int:
+    own = {id(p): p.numel() for m in plain_modules(model).values() for p in m._parameters.values() if p is not None}
+    return sum(own.values())
 
 
 def _count(model: nn.Module) -> int:
@@ -377,10 +395,10 @@ def _bias_layers(
     if spec.bias != "all":
         return {}
     found, problems = {}, []
-    for name, module in model.named_modules():
+    for name, module in plain_modules(model).items():
         if module._parameters.get("bias") is None or name in layers:
             continue
-        if any(name == w or name.startswith(w + ".") for w in whole) or ".lora." in f".{name}.":
+        if any(name == w or name.startswith(w + ".") for w in whole):
             continue
         if op_for(type(module)) is not None or isinstance(module, NORMS):
             found[name] = module
@@ -647,6 +665,23 @@ def unmerge(model: nn.Module) -> None:
             write_weight(layer, value) if own is None else own.copy_(value)
     state.kept, state.merged = None, None
     state.active.change(*state.resume)
+
+
+@contextmanager
+def unmerged(model: nn.Module) -> Iterator[None]:
+    """The base's own weights for the length of the block, where a merge keeps them; then merged again."""
+    state = _state(model)
+    if state.merged is None or state.kept is None:
+        yield
+        return
+    names = state.merged
+    unmerge(model)
+    try:
+        yield
+    finally:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # said when it was merged first
+            merge(model, names)
 
 
 def _refuse_broken(acting: Mapping[str, list[tuple[nn.Module, float]]]) -> None:

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from torch import nn
 
 from veneer.core.fused import fused_parts
+from veneer.core.host import plain_modules
 from veneer.core.leaf import Leaf, leaves_of
 from veneer.core.op import LinearOp, op_for
 from veneer.core.spec import LoRA
@@ -79,9 +80,7 @@ def select(model: nn.Module, spec: LoRA) -> dict[str, nn.Module]:
 def _places(model: nn.Module) -> dict[str, nn.Module]:
     """All that can carry an adapter: layers of a known kind, and matrices held by modules of other kinds."""
     places: dict[str, nn.Module] = {}
-    for name, module in model.named_modules():
-        if isinstance(module, Leaf) or ".lora." in f".{name}.":
-            continue
+    for name, module in plain_modules(model).items():
         if op_for(type(module)) is not None:
             places[name] = module
             continue
@@ -97,7 +96,7 @@ def select_saved(model: nn.Module, spec: LoRA) -> dict[str, nn.Module]:
     if not spec.modules_to_save:
         return {}
     found: dict[str, nn.Module] = {}
-    names = dict(model.named_modules())
+    names = plain_modules(model)
     for ending in spec.modules_to_save:
         matches = {n: m for n, m in names.items() if n and ends_with(n, ending)}
         if not matches:
@@ -177,7 +176,7 @@ def _refuse_unadaptable(
     model: nn.Module, layers: Mapping[str, nn.Module], matches: Callable[[str], object], shown: str
 ) -> None:
     """A target that names a module of a kind that cannot carry an adapter gets its own answer."""
-    kinds = {type(m).__name__ for n, m in model.named_modules() if n and matches(n) and n not in layers}
+    kinds = {type(m).__name__ for n, m in plain_modules(model).items() if n and matches(n) and n not in layers}
     if kinds:
         raise TargetError(
             f"targets {shown!r} name modules that cannot carry a low-rank adapter: {', '.join(sorted(kinds))}",

@@ -30,12 +30,13 @@ from veneer.core.model import (
     put,
     sites,
     spec_of,
+    unmerged,
 )
 from veneer.core.registry import near
 from veneer.core.spec import LoRA
 from veneer.errors import CheckpointError, ConfigError, StateError
 from veneer.peft.config import LoraConfig, PeftConfig
-from veneer.peft.held import LoadResult, nothing_amiss, unmerged
+from veneer.peft.held import LoadResult, nothing_amiss
 from veneer.peft.live import CHECKPOINT, LIVE, save_live
 from veneer.peft.states import IGNORED, embeddings_of, refuse_options, refuse_other_values, same_start, wants_embeddings
 

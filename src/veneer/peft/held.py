@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 from torch import nn
 
 from veneer.ckpt import peft as store
-from veneer.ckpt.fit import plain_modules
-from veneer.core.model import Mixture, _state, is_merged, merge, spec_of, unmerge
+from veneer.core.host import plain_modules
+from veneer.core.model import Mixture, _state, is_merged, spec_of
 from veneer.peft.config import LoraConfig
 
-__all__ = ["LoadResult", "config_of", "hosts", "merged_mixture", "merged_names", "nothing_amiss", "unmerged"]
+__all__ = ["LoadResult", "config_of", "hosts", "merged_mixture", "merged_names", "nothing_amiss"]
 
 
 class LoadResult(NamedTuple):
@@ -51,17 +49,3 @@ def config_of(model: nn.Module, name: str, task: str | None = None) -> LoraConfi
     known = {key: value for key, value in words.items() if key in LoraConfig.__dataclass_fields__}
     start = True if spec.init == "kaiming" else spec.init
     return LoraConfig(**{**known, "inference_mode": False, "init_lora_weights": start, "task_type": task})
-
-
-@contextmanager
-def unmerged(model: nn.Module) -> Iterator[None]:
-    """Files are written of adapters beside the base, whatever is merged at the moment."""
-    merged = merged_mixture(model)
-    if merged is None:
-        yield
-        return
-    unmerge(model)
-    try:
-        yield
-    finally:
-        merge(model, merged)

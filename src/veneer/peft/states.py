@@ -15,10 +15,11 @@ from torch import Tensor, nn
 
 from veneer.ckpt import peft as store
 from veneer.ckpt.config import parse
-from veneer.ckpt.fit import fit, plain_modules
+from veneer.ckpt.fit import fit
 from veneer.ckpt.hub import WEIGHTS, find
 from veneer.ckpt.layout import PREFIX
 from veneer.ckpt.tensorfile import TensorFile, save_tensors
+from veneer.core.host import plain_modules
 from veneer.core.model import put, spec_of, tensors
 from veneer.errors import CheckpointError, ConfigError
 from veneer.peft.held import LoadResult, unmerged
