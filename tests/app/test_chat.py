@@ -57,6 +57,17 @@ def test_side_by_side_as_json(run: Run, tiny_folder: Path, veneer: Callable[...,
     assert alone["text"] == answers[1]["text"]  # the base beside an adapter is the base
 
 
+def test_runs_with_other_templates_are_each_asked_in_their_own_way(
+    run: Run, tiny_folder: Path, veneer: Callable[..., Any]
+) -> None:
+    make_run(tiny_folder, "brief", seed=3, system="Be brief.")
+    both = veneer("chat", "sql", "--vs", "brief", "-p", "hello", "--max-tokens", 5, "--json").json["answers"]
+    alone = [
+        veneer("chat", name, "-p", "hello", "--max-tokens", 5, "--json").json["answers"][0] for name in ("sql", "brief")
+    ]
+    assert both == alone and both[0]["prompt_tokens"] < both[1]["prompt_tokens"]
+
+
 def test_an_adapter_folder_and_last_are_runs_too(run: Run, veneer: Callable[..., Any]) -> None:
     texts = {
         veneer("chat", word, "-p", "hello", "--max-tokens", 5, "--json").json["answers"][0]["text"]

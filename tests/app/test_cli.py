@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import time
@@ -178,6 +179,14 @@ def test_sigterm_stops_as_ctrl_c_does() -> None:
     _, errors = process.communicate(timeout=10)
     assert process.returncode == 130 and time.monotonic() - start < 5
     assert "stopped" in errors and "Traceback" not in errors
+
+
+def test_a_stream_that_knows_ascii_only_gets_ascii(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", "import sys; from veneer.app.cli import main; sys.exit(main(['doctor']))"],
+        capture_output=True, text=True, cwd=tmp_path, env={**os.environ, "PYTHONIOENCODING": "ascii"},
+    )  # fmt: skip
+    assert done.stdout.isascii() and "ok self-test" in done.stdout and "Error" not in done.stderr
 
 
 def test_plain_values_are_json_whatever_they_were() -> None:

@@ -129,6 +129,17 @@ def test_bad_rows_are_told_all_at_once(veneer: Callable[..., Any], tiny_folder: 
     assert answer["exit"] == 2 and len(answer["error"]["problems"]) == 2
 
 
+def test_a_failed_run_has_its_report_and_its_traceback(
+    veneer: Callable[..., Any], tiny_folder: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("veneer.train.loop.Loop.step", lambda self: 1 / 0)
+    said = veneer("train", tiny_folder, data, "--name", "a", *QUICK)
+    assert said.code == 1 and "ZeroDivisionError: division by zero" in said.err
+    assert "the traceback is in runs/a/run.log" in said.err
+    assert "Traceback" in Path("runs/a/run.log").read_text() and Path("runs/a/report.html").exists()
+    assert "failed" in veneer("runs").out
+
+
 # ---------------------------------------------------------------- check
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -102,6 +104,16 @@ def test_what_was_saved_can_be_trained_on(chat: Chat, tmp_path: Path) -> None:
     for _ in range(3):
         chat.command(f"/save {tmp_path}/c.jsonl")
     assert len(load_data(tmp_path / "c.jsonl")) == 3
+
+
+def test_texts_are_saved_as_prompts_and_completions(make_adapter: Any, tmp_path: Path) -> None:
+    source = dataclasses.replace(source_of_folder(str(make_adapter("p"))), plain=True)
+    chat = Chat([Speaker("p", load([source], say=lambda line: None), "p")], Sampling(max_tokens=4))
+    answers = [said(chat, text)[0] for text in ("one", "two")]  # each text stands alone
+    chat.command(f"/save {tmp_path}/c.jsonl")
+    rows = [json.loads(line) for line in (tmp_path / "c.jsonl").read_text().splitlines()]
+    assert rows == [{"prompt": p, "completion": a} for p, a in zip(("one", "two"), answers, strict=True)]
+    assert said(Chat(chat.speakers[:1], chat.sampling), "one") == answers[:1]
 
 
 def test_sums_of_adapters_are_read() -> None:

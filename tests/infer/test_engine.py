@@ -144,3 +144,18 @@ def test_a_stop_text_ends_the_answer_and_is_not_shown(tiny_tokenizer: PreTrained
     assert said("one two\n\nUser: three", "\nUser:") == ("one two\n", True)
     assert said("one two\nUse it", "\nUser:") == ("one two\nUse it", False)
     assert said("ends with \nUse", "\nUser:") == ("ends with \nUse", False)
+
+
+def test_generate_in_one_line(tiny_llama: PreTrainedModel, tiny_tokenizer: Any) -> None:
+    from veneer.infer import Engine as lazily
+    from veneer.infer import generate
+
+    assert lazily is Engine
+    model = adapted(tiny_llama, "a")
+    conversation = [{"role": "user", "content": "hello"}]
+    one, other, text = generate(
+        model, tiny_tokenizer, [conversation, conversation, "once"], adapters=["a", None, "a"], max_tokens=6
+    )
+    assert one != other and text != one
+    activate(model, None)
+    assert generate(model, tiny_tokenizer, [conversation], max_tokens=6) == [other]

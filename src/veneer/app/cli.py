@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import importlib
+import io
 import itertools
 import os
 import signal
@@ -104,21 +105,30 @@ def _columns() -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line; the exit code comes back, except for --help, which prints and exits 0 itself."""
+    _never_fail_at_a_letter()
     words = _general_flags_last(sys.argv[1:] if argv is None else argv)
     out = Output(next((w for w in words if not w.startswith("-")), ""), json="--json" in words)
     try:
         name = _command_name(words)
         return 0 if name is None else _run(name, words[words.index(name) + 1 :], out)
     except KeyboardInterrupt:
-        out.error(VeneerError("stopped", fix="`veneer train --resume` goes on with a run that was stopped"), STOPPED)
+        fix = "`veneer train --resume` goes on with it" if out.log else None
+        out.error(VeneerError("stopped", fix=fix), STOPPED)
         return STOPPED
     except BrokenPipeError:  # the reader (head, less) has left; nothing is wrong
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - the interpreter flushes it on its way out
         return DONE
     except Exception as error:
         code = exit_code(error)
-        out.error(error, code, None if isinstance(error, VeneerError) else _keep_traceback(error))
+        out.error(error, code, None if isinstance(error, VeneerError) else out.log or _keep_traceback(error))
         return code
+
+
+def _never_fail_at_a_letter() -> None:
+    """A model may write any letter, and a bare container's stdout knows 128 of them: print a ? rather than die."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
+            stream.reconfigure(errors="replace")
 
 
 def _general_flags_last(words: Sequence[str]) -> list[str]:

@@ -76,6 +76,7 @@ class Output:
         self.command, self.json, self.quiet = command, json, quiet
         self.stdout, self.stderr = stdout or sys.stdout, stderr or sys.stderr
         self.signs = Signs.of(self.stdout)
+        self.log: Path | None = None  # where the traceback of an error already lies
 
     @property
     def is_terminal(self) -> bool:
@@ -93,7 +94,8 @@ class Output:
     def _console(self, stream: Stream) -> Console:
         from rich.console import Console
 
-        width = None if stream.isatty() else int(os.environ.get("COLUMNS", PIPE_WIDTH))
+        asked = os.environ.get("COLUMNS", "")
+        width = None if stream.isatty() else int(asked) if asked.isdecimal() else PIPE_WIDTH
         return Console(file=cast(IO[str], stream), width=width, highlight=False, soft_wrap=False, emoji=False)
 
     def result(self, value: Mapping[str, Any], show: Callable[[Console], object]) -> None:

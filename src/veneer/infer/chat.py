@@ -13,9 +13,11 @@ Lines that begin with a slash are commands; `COMMANDS` is the list and the help.
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from veneer.core.model import adapters
 from veneer.core.registry import near
@@ -77,19 +79,22 @@ class Chat:
                 speaker.messages.append({"role": "system", "content": self.system})
             speaker.messages.append({"role": "user", "content": text})
             speaker.answer, speaker.forgotten = Answer(), 0
+        start = time.perf_counter()
         try:
             for index, piece in _interleaved([self._stream(group) for group in self._groups()]):
-                self.speakers[index].answer.add(piece)
+                answer = self.speakers[index].answer
+                answer.add(piece)
+                answer.seconds = time.perf_counter() - start
                 yield index, piece
         finally:
             for speaker in self.speakers:
                 self._close(speaker)
 
     def _groups(self) -> list[list[int]]:
-        """Speakers by the model they share."""
+        """Speakers by the engine they share: the same model, asked in the same manner."""
         groups: dict[int, list[int]] = {}
         for index, speaker in enumerate(self.speakers):
-            groups.setdefault(id(speaker.ready.model), []).append(index)
+            groups.setdefault(id(speaker.ready.engine), []).append(index)
         return list(groups.values())
 
     def _stream(self, group: list[int]) -> Iterator[tuple[int, Piece]]:
@@ -170,7 +175,8 @@ class Chat:
             return "there is nothing to save yet"
         path = Path(name.strip() or "chat.jsonl").expanduser()
         with path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"messages": self.speakers[at].messages}, ensure_ascii=False) + "\n")
+            for row in _rows(self.speakers[at]):
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
         self.saved += 1
         return f"the conversation with {self.speakers[at].label} was added to {path}"
 
@@ -179,6 +185,14 @@ class Chat:
 
     def help(self, _: str = "") -> str:
         return "\n".join(f"{command.usage:<24} {command.says}" for command in COMMANDS.values())
+
+
+def _rows(speaker: Speaker) -> list[dict[str, Any]]:
+    """The conversation as rows to train on: one of messages, or a prompt and a completion for each text."""
+    if not speaker.ready.plain:
+        return [{"messages": speaker.messages}]
+    said = [message["content"] for message in speaker.messages if message["role"] != "system"]
+    return [{"prompt": prompt, "completion": answer} for prompt, answer in zip(said[::2], said[1::2], strict=False)]
 
 
 def _interleaved(streams: list[Iterator[tuple[int, Piece]]]) -> Iterator[tuple[int, Piece]]:

@@ -1,5 +1,7 @@
 """Text out of a model that carries adapters: batches, streaming, one adapter per row.
 
+    generate(model, tokenizer, [[{"role": "user", "content": "How many?"}]] * 2, adapters=["sql", None])
+
     engine = Engine(model, tokenizer, stop_ids)
     engine.generate([ids, ids], Sampling(), adapters=["sql", None])       # two rows, two adapters, one pass
 
@@ -26,10 +28,12 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from veneer.core.model import routed
+from veneer.data.template import Renderer
+from veneer.data.types import Message
 from veneer.errors import DataError
 from veneer.infer.sampling import Sampling, generators, pick
 
-__all__ = ["Adapter", "Answer", "CausalDecoder", "Engine", "Piece", "Seq2SeqDecoder", "TextStream"]
+__all__ = ["Adapter", "Answer", "CausalDecoder", "Engine", "Piece", "Seq2SeqDecoder", "TextStream", "generate"]
 
 Adapter = str | Mapping[str, float] | None  # what one row is answered with: a name, a weighted sum, or the base
 Ids = Sequence[int]
@@ -315,3 +319,24 @@ class Engine:
             return "length"
         full = self.decoder is CausalDecoder and self.limit is not None and len(row.seen) >= self.limit
         return "limit" if full else None
+
+
+def generate(
+    model: nn.Module,
+    tokenizer: Any,
+    prompts: Sequence[str | Sequence[Message]],
+    *,
+    adapters: Sequence[Adapter] | None = None,
+    template: str | None = None,
+    system: str | None = None,
+    **sampling: Any,
+) -> list[str]:
+    """The answers to conversations (lists of messages), or what follows texts (strings), in one line.
+
+    `adapters` names one for each prompt (None: the base); without it the active one answers. `sampling` are the fields
+    of `Sampling`; the default is greedy.
+    """
+    renderer = Renderer(tokenizer, template, system)
+    engine = Engine(model, tokenizer, renderer.stop_ids)
+    rows = [renderer.prompt_ids(prompt) for prompt in prompts]
+    return [answer.text for answer in engine.generate(rows, Sampling(**sampling), adapters)]

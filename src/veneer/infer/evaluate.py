@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from veneer.core.model import activate, disabled
+from veneer.core.model import activate, adapters, disabled
 from veneer.data.batch import batches, pad_id_of
 from veneer.data.types import Chat, Completion, Encoded, Example, Message, Pair
 from veneer.errors import ConfigError, DataError
@@ -120,7 +120,7 @@ def _acting(ready: Ready, name: str | None) -> Iterator[None]:
     if name is not None:
         activate(ready.model, name)
         yield
-    elif any(source.name for source in ready.sources):
+    elif adapters(ready.model):
         with disabled(ready.model):
             yield
     else:
@@ -178,13 +178,13 @@ def _answer(
     say: Say,
 ) -> None:
     """All sides in one batch, so that the base and the adapter meet the same padding and the same clock."""
-    routed = any(source.name for source in ready.sources)
+    routed = bool(adapters(ready.model))
     for start in range(0, len(questions), batch_size):
         say(f"answering: {start:,} of {len(questions):,} rows")
         part = questions[start : start + batch_size]
         prompts = [_prompt(ready, question) for question in part for _ in sides]
-        adapters = [name for _ in part for name in sides.values()] if routed else None
-        answers = iter(ready.engine.generate(prompts, sampling, adapters, batch_size=len(prompts)))
+        by_row = [name for _ in part for name in sides.values()] if routed else None
+        answers = iter(ready.engine.generate(prompts, sampling, by_row, batch_size=len(prompts)))
         for row in rows[start : start + batch_size]:
             row.answers.update({side: next(answers).text for side in sides})
 

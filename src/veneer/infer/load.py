@@ -19,7 +19,7 @@ import re
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -113,7 +113,7 @@ def told_by(folder: Path) -> dict[str, Any]:
 
 @dataclass
 class Ready:
-    """A model that answers, or judges. `sources` are in the order they were asked for."""
+    """A model that answers, or judges, in the way that the first of its `sources` was trained to be asked."""
 
     model: nn.Module
     task: Task
@@ -128,12 +128,19 @@ class Ready:
     @property
     def plain(self) -> bool:
         """Whether a prompt is text to go on from, rather than a turn of a conversation."""
-        return self.task.renderer is None or any(source.plain for source in self.sources)
+        return self.task.renderer is None or self.sources[0].plain
 
     @property
     def answers(self) -> bool:
         """Whether it writes text at all; a classifier does not."""
         return not self.task.labelled
+
+    def asked_as(self, source: Source) -> Ready:
+        """The same model with the tokenizer, template and stops of another of its adapters; itself when they agree."""
+        task = _task(source)
+        if _manner(task, source) == _manner(self.task, self.sources[0]):
+            return self
+        return replace(self, task=task, engine=Engine(self.model, task.tokenizer, _stops(task)), sources=(source,))
 
     def prompt(self, messages: Sequence[Message] | str, tools: Sequence[dict[str, Any]] = ()) -> list[int]:
         """The tokens after which the model speaks; a plain string is continued as it stands."""
@@ -156,10 +163,10 @@ def load(sources: Sequence[Source], *, device: str | None = None, dtype: str | N
             say(f"loading adapter {source.label}")
             with _notes(say):
                 peft.load(model, source.adapter, str(source.name))
-    ready = Ready(model, task, Engine(model, task.tokenizer, _stops(task)), sources, {})
+    ready = Ready(model, task, Engine(model, task.tokenizer, _stops(task)), (first,), {})
     for source in sources:
         if source.name is not None:
-            ready.evidence[source.name] = _prove(ready, source)
+            ready.evidence[source.name] = _prove(ready.asked_as(source), source)
     return ready
 
 
@@ -168,6 +175,12 @@ def _task(source: Source) -> Task:
     kind, tokenizer = TASKS[source.task], _tokenizer(source.tokenizer)
     renderer = Renderer(tokenizer, source.template, source.system) if kind.renders else None
     return kind(tokenizer, source.labels, renderer)
+
+
+def _manner(task: Task, source: Source) -> tuple[Any, ...]:
+    """What has to agree for two adapters to be asked in one batch."""
+    written = task.renderer.fingerprint if task.renderer is not None else None
+    return written, _stops(task), source.plain, task.name, len(task.tokenizer)
 
 
 def _stops(task: Task) -> tuple[int, ...]:

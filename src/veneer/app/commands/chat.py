@@ -108,9 +108,10 @@ def _loaded(sources: list[Source], args: argparse.Namespace, out: Output) -> Rea
 
 
 def _speaker(source: Source, ready: Ready) -> Speaker:
+    """An adapter is asked as it was trained to be; the base beside it, as the adapter is."""
     from veneer.infer.chat import Speaker
 
-    return Speaker(source.label, ready, source.name)
+    return Speaker(source.label, ready if source.name is None else ready.asked_as(source), source.name)
 
 
 # ------------------------------------------------------------------ questions from a script

@@ -14,8 +14,7 @@ EXAMPLES = """  veneer doctor
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--all", action="store_true", help="show what is right as well, not only what is not")
-    parser.set_defaults(all=True)
+    """It takes nothing but the general flags."""
 
 
 def run(args: argparse.Namespace, out: Output) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from veneer.app.flags import from_said
@@ -96,19 +96,37 @@ class Watcher:
 def train(resolved: Resolved, out: Output) -> Run:
     """Run the loop under the display that fits; afterwards what it learned is shown."""
     with display(out) as show:
+        watcher = Watcher(show, out)
         if not out.json:
             show({"event": "doing", "text": "starting"})  # loading torch takes seconds
-        from veneer.app.report import write_report
         from veneer.infer.load import quiet_transformers
         from veneer.train.loop import train as loop
 
-        watcher = Watcher(show, out)
-        with quiet_transformers():
+        with quiet_transformers(), _reported(watcher, out):
             done = loop(report=watcher, resolved=resolved)
-        write_report(done.folder)
     if not out.json and not out.quiet:
         print_samples(out.console, watcher.samples, out.signs)
     return done
+
+
+@contextlib.contextmanager
+def _reported(watcher: Watcher, out: Output) -> Iterator[None]:
+    """Whatever becomes of a run, its report is written: a failed one is where a report is needed."""
+    try:
+        yield
+    except BaseException:
+        if watcher.run:
+            out.log = Run(watcher.run).path("run.log")  # holds the traceback
+            with contextlib.suppress(Exception):  # what went wrong first is what has to be told
+                _report(watcher.run)
+        raise
+    _report(watcher.run)
+
+
+def _report(folder: str) -> None:
+    from veneer.app.report import write_report
+
+    write_report(folder)
 
 
 def finish(done: Run, out: Output) -> int:
