@@ -16,6 +16,7 @@ from veneer.core.model import adapters, parameters
 from veneer.errors import ConfigError, DataError, Diverged, DoesNotFit, ProofFailed, StateError, TargetError
 from veneer.tasks import causal_lm
 from veneer.tasks.causal_lm import CausalLM
+from veneer.train import resume
 from veneer.train.loop import Loop
 from veneer.train.run import Run
 
@@ -401,3 +402,34 @@ def test_nothing_that_is_said_names_a_class_or_a_stack(run_tiny: Runs) -> None:
     texts = [e["text"] for e in heard if "text" in e]
     assert len(texts) > 8 and not any("object at 0x" in text or "Traceback" in text for text in texts)
     assert WORDS
+
+
+def test_the_package_is_the_function() -> None:
+    import veneer
+    import veneer.train.run  # makes the package an attribute of veneer
+
+    assert callable(veneer.train) and veneer.train.run.Run is Run  # type: ignore[attr-defined]
+    with pytest.raises(ConfigError, match="unknown setting 'lrr'"):
+        veneer.train(None, None, lrr=1)
+
+
+MIXED: list[dict[str, Any]] = [
+    {"modules_to_save": ["lm_head"]},
+    {"modules_to_save": ["embed_tokens", "lm_head"]},
+    {"combine": "dora", "bias": "all"},
+    {"targets": ["q_proj", "lm_head"], "dropout": 0.1},
+    {"method": "full", "r": ...},
+    {"method": "freeze", "r": ..., "layers": 1},
+]
+
+
+@pytest.mark.parametrize("settings", MIXED, ids=str)
+@pytest.mark.parametrize("kind", ["llama", "qwen2"])
+def test_a_base_in_bf16(
+    run_tiny: Runs, make_model: Callable[..., nn.Module], kind: str, settings: dict[str, Any]
+) -> None:
+    """The base in half precision, what is trained stepped in fp32, and every way in which the two meet."""
+    run, heard, model = run_tiny(model=make_model(kind), precision="bf16", **settings)
+    assert heard.losses[-1] < heard.losses[0] and run.proof["passed"]
+    assert model.get_parameter("model.norm.weight").dtype == torch.bfloat16
+    assert all(value.dtype == torch.float32 for value in resume.read(run.last)["parameters"].values())

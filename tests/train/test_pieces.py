@@ -11,7 +11,7 @@ from torch import nn
 from veneer.core.model import adapter_of, attach, parameters, sites
 from veneer.core.spec import LoRA
 from veneer.train.monitor import Meter, Movement, Watchdog, memory_bytes, not_finite
-from veneer.train.optim import adamw, clip_, gradient_norms, set_rate
+from veneer.train.optim import Masters, adamw, set_rate
 from veneer.train.schedule import rate_factor, warmup_steps
 
 
@@ -68,15 +68,38 @@ def test_clipping_is_torchs() -> None:
     for model in (one, two):
         (model(x) * 100).square().sum().backward()
     one[0].bias.grad = two[0].bias.grad = None
-    norms = gradient_norms(one.parameters())
+    masters = Masters(dict(one.named_parameters()))
+    norms = masters.gradient_norms()
     assert norms.shape == (4,) and norms[1] == 0
-    clip_(one.parameters(), float(norms.norm()), 0.5)
+    masters.clip(float(norms.norm()), 0.5)
     torch.nn.utils.clip_grad_norm_(two.parameters(), 0.5)
     for a, b in zip(one.parameters(), two.parameters(), strict=True):
         assert (a.grad is None and b.grad is None) or torch.allclose(a.grad, b.grad, rtol=1e-5)
     before = one[0].weight.grad.clone()
-    clip_(one.parameters(), 1e9, 0)
+    masters.clip(1e9, 0)
     assert torch.equal(before, one[0].weight.grad)
+
+
+def test_bf16_parameters_learn_through_masters_in_fp32() -> None:
+    """Steps far below bf16's resolution add up; gradients of micro-batches are added in fp32."""
+    half, full = nn.Linear(4, 1, bias=False).bfloat16(), nn.Linear(4, 1, bias=False)
+    with torch.no_grad():
+        full.weight.copy_(half.weight)
+    masters = [Masters(dict(model.named_parameters())) for model in (half, full)]
+    optimizers = [adamw(each.values, lora_plus_ratio=1, weight_decay=0) for each in masters]
+    assert masters[1].values["weight"] is full.weight and not masters[1].apart
+    for _ in range(50):
+        for model, each, optimizer in zip((half, full), masters, optimizers, strict=True):
+            for scale in (1.0, 1e-3):
+                (model(torch.ones(1, 4, dtype=model.weight.dtype)) * scale).sum().backward()
+                each.collect()
+            set_rate(optimizer, 1e-5)
+            optimizer.step()
+            each.publish()
+            each.zero_grad()
+    assert half.weight.grad is None and half.weight.dtype == torch.bfloat16
+    assert torch.allclose(masters[0].values["weight"], full.weight, atol=1e-6)
+    assert torch.equal(half.weight, masters[0].values["weight"].bfloat16())
 
 
 # ---------------------------------------------------------------- watching

@@ -23,6 +23,7 @@ from veneer.data.batch import Batch
 from veneer.data.encode import Encodings
 from veneer.data.labels import LabelSet
 from veneer.data.template import Renderer
+from veneer.data.types import LossOn
 from veneer.errors import ConfigError, StateError
 
 __all__ = ["TASKS", "Judged", "Shown", "Task", "class_options", "new_heads"]
@@ -67,7 +68,7 @@ class Task(ABC):
         max_len: int | None = None,
         overlong: str = "drop",
         skip_bad: bool = False,
-        loss_on: str = "assistant",
+        loss_on: LossOn = "assistant",
         report: Callable[[int, int], None] | None = None,
     ) -> Encodings:
         """Token ids and labels of rows, and what was left out. `loss_on` is for tasks that mask a text."""

@@ -15,7 +15,7 @@ from torch import nn
 from veneer.data.batch import Batch
 from veneer.data.encode import Encodings, encode
 from veneer.data.template import Renderer
-from veneer.data.types import Chat, Completion, Text, Tokens
+from veneer.data.types import Chat, Completion, LossOn, Text, Tokens
 from veneer.errors import StateError
 from veneer.tasks.base import TASKS, Judged, Shown, Task
 from veneer.tasks.cross_entropy import HeadSplit, chunked_cross_entropy, head_split, plain_cross_entropy
@@ -33,7 +33,7 @@ class CausalLM(Task):
     renders = True
     split: HeadSplit = HeadSplit(None, None, "not looked at yet")
 
-    def encode(self, examples: Sequence[Any], *, loss_on: str = "assistant", **options: Any) -> Encodings:
+    def encode(self, examples: Sequence[Any], *, loss_on: LossOn = "assistant", **options: Any) -> Encodings:
         return encode(examples, self.known_renderer, loss_on=loss_on, **options)
 
     @property

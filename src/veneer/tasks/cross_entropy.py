@@ -85,7 +85,7 @@ class _Chunked(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, scale: Tensor) -> tuple[Any, ...]:
+    def backward(ctx: Any, scale: Tensor) -> tuple[Any, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         d_hidden, *d_trained = ctx.saved_tensors
         scaled = [d * scale.to(d.dtype) for d in (d_hidden, *d_trained)]
         return scaled[0], None, None, None, *scaled[1:]

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from veneer.data.batch import Batch, collate, pad_id_of
 from veneer.data.encode import Encodings
 from veneer.data.labelled import encode_pairs
-from veneer.data.types import IGNORE, Completion, Pair
+from veneer.data.types import IGNORE, Completion, LossOn, Pair
 from veneer.errors import ConfigError
 from veneer.tasks.base import TASKS, Judged, Shown, Task
 from veneer.tasks.cross_entropy import plain_cross_entropy
@@ -34,7 +34,7 @@ class Seq2Seq(Task):
     kinds = (Pair, Completion)
     answered = 0
 
-    def encode(self, examples: Sequence[Any], *, loss_on: str = "assistant", **options: Any) -> Encodings:
+    def encode(self, examples: Sequence[Any], *, loss_on: LossOn = "assistant", **options: Any) -> Encodings:
         return encode_pairs(examples, self.tokenizer, **options)
 
     def judge(self, model: nn.Module, batch: Batch) -> Judged:
@@ -69,7 +69,8 @@ class Seq2Seq(Task):
     @torch.no_grad()
     def answers(self, model: nn.Module, batch: Batch) -> list[str]:
         longest = int((batch.labels != IGNORE).sum(1).max()) + 8
-        out = model.generate(**batch.inputs, max_new_tokens=longest, do_sample=False, num_beams=1)
+        generate: Any = model.generate
+        out = generate(**batch.inputs, max_new_tokens=longest, do_sample=False, num_beams=1)
         return self.tokenizer.batch_decode(out, skip_special_tokens=True)
 
     def _texts(self, labels: Tensor) -> list[str]:
@@ -79,7 +80,7 @@ class Seq2Seq(Task):
 
 def shifted(model: nn.Module, labels: Tensor) -> Tensor:
     """What the decoder is fed: the target behind the start token, in the model's own way."""
-    prepare = getattr(model, "prepare_decoder_input_ids_from_labels", None)
+    prepare: Any = getattr(model, "prepare_decoder_input_ids_from_labels", None)
     if prepare is None:
         raise ConfigError(
             f"{type(model).__name__} is no encoder-decoder that can be trained on pairs",

@@ -21,7 +21,7 @@ from torch import nn
 from veneer.data.batch import Batch, collate, pad_id_of
 from veneer.data.encode import Encodings
 from veneer.data.labelled import encode_labelled
-from veneer.data.types import Labelled
+from veneer.data.types import Labelled, LossOn
 from veneer.tasks.base import TASKS, Judged, Shown, Task, class_options
 from veneer.tasks.metrics import accuracy, f1, macro_f1, mean_squared_error, spearman
 
@@ -48,7 +48,7 @@ class SequenceClassification(Task):
     def model_options(self) -> dict[str, Any]:
         return {**class_options(self.labels), "problem_type": PROBLEMS[self.kind]}
 
-    def encode(self, examples: Sequence[Any], *, loss_on: str = "assistant", **options: Any) -> Encodings:
+    def encode(self, examples: Sequence[Any], *, loss_on: LossOn = "assistant", **options: Any) -> Encodings:
         return encode_labelled(examples, self.tokenizer, self.known_labels, **options)
 
     def judge(self, model: nn.Module, batch: Batch) -> Judged:

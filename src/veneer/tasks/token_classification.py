@@ -15,7 +15,7 @@ from torch import nn
 from veneer.data.batch import Batch, collate, pad_id_of
 from veneer.data.encode import Encodings
 from veneer.data.labelled import encode_tagged
-from veneer.data.types import IGNORE, Tagged
+from veneer.data.types import IGNORE, LossOn, Tagged
 from veneer.tasks.base import TASKS, Judged, Shown, Task, class_options
 from veneer.tasks.cross_entropy import plain_cross_entropy
 from veneer.tasks.metrics import accuracy, entity_f1
@@ -33,7 +33,7 @@ class TokenClassification(Task):
     def model_options(self) -> dict[str, Any]:
         return class_options(self.labels)
 
-    def encode(self, examples: Sequence[Any], *, loss_on: str = "assistant", **options: Any) -> Encodings:
+    def encode(self, examples: Sequence[Any], *, loss_on: LossOn = "assistant", **options: Any) -> Encodings:
         return encode_tagged(examples, self.tokenizer, self.known_labels, **options)
 
     def judge(self, model: nn.Module, batch: Batch) -> Judged:
@@ -53,10 +53,10 @@ class TokenClassification(Task):
         return [Shown(" ".join(e.tokens), *(" ".join(names[i] for i in tags) for tags in (w, p))) for e, w, p in rows]
 
     def metrics(self, predicted: Sequence[Any], wanted: Sequence[Any]) -> dict[str, float]:
-        names = self.labels.names if self.labels is not None else ()
-        tags = [[[names[i] for i in row] for row in rows] for rows in (predicted, wanted)]
-        per_word = accuracy([t for row in tags[0] for t in row], [t for row in tags[1] for t in row])
-        return {"accuracy": per_word, **(entity_f1(*tags) if _are_entities(names) else {})}
+        names = self.known_labels.names
+        said, true = ([[names[tag] for tag in row] for row in rows] for rows in (predicted, wanted))
+        per_word = accuracy([tag for row in said for tag in row], [tag for row in true for tag in row])
+        return {"accuracy": per_word, **(entity_f1(said, true) if _are_entities(names) else {})}
 
 
 def _are_entities(names: Sequence[str]) -> bool:

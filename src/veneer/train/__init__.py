@@ -1,19 +1,16 @@
-"""Training: settings, the loop, runs. The package itself can be called: `veneer.train(model, data, r=8)`."""
+"""Training. `veneer.train(model, data)` is a call, and this is the package that holds its parts."""
 
 from __future__ import annotations
 
 import sys
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from veneer.train.run import Run
+from typing import Any
 
 
 class _Callable(ModuleType):
-    """`veneer.train(...)` and `veneer.train.settings` both work, whichever was imported first."""
+    """The function and the package bear one name: whichever of them was imported first, `veneer.train(...)` works."""
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Run:
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
         from veneer.train.loop import train
 
         return train(*args, **kwargs)

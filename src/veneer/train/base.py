@@ -16,6 +16,7 @@ __all__ = [
     "check_head",
     "config_of",
     "context_of",
+    "dtype_of",
     "load_model",
     "precision_of",
     "quiet",
@@ -32,11 +33,15 @@ def usual_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+def dtype_of(model: nn.Module) -> torch.dtype:
+    return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+
+
 def precision_of(model: nn.Module | str) -> tuple[str, str]:
-    """The precision when nobody says, and why: a loaded module stays as it is."""
+    """The precision when nobody says, and why: a loaded module stays as it is (but for fp16, which overflows)."""
     if isinstance(model, nn.Module):
-        held = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
-        return ("bf16" if held in (torch.bfloat16, torch.float16) else "fp32"), f"the model came in {held}"
+        held = dtype_of(model)
+        return ("bf16" if held.itemsize == 2 else "fp32"), f"the model came in {held}"
     if not torch.cuda.is_available():
         return "fp32", "on a CPU, where bf16 is slower"
     if torch.cuda.is_bf16_supported(including_emulation=False):

@@ -28,6 +28,7 @@ def finish(job: Job, run: Run, progress: Progress, before: Before, tell: Tell) -
     job.model.eval()
     result = outcome(run, progress)
     show(job, run, "after", tell)
+    tell("doing", text="proving the adapter")
     proof = prove_run(
         job.model,
         ADAPTER,

@@ -18,8 +18,9 @@ The loop knows no terminal. It calls `report(event)` with a dict whose "event" s
 | event | fields beside `text` |
 | --- | --- |
 | start | run, resumed |
+| doing, tokenising | what is going on, where it takes a while; not kept |
 | data, model, plan, note, warning | facts in words |
-| probe | seconds, memory_bytes, total_memory_bytes, micro_batch |
+| probe | seconds, memory_bytes, micro_batch, longest_tokens |
 | step | step, steps, loss, lr, gnorm, tokens, trained_tokens, tokens_per_second, memory_bytes, seconds_left ... |
 | eval | step, val_loss, best, and the task's metrics |
 | save | step, folder |
@@ -34,11 +35,9 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, TypeVar
 
-import torch
 from torch import nn
 
 from veneer.core.model import check_alive
@@ -54,7 +53,7 @@ from veneer.train.finish import finish, show
 from veneer.train.memory import back_off
 from veneer.train.method import ADAPTER, write_model
 from veneer.train.monitor import Meter, Movement, Watchdog, memory_bytes, not_finite
-from veneer.train.optim import adamw, clip_, gradient_norms, set_rate
+from veneer.train.optim import Masters, adamw, set_rate
 from veneer.train.prepare import Job, prepare
 from veneer.train.resume import STATE, Progress, apply, capture, checkpoint, read, same_random, values_of
 from veneer.train.run import Run
@@ -104,7 +103,8 @@ class Loop:
         self.job, self.run, self.tell, self.stop = job, run, tell, stop
         self.settings = settings = job.settings
         ratio = settings.lora_plus_ratio if settings.method == "lora" else 1.0
-        self.optimizer = adamw(job.trained, lora_plus_ratio=ratio, weight_decay=settings.weight_decay)
+        self.masters = Masters(job.trained)
+        self.optimizer = adamw(self.masters.values, lora_plus_ratio=ratio, weight_decay=settings.weight_decay)
         self.loader = Loader(job.train, settings.global_batch, seed=settings.seed)
         self.source = self.loader.steps(job.steps)
         self.warm = warmup_steps(settings.warmup, job.steps)
@@ -112,7 +112,6 @@ class Loop:
         self.watchdog, self.meter = Watchdog(), Meter()
         self.movement = Movement(job.model, ADAPTER)
         self.saved = -1  # the step of the last checkpoint
-        self.is_alive = settings.method != "lora"  # whether every adapter has been seen to get a gradient
         self.wish: Any = None  # what the listener asked for: save, eval or stop
 
     def run_steps(self) -> None:
@@ -140,21 +139,24 @@ class Loop:
             self.tell("note", text=f"going on after step {self.progress.step} of {job.steps}")
         else:
             self.run.cut_metrics(0)  # of a run that was killed before its first checkpoint
-            self.probe()
             with same_random(), evaluating(job.model):
                 show(job, self.run, "before", self.tell)
+        self.probe()
 
     def probe(self) -> None:
-        """The longest rows forward and backward, and one evaluation batch: what fits now will fit later.
+        """The longest rows forward and backward, and one evaluation batch: what fits now will fit later, and every
+        adapter must have got a gradient.
 
         Nothing of it stays: no gradient, no random number drawn, no weight moved.
         """
         started = time.perf_counter()
-        longest = sorted(self.job.train, key=len, reverse=True)[: self.settings.global_batch]
-        heavy = sorted(self.job.val, key=len, reverse=True)[: self.settings.batch_size]
+        longest = sorted(self.job.train, key=len, reverse=True)[: self.settings.batch_size]
+        heavy = self.job.val[: self.settings.batch_size]  # they lie in this order
         with same_random():
-            loss = self.fitting(lambda rows: self.gradients(longest, rows))
-            self.optimizer.zero_grad()
+            loss = self.fitting(lambda rows: self.gradients(longest, rows, collect=False))
+            if math.isfinite(loss) and self.settings.method == "lora":
+                check_alive(self.job.model)
+            self.masters.zero_grad()
             self.fitting(lambda rows: self.judged(heavy, rows))
         if not math.isfinite(loss):
             broken = [f"{name} holds NaN or infinity" for name in not_finite(self.job.model.state_dict())]
@@ -170,32 +172,30 @@ class Loop:
 
     def step(self) -> None:
         """One optimiser step over one global batch."""
-        step, trained = next(self.source), self.job.trained.values()
+        step = next(self.source)
         loss = self.fitting(lambda rows: self.gradients(step.samples, rows))
-        norms = gradient_norms(trained)
-        norm = float(norms.norm())
+        norm = float(self.masters.gradient_norms().norm())
         if reason := self.watchdog.verdict(loss, norm):
             return self.restart(reason, step)
-        clip_(trained, norm, self.settings.clip)
+        self.masters.clip(norm, self.settings.clip)
         rate = self.rate()
         set_rate(self.optimizer, rate)
         self.optimizer.step()
-        self.optimizer.zero_grad()
+        self.masters.publish()
+        self.masters.zero_grad()
         self.progress.step += 1
         return self.measure(step, loss, norm, rate)
 
-    def gradients(self, samples: Sequence[Encoded], rows: int) -> float:
+    def gradients(self, samples: Sequence[Encoded], rows: int, collect: bool = True) -> float:
         """Add the gradient of the mean loss over all trained tokens of `samples`, `rows` of them at a time."""
         mean, trained_tokens = 0.0, sum(sample.trained_tokens for sample in samples)
         for batch in self.batches(samples, rows):
-            with self.arithmetic():
-                loss = self.job.task.loss(self.job.model, batch) / trained_tokens
+            loss = self.job.task.loss(self.job.model, batch) / trained_tokens
             loss.backward()
+            if collect:
+                self.masters.collect()
             mean += float(loss.detach())
             self.run.beat()
-        if not self.is_alive:
-            check_alive(self.job.model)
-            self.is_alive = True
         return mean
 
     def rate(self) -> float:
@@ -237,6 +237,7 @@ class Loop:
     def evaluate(self) -> None:
         """The loss on the held-out rows. The best one so far is kept in a checkpoint of its own."""
         progress = self.progress
+        self.tell("doing", text=f"held-out loss of {len(self.job.val):,} rows")
         found = self.fitting(lambda rows: self.judged(self.job.val, rows))
         self.meter.restart()
         if not found:  # stopped in the middle: the resumed run evaluates here first
@@ -248,7 +249,7 @@ class Loop:
         is_best = progress.step > 0 and progress.is_better(loss)
         if is_best:
             progress.best_loss, progress.best_step, progress.worse = loss, progress.step, 0
-            self.write(self.run.best, values_of(self.job.trained))
+            self.write(self.run.best, values_of(self.masters.values))
         elif progress.step > 0:
             progress.worse += 1
         self.run.log_metrics({"step": progress.step, **found})
@@ -257,7 +258,7 @@ class Loop:
 
     def judged(self, samples: Sequence[Encoded], rows: int) -> dict[str, float]:
         """The task's loss and metrics on these rows, in evaluation mode."""
-        with evaluating(self.job.model), self.arithmetic():
+        with evaluating(self.job.model):
             return self.job.task.evaluate(self.job.model, self.batches(samples, rows), self.stop)
 
     def warn_of_overfitting(self) -> None:
@@ -296,7 +297,7 @@ class Loop:
         self.progress.loader = self.loader.state_dict()
         self.progress.watchdog = self.watchdog.state()
         self.progress.metrics_position = self.run.metrics_position()
-        return capture(self.progress, self.job.trained, self.optimizer)
+        return capture(self.progress, self.masters.values, self.optimizer)
 
     def write(self, folder: Path, state: dict[str, Any]) -> None:
         def files(temp: Path) -> None:
@@ -308,8 +309,9 @@ class Loop:
 
     def go_back(self) -> None:
         """To the last checkpoint: weights, moments, random states, place in the data, end of metrics.jsonl."""
-        self.optimizer.zero_grad()
-        self.progress = apply(read(self.run.last), self.job.trained, self.optimizer, self.run.last)
+        self.masters.zero_grad()
+        self.progress = apply(read(self.run.last), self.masters.values, self.optimizer, self.run.last)
+        self.masters.publish()
         self.loader.load_state_dict(self.progress.loader)
         self.source = self.loader.steps(self.job.steps - self.progress.step)
         self.watchdog.restore(self.progress.watchdog)
@@ -341,16 +343,10 @@ class Loop:
     def batches(self, samples: Sequence[Encoded], rows: int) -> Iterator[Batch]:
         return (batch.to(self.job.device) for batch in batches(samples, rows, self.job.pad))
 
-    def arithmetic(self) -> Any:
-        """bf16 products over fp32 weights where weights themselves are trained; adapters need none of it."""
-        if self.settings.precision == "bf16" and self.settings.method != "lora":
-            return torch.autocast(self.job.device.type, torch.bfloat16)
-        return nullcontext()
-
     def fitting(self, attempt: Callable[[int], T]) -> T:
         """`attempt(rows)` with as many rows at a time as fit into memory."""
         found, self.progress.micro_batch = back_off(
-            attempt, self.progress.micro_batch, self.optimizer.zero_grad, self.say_smaller
+            attempt, self.progress.micro_batch, self.masters.zero_grad, self.say_smaller
         )
         return found
 

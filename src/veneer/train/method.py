@@ -3,8 +3,8 @@
 | method | trains | the file holds |
 | --- | --- | --- |
 | lora | the adapter, and modules_to_save in copies of their own | the adapter, in PEFT's layout |
-| full | all weights, in fp32 | the model |
-| freeze | the last `layers` blocks of each stack, and a new head, in fp32 | the model |
+| full | all weights | the model |
+| freeze | the last `layers` blocks of each stack, and a new head | the model |
 
 Full and partial fine-tuning are here as baselines: a low-rank adapter that does not come near them is the wrong tool.
 """
@@ -15,7 +15,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from veneer.core.model import attach, parameters
@@ -38,15 +37,11 @@ def place(model: nn.Module, settings: Any, heads: Sequence[str]) -> dict[str, nn
         model.requires_grad_(True)
     else:
         _freeze_all_but_last(model, settings.layers, heads)
-    for parameter in model.parameters():
-        if parameter.requires_grad and parameter.dtype in (torch.bfloat16, torch.float16):
-            parameter.data = parameter.data.float()  # AdamW's small steps would be lost in rounding
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
 def lora_of(settings: Any, heads: Sequence[str] = ()) -> LoRA:
     """The adapter that the settings describe."""
-    last = settings.layers if isinstance(settings.layers, int) else None
     return LoRA(
         rank=settings.r,
         alpha=settings.alpha,
@@ -59,9 +54,14 @@ def lora_of(settings: Any, heads: Sequence[str] = ()) -> LoRA:
         scaling=settings.scaling,
         bias=settings.bias,
         modules_to_save=tuple(dict.fromkeys([*settings.modules_to_save, *heads])),
-        layers=tuple(range(-last, 0)) if last is not None else settings.layers,
+        layers=_blocks(settings.layers),
         overrides=settings.overrides,
     )
+
+
+def _blocks(layers: int | tuple[int, ...] | None) -> tuple[int, ...] | None:
+    """A number stands for the last so many blocks."""
+    return tuple(range(-layers, 0)) if isinstance(layers, int) else layers
 
 
 def _freeze_all_but_last(model: nn.Module, last: int, heads: Sequence[str]) -> None:
@@ -89,9 +89,9 @@ def write_model(model: nn.Module, folder: Path, method: str) -> None:
         from veneer.ckpt.peft import save
 
         save(model, folder, ADAPTER)
-    elif hasattr(model, "save_pretrained"):
+    elif (save_pretrained := getattr(model, "save_pretrained", None)) is not None:
         with quiet():
-            model.save_pretrained(folder)
+            save_pretrained(folder)
     else:
         from safetensors.torch import save_model
 

@@ -68,10 +68,9 @@ class Movement:
     """
 
     def __init__(self, model: nn.Module, name: str = "default") -> None:
-        self.deltas = {}
-        if name in adapters(model):
-            self.deltas = {site: adapter_of(layer, name).delta for site, layer in sites(model, name).items()}
-        self.deltas = {site: delta for site, delta in self.deltas.items() if delta is not None}
+        layers = sites(model, name) if name in adapters(model) else {}
+        found = {site: adapter_of(layer, name).delta for site, layer in layers.items()}
+        self.deltas = {site: delta for site, delta in found.items() if delta is not None}  # None: only a bias learns
         moved = {site: delta for site, delta in self.deltas.items() if delta.norm() > 0}
         self.start = {site: [f.detach().clone() for f in delta.factors()] for site, delta in moved.items()}
 

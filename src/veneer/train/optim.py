@@ -13,12 +13,12 @@ substring of a module's name.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["adamw", "clip_", "gradient_norms", "set_rate"]
+__all__ = ["Masters", "adamw", "set_rate"]
 
 
 def adamw(parameters: Mapping[str, nn.Parameter], *, lora_plus_ratio: float, weight_decay: float) -> torch.optim.AdamW:
@@ -31,7 +31,7 @@ def adamw(parameters: Mapping[str, nn.Parameter], *, lora_plus_ratio: float, wei
     for name, parameter in parameters.items():
         groups[_group_of(name, parameter)]["params"].append(parameter)
     used = [{"name": name, **group} for name, group in groups.items() if group["params"]]
-    fused = all(p.device.type in ("cpu", "cuda") and p.is_floating_point() for p in parameters.values())
+    fused = all(p.device.type in ("cpu", "cuda") for p in parameters.values())
     return torch.optim.AdamW(used, lr=0.0, betas=(0.9, 0.999), eps=1e-8, fused=fused)
 
 
@@ -41,23 +41,60 @@ def _group_of(name: str, parameter: nn.Parameter) -> str:
     return "B" if name.endswith(".delta.B") else "A"
 
 
+class Masters:
+    """What AdamW moves: fp32 values, whatever type the model computes in.
+
+    An fp32 parameter is its own master. One in bf16 (a head trained whole on a bf16 base, a bf16 model trained in full)
+    has eight bits of mantissa, in which most steps of AdamW would be lost to rounding; it gets a master in fp32. Its
+    gradients are added up there too, micro-batch by micro-batch, and the model gets the rounded value after each step.
+    """
+
+    def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:
+        self.model = dict(parameters)
+        self.values = {name: p if p.dtype.itemsize >= 4 else _master(p) for name, p in parameters.items()}
+        self.apart = [(p, self.values[name]) for name, p in parameters.items() if self.values[name] is not p]
+
+    def collect(self) -> None:
+        """After a backward: the gradients of half-precision parameters move to their masters."""
+        for parameter, master in self.apart:
+            if parameter.grad is not None:
+                gradient = parameter.grad.to(master.dtype)
+                master.grad = gradient if master.grad is None else master.grad.add_(gradient)
+                parameter.grad = None
+
+    @torch.no_grad()
+    def publish(self) -> None:
+        """After a step, or after values were put back: the model gets what its masters hold."""
+        for parameter, master in self.apart:
+            parameter.copy_(master)
+
+    def zero_grad(self) -> None:
+        for parameter in (*self.model.values(), *self.values.values()):
+            parameter.grad = None
+
+    def gradient_norms(self) -> Tensor:
+        """The norm of each gradient, 0 where there is none, as one tensor on the device."""
+        held = list(self.values.values())
+        norms = iter(_foreach_norm(self._gradients()))
+        return torch.stack([next(norms) if p.grad is not None else p.new_zeros(()) for p in held])
+
+    def clip(self, norm: float, limit: float) -> None:
+        """Scale all gradients, whose joint norm is `norm`, down to `limit`. 0 is no limit."""
+        if limit and norm > limit:
+            torch._foreach_mul_(self._gradients(), limit / (norm + 1e-6))  # pyright: ignore[reportPrivateImportUsage]
+
+    def _gradients(self) -> list[Tensor]:
+        return [parameter.grad for parameter in self.values.values() if parameter.grad is not None]
+
+
+def _master(parameter: nn.Parameter) -> nn.Parameter:
+    return nn.Parameter(parameter.detach().to(torch.float32, copy=True))
+
+
+def _foreach_norm(tensors: list[Tensor]) -> tuple[Tensor, ...]:
+    return torch._foreach_norm(tensors) if tensors else ()  # pyright: ignore[reportPrivateImportUsage]
+
+
 def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
     for group in optimizer.param_groups:
         group["lr"] = rate * group["times"]
-
-
-def gradient_norms(parameters: Iterable[nn.Parameter]) -> Tensor:
-    """The norm of each parameter's gradient, 0 where there is none, as one tensor on the device."""
-    held = list(parameters)
-    with_gradient = [p.grad for p in held if p.grad is not None]
-    norms = iter(torch._foreach_norm(with_gradient) if with_gradient else [])
-    return torch.stack(
-        [next(norms).float() if p.grad is not None else p.new_zeros((), dtype=torch.float32) for p in held]
-    )
-
-
-def clip_(parameters: Iterable[nn.Parameter], norm: float, limit: float) -> None:
-    """Scale all gradients, whose joint norm is `norm`, down to `limit`. 0 is no limit."""
-    gradients = [p.grad for p in parameters if p.grad is not None]
-    if limit and norm > limit:
-        torch._foreach_mul_(gradients, limit / (norm + 1e-6))

@@ -86,6 +86,7 @@ def prepare(run: Run, settings: Reads, model: Any, data: Any, tokenizer: Any, te
     train, val = encode_rows(task, settings, parts, tell)
 
     device = settle_precision(settings, source, tell)
+    tell("doing", text="loading the model")
     model = source if isinstance(source, nn.Module) else base.load_model(source, task, settings.precision, device)
     base.check_head(model, task)
     trained = place(model, settings, task.heads(model))
@@ -140,7 +141,9 @@ def refuse_kind(task: str, dataset: Dataset) -> None:
 
 def make_task(settings: Reads, source: Any, tokenizer: Any, parts: Split, tell: Tell) -> Task:
     kind = TASKS[settings.task]
-    tokenizer = tokenizer if tokenizer is not None else base.tokenizer_of(source)
+    if tokenizer is None:
+        tell("doing", text="loading the tokenizer")
+        tokenizer = base.tokenizer_of(source)
     labels = parts.train.labels if kind.labelled else None
     renderer = Renderer(tokenizer, settings.template, settings.system) if kind.renders else None
     if labels is not None:
@@ -206,10 +209,10 @@ def settle_precision(settings: Reads, source: Any, tell: Tell) -> torch.device:
         tell("note", text=f"precision {settings.precision}: {origin.note}")
     if not isinstance(source, nn.Module):
         return base.usual_device()
-    held, _ = base.precision_of(source)
-    if held != settings.precision:
-        source.to(base.DTYPES[settings.precision])
-        tell("note", text=f"the model came in {held} and was turned to {settings.precision}, as precision says")
+    held, wanted = base.dtype_of(source), base.DTYPES[settings.precision]
+    if held != wanted:
+        source.to(wanted)
+        tell("note", text=f"the model came in {held} and was turned to {wanted}, for precision {settings.precision}")
     return next(source.parameters()).device
 
 
@@ -272,13 +275,12 @@ def _packing_rule(
 def settle_plan(settings: Reads, model: nn.Module, rows: int, tell: Tell) -> None:
     """Steps, how often to look, and the learning rate."""
     per_epoch = math.ceil(rows / settings.global_batch)
+    steps: int = settings.steps or max(1, round(settings.epochs * per_epoch))
     if settings.steps is None:
-        steps = max(1, round(settings.epochs * per_epoch))
-        settings.settle(
-            "steps", steps, f"{settings.epochs:g} epochs of {rows:,} rows, {settings.global_batch} to a step"
-        )
+        why = f"{settings.epochs:g} epochs of {rows:,} rows, {settings.global_batch} to a step"
+        settings.settle("steps", steps, why)
     if settings.eval_every is None:
-        settings.settle("eval_every", max(1, settings.steps // EVALUATIONS), f"about {EVALUATIONS} times in the run")
+        settings.settle("eval_every", max(1, steps // EVALUATIONS), f"about {EVALUATIONS} times in the run")
     if settings.save_every is None:
         every = min(settings.eval_every or SAVE_AT_LEAST, SAVE_AT_LEAST)
         settings.settle("save_every", every, f"at each evaluation, and at least every {SAVE_AT_LEAST} steps")

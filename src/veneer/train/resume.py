@@ -63,7 +63,6 @@ class Progress:
     metrics_position: int = 0
     loader: dict[str, Any] = field(default_factory=dict)
     watchdog: dict[str, Any] = field(default_factory=dict)
-    learned: list[str] = field(default_factory=list)  # parameters that have had a gradient other than zero
 
     def is_better(self, loss: float) -> bool:
         return self.best_loss is None or loss < self.best_loss

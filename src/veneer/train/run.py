@@ -196,7 +196,7 @@ class Run:
         for number, line in enumerate(self.path("config.yaml").read_text().splitlines(), 1):
             if line.strip() and not line.startswith("#"):
                 name, value, origin = _config_line(line, f"{self.path('config.yaml')}:{number}")
-                values[name], origins[name] = KEYS[name].read(value), origin
+                values[name], origins[name] = value, origin
         return Resolved(Settings(**values), origins, [])
 
     # ---------------------------------------------------------------- the logs
@@ -359,12 +359,10 @@ def _config_line(line: str, where: str) -> tuple[str, Any, Origin]:
     name, _, rest = line.partition(": ")
     try:
         value, end = json.JSONDecoder().raw_decode(rest)
-    except json.JSONDecodeError:
-        name = ""
-    if name not in KEYS:
-        raise CheckpointError(
-            "this line is not as the run wrote it", where, "undo the change; new settings belong to a new run"
-        )
+        value = KEYS[name].read(value)
+    except (ValueError, KeyError):
+        fix = "undo the change; new settings belong to a new run"
+        raise CheckpointError("this line is not as the run wrote it", where, fix) from None
     how, _, note = rest[end:].partition("#")[2].strip().partition(": ")
     return name, value, Origin(how or "default", note)
 

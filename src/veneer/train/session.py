@@ -21,7 +21,7 @@ __all__ = ["Report", "Session", "Tell", "named", "session"]
 
 Report = Callable[[dict[str, Any]], Any]
 Tell = Callable[..., Any]
-QUIET = ("step", "tokenising")  # told to the listener; written as a line of metrics.jsonl instead of an event
+QUIET = ("step", "tokenising", "doing")  # told to the listener; written as a line of metrics.jsonl instead of an event
 
 
 class Session(NamedTuple):
