@@ -423,6 +423,26 @@ def test_a_replaced_module_is_trained_whole_and_switches_with_its_adapter() -> N
         assert torch.equal(model(IDS), y0)
 
 
+def test_a_sequential_that_is_trained_whole_still_runs_its_own_steps() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential()
+    model.add_module("body", nn.Linear(8, 8))
+    model.add_module("head", nn.Sequential(nn.Linear(8, 4), nn.Tanh()))
+    x = torch.randn(3, 8)
+    y0 = model(x).detach()
+    veneer.attach(model, LoRA(rank=2, targets=["body"], modules_to_save=["head"]))
+    assert torch.equal(model(x), y0)
+    spread(model)
+    y = model(x)
+    with veneer.disabled(model):
+        assert torch.equal(model(x), y0)
+    veneer.merge(model)
+    torch.testing.assert_close(model(x), y)
+    veneer.unmerge(model)
+    veneer.detach(model)
+    assert torch.equal(model(x), y0)
+
+
 def test_bias_changes_belong_to_the_adapter() -> None:
     model = Toy()
     y0 = model(IDS).detach()

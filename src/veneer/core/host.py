@@ -400,6 +400,15 @@ class Readable(Hosted):
 class Whole(Hosted):
     """A module that an adapter trains whole, in its own copy."""
 
+    def _base(self, *args: Any, **kwargs: Any) -> Any:
+        if not isinstance(self, nn.Sequential):
+            return super()._base(*args, **kwargs)
+        copies = self._modules.pop("lora")  # a Sequential runs all its children, and these are not among its steps
+        try:
+            return super()._base(*args, **kwargs)
+        finally:
+            self._modules["lora"] = copies
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         active = self.active
         acting = [(n, w) for n, w in zip(active.names, active.weights(), strict=True) if n in self.slots]
