@@ -19,12 +19,16 @@ import struct
 import sys
 import termios
 import xml.etree.ElementTree as ElementTree
+from collections.abc import Iterator, Mapping
+from itertools import groupby
 from pathlib import Path
 
 import pyte
 from rich.console import Console
 from rich.style import Style
 from rich.text import Text
+
+from veneer.assets import cache_folder
 
 COLUMNS, ROWS = 110, 400
 NAMES = {"brown": "yellow", "default": None} | {f"bright{c}": f"bright_{c}" for c in ("black", "red", "green", "blue")}
@@ -55,7 +59,7 @@ def run(command: list[str]) -> pyte.Screen:
 
 def lines(screen: pyte.Screen) -> list[Text]:
     """The lines with their styles, without the empty ones at the end."""
-    drawn = [Text.assemble(*(cell(screen.buffer[y][x]) for x in range(COLUMNS))) for y in range(ROWS)]
+    drawn = [Text.assemble(*runs(screen.buffer[y])) for y in range(ROWS)]
     for line in drawn:
         line.rstrip()
     while drawn and not drawn[-1].plain:
@@ -63,23 +67,36 @@ def lines(screen: pyte.Screen) -> list[Text]:
     return drawn
 
 
-def cell(char: pyte.screens.Char) -> tuple[str, Style]:
-    style = Style(
+def runs(row: Mapping[int, pyte.screens.Char]) -> Iterator[tuple[str, Style]]:
+    """A row as pieces of one style each; cell by cell the picture would be ten times as large."""
+    for look, cells in groupby((row[x] for x in range(COLUMNS)), key=style):
+        yield "".join(char.data for char in cells), look
+
+
+def style(char: pyte.screens.Char) -> Style:
+    return Style(
         color=color(char.fg), bgcolor=color(char.bg), bold=char.bold, italic=char.italics,
         underline=char.underscore, reverse=char.reverse,
     )  # fmt: skip
-    return char.data, style
 
 
 def color(name: str) -> str | None:
     return f"#{name}" if re.fullmatch(r"[0-9a-f]{6}", name) else NAMES.get(name, name)
 
 
+def without_home(line: Text) -> Text:
+    """Where the demo's files are kept on this machine is nobody's business: shown as where they are by default."""
+    here, start = str(cache_folder()), line.plain.find(str(cache_folder()))
+    if start < 0:
+        return line
+    return Text.assemble(line[:start], "~/.cache/veneer", line[start + len(here) :])
+
+
 def svg(title: str, drawn: list[Text]) -> str:
     console = Console(record=True, width=COLUMNS, file=io.StringIO(), force_terminal=True, color_system="truecolor")
     console.print(Text.assemble(("$ ", "bold green"), title))
     for line in drawn:
-        console.print(line, overflow="crop", no_wrap=True)
+        console.print(without_home(line), overflow="crop", no_wrap=True)
     picture = re.sub(r"@font-face \{.*?\}", "", console.export_svg(title=title), flags=re.DOTALL)
     ElementTree.fromstring(picture)  # is it well-formed
     return "\n".join(line.rstrip() for line in picture.splitlines()) + "\n"
