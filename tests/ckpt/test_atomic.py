@@ -5,12 +5,10 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
-import signal
-import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from ckpt_nets import killed_at
 
 from veneer.ckpt import atomic
 from veneer.ckpt.atomic import atomic_file, atomic_folder, atomic_write, recover
@@ -32,27 +30,6 @@ def read(folder: Path) -> dict[str, str]:
 def save(folder: Path, texts: dict[str, str], **options: bool) -> None:
     with atomic_folder(folder, **options) as temp:
         fill(temp, texts)
-
-
-def killed_at(step: int, work: Callable[[], None]) -> bool:
-    """Run `work` in a child that is killed at its `step`-th call into the file system; False if it finished."""
-    child = os.fork()
-    if child == 0:
-        left = step
-
-        def hook(event: str, _: object) -> None:
-            nonlocal left
-            if event.startswith(("os.", "shutil.", "open", "fcntl.", "ctypes.")):
-                left -= 1
-                if left == 0:
-                    os.kill(os.getpid(), signal.SIGKILL)
-
-        sys.addaudithook(hook)
-        try:
-            work()
-        finally:
-            os._exit(0)
-    return os.WIFSIGNALED(os.waitpid(child, 0)[1])
 
 
 @pytest.mark.parametrize("keep", [False, True])

@@ -118,6 +118,10 @@ def parse(config: Mapping[str, Any], where: str = "") -> Parsed:
         raise CheckpointError("This adapter computes something that LoRA cannot express.", where, problems=problems)
     try:
         spec = _spec(config)
+        selects(config)
+    except re.error as error:
+        what = f"target_modules or exclude_modules is not a regular expression: {error}"
+        raise CheckpointError(f"{CONFIG} makes no sense: {what}.", where, "correct it") from None
     except ConfigError as error:
         problems = error.problems or [str(error)]
         raise CheckpointError(f"{CONFIG} makes no sense.", where, "correct it", problems) from None

@@ -18,6 +18,7 @@ wrong.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -28,7 +29,8 @@ from veneer.ckpt.tensorfile import Stored
 
 __all__ = ["Change", "Result", "merged_rows"]
 
-CHUNK = 1 << 19  # elements at a time: 2 MiB in fp32, which the processor's cache holds
+CHUNK = 1 << 18  # elements at a time: six buffers of 1 MiB, which the processor's cache holds
+TINY = torch.finfo(torch.float32).tiny
 FP32_SLACK = 2.0**-16  # errors of sums in fp32, in units of |row|_1
 
 
@@ -43,17 +45,17 @@ class Change:
     transposed: bool = False  # the file stores W^T
     norm: Tensor | None = None  # DoRA on W^T: |W + dW| by column of the file, from the first pass
 
-    def rows(self, i: int, j: int) -> Tensor:
+    def rows(self, i: int, j: int, out: Tensor) -> Tensor:
         """dW[i:j] in fp32."""
-        return self.left[i:j] @ self.right
+        return torch.mm(self.left[i:j], self.right, out=out)
 
-    def applied(self, before: Tensor, i: int, j: int) -> Tensor:
+    def applied(self, before: Tensor, i: int, j: int, out: Tensor, spare: Tensor) -> Tensor:
         """What this adapter adds to rows i to j of W, its weight included."""
-        change = self.rows(i, j)
+        change = self.rows(i, j, out)
         if self.magnitude is not None:
-            combined = before + change
-            change = combined * self._gain(combined, i, j) - before
-        return change if self.weight == 1 else change * self.weight
+            combined = torch.add(before, change, out=spare)
+            change = torch.sub(combined.mul_(self._gain(combined, i, j)), before, out=out)
+        return change if self.weight == 1 else change.mul_(self.weight)
 
     @property
     def column_gain(self) -> Tensor:
@@ -65,8 +67,7 @@ class Change:
         assert self.magnitude is not None
         if self.transposed:
             return self.column_gain[None, :]
-        norm = combined.norm(dim=1).clamp_min(torch.finfo(torch.float32).tiny)
-        return (self.magnitude[i:j] / norm)[:, None]
+        return (self.magnitude[i:j] / combined.norm(dim=1).clamp_min_(TINY))[:, None]
 
 
 @dataclass
@@ -76,7 +77,16 @@ class Result:
     wanted: float = 0.0  # |dW|^2
     survived: float = 0.0  # <what changed in the file, dW>
     excess: float = 0.0  # the worst output error in units of what rounding allows
-    is_finite: bool = True
+
+    def add(self, moved: Tensor, change: Tensor) -> None:
+        moved, change = moved.view(-1), change.reshape(-1)
+        self.wanted += float(torch.dot(change, change))
+        self.survived += float(torch.dot(moved, change))
+
+    @property
+    def is_finite(self) -> bool:
+        """An infinite weight makes an infinite sum; a finite one never does in fp32 at these sizes."""
+        return math.isfinite(self.survived)
 
     @property
     def kept(self) -> float:
@@ -99,15 +109,16 @@ class Proof:
                 x = x * change.column_gain
             self.inner.append(change.right @ x)
 
-    def excess(self, before: Tensor, after: Tensor, i: int, j: int, eps: float) -> float:
+    def excess(self, before: Tensor, after: Tensor, i: int, j: int, eps: float, spare: Tensor) -> float:
         base = before @ self.x
         expected = base.clone()
         for change, inner in zip(self.changes, self.inner, strict=True):
             expected += change.weight * (self._output(change, inner, before, base, i, j) - base)
-        allowed = (eps / 2 + FP32_SLACK) * torch.linalg.vector_norm(after, 1, dim=1)
-        allowed += FP32_SLACK * torch.linalg.vector_norm(before, 1, dim=1)
-        error = (after @ self.x - expected).abs()
-        return float((error / allowed.clamp_min(torch.finfo(torch.float32).tiny)).max())
+        error = (after @ self.x - expected).abs_()
+        allowed = (eps / 2 + FP32_SLACK) * torch.abs(after, out=spare).sum(1)
+        if bool((error > allowed).any()):  # a weight far larger than what is left of it has its own rounding in fp32
+            allowed += FP32_SLACK * torch.abs(before, out=spare).sum(1)
+        return float((error / allowed.clamp_min_(TINY)).max())
 
     def _output(self, change: Change, inner: Tensor, before: Tensor, base: Tensor, i: int, j: int) -> Tensor:
         """These rows of the adapted layer's output, dW never formed (DoRA's norm neither: the core's formula)."""
@@ -119,48 +130,56 @@ class Proof:
         left, right = change.left[i:j], change.right
         squared = before.square().sum(1) + 2 * ((before @ right.T) * left).sum(1)
         squared += ((left @ (right @ right.T)) * left).sum(1)
-        return (base + delta) * change.magnitude[i:j] / squared.clamp_min(torch.finfo(torch.float32).tiny).sqrt()
+        return (base + delta) * change.magnitude[i:j] / squared.clamp_min(TINY).sqrt()
+
+
+class Scratch:
+    """Memory for one piece, used again for the next: fresh pages would cost more than all the arithmetic."""
+
+    def __init__(self, stored: Stored, dtype: torch.dtype) -> None:
+        self.stored, self.columns = stored, math.prod(stored.shape[1:])
+        self.step = max(1, min(CHUNK // max(1, self.columns), stored.shape[0]))
+        self.raw = torch.empty(self.step, self.columns, dtype=stored.dtype)
+        self.fp32 = [torch.empty(self.step, self.columns) for _ in range(5)]
+        self.out = torch.empty(self.step, self.columns, dtype=dtype)
+
+    def pieces(self) -> Iterator[tuple[int, int, list[Tensor]]]:
+        """Rows i to j of the stored matrix in fp32, and four more places for as many."""
+        rows = self.stored.shape[0]
+        for i in range(0, rows, self.step):
+            j = min(i + self.step, rows)
+            places = [t[: j - i] for t in self.fp32]
+            places[0].copy_(self.stored.read(self.raw[: j - i], i * self.columns))
+            yield i, j, places
 
 
 def merged_rows(stored: Stored, changes: Sequence[Change], dtype: torch.dtype, result: Result) -> Iterator[Tensor]:
-    """The merged tensor in pieces, in the type it is to be stored in; `result` is filled in on the way."""
-    w = stored.load()
-    w = w.view(len(w), -1)  # (n0, n1)
-    pieces = list(_pieces(w))
-    _measure_norms(stored, w, changes, pieces)
-    signs = torch.randint(0, 2, (w.shape[1],), generator=torch.Generator().manual_seed(0)).float().mul_(2).sub_(1)
-    proof, eps = Proof(signs, changes), torch.finfo(dtype).eps
-    row_bytes = w.shape[1] * w.element_size()
-    for i, j in pieces:
-        before = w[i:j].float()
-        change = sum((c.applied(before, i, j) for c in changes), torch.zeros(()))
-        out = (before + change).to(dtype)
-        after = out.float()
-        result.is_finite &= bool(torch.isfinite(after.sum()))
-        result.excess = max(result.excess, proof.excess(before, after, i, j, eps))
-        result.wanted += float(torch.dot(change.flatten(), change.flatten()))
-        result.survived += float(torch.dot((after - before).flatten(), change.flatten()))
-        stored.forget(i * row_bytes, j * row_bytes)
+    """The merged tensor in pieces, in the type it is to be stored in; `result` is filled in on the way.
+
+    A piece is only good until the next one is asked for.
+    """
+    scratch = Scratch(stored, dtype)
+    _measure_norms(changes, scratch)
+    signs = torch.randint(0, 2, (scratch.columns,), generator=torch.Generator().manual_seed(0))
+    proof, eps = Proof(signs.float().mul_(2).sub_(1), changes), torch.finfo(dtype).eps
+    for i, j, (before, change, after, more, spare) in scratch.pieces():
+        out = scratch.out[: j - i]
+        changes[0].applied(before, i, j, change, spare)
+        for other in changes[1:]:
+            change += other.applied(before, i, j, more, spare)
+        out.copy_(torch.add(before, change, out=after))
+        after.copy_(out)  # what is stored, back in fp32
+        result.excess = max(result.excess, proof.excess(before, after, i, j, eps, spare))
+        result.add(torch.sub(after, before, out=spare), change)
         yield out
 
 
-def _pieces(w: Tensor) -> Iterator[tuple[int, int]]:
-    step = max(1, CHUNK // max(1, w.shape[1]))
-    for i in range(0, len(w), step):
-        yield i, min(i + step, len(w))
-
-
-def _measure_norms(stored: Stored, w: Tensor, changes: Sequence[Change], pieces: Sequence[tuple[int, int]]) -> None:
+def _measure_norms(changes: Sequence[Change], scratch: Scratch) -> None:
     """|W + dW| where a row of W is a column of the file: one more pass over it."""
     todo = [c for c in changes if c.magnitude is not None and c.transposed]
-    if not todo:
-        return
-    squared = [torch.zeros(w.shape[1]) for _ in todo]
-    row_bytes = w.shape[1] * w.element_size()
-    for i, j in pieces:
-        before = w[i:j].float()
+    squared = [torch.zeros(scratch.columns) for _ in todo]
+    for i, j, (before, combined, *_) in scratch.pieces() if todo else ():
         for total, change in zip(squared, todo, strict=True):
-            total += (before + change.rows(i, j)).square().sum(0)
-        stored.forget(i * row_bytes, j * row_bytes)
+            total += change.rows(i, j, combined).add_(before).square_().sum(0)
     for total, change in zip(squared, todo, strict=True):
-        change.norm = total.sqrt().clamp_min(torch.finfo(torch.float32).tiny)
+        change.norm = total.sqrt_().clamp_min_(TINY)

@@ -21,7 +21,8 @@ TASK_CLASSES = {
     "SEQ_CLS": ("ForSequenceClassification", "AutoModelForSequenceClassification"),
     "TOKEN_CLS": ("ForTokenClassification", "AutoModelForTokenClassification"),
     "QUESTION_ANS": ("ForQuestionAnswering", "AutoModelForQuestionAnswering"),
-}
+}  # the adapter brings the head, so its task decides
+BODY_CLASSES = {"CAUSAL_LM": "AutoModelForCausalLM", "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM"}  # where config is silent
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -61,6 +62,8 @@ def _class_for(config: Any, facts: dict[str, Any], adapters: Iterable[Path]) -> 
             if labels is not None:
                 config.num_labels = labels
             return getattr(transformers, auto)
+        if not name and task in BODY_CLASSES:
+            return getattr(transformers, BODY_CLASSES[task])
     kind = getattr(transformers, name, None)
     if kind is not None:
         return kind

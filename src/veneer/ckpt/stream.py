@@ -4,8 +4,8 @@
     merge_to_disk("models/base", {"runs/sql": 0.7, "runs/tone": 0.3}, "merged", dtype=torch.bfloat16)
 
 What is in memory at any time is the adapters and a few megabytes of one tensor: tensors that no adapter touches are
-copied from file to file by the kernel, and the others pass through in pieces of rows (rows.py), read from pages that
-are given back at once and written behind a header that was known before the first byte. So a 14 GB model needs less
+copied from file to file by the kernel, and the others pass through in pieces of rows (rows.py), always through the
+same few buffers, and are written behind a header that was known before the first byte. So a 14 GB model needs less
 memory than one of its shards, and takes about as long as a copy.
 
 Layers, shapes and ties come from a model built from the config on the meta device, where weights have shapes but no
@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import shutil
 import time
@@ -368,8 +369,8 @@ def _write_item(plan: Plan, item: Item, writer: Writer, result: Streamed) -> Non
     elif stored is not None and stored.dtype == item.dtype:
         writer.copy(item.name, stored)
     elif stored is not None:
-        for piece in _converted(stored, item.dtype):
-            writer.write(item.name, piece)
+        for _, piece in _pieces(stored):
+            writer.write(item.name, piece.to(item.dtype))
 
 
 def _write_merged(plan: Plan, item: Item, stored: Stored, writer: Writer, result: Streamed) -> None:
@@ -405,25 +406,24 @@ def _whole(edit: Edit, stored: Stored | None, adapters: list[TensorFile]) -> Ite
     if stored is None or stored.dtype not in FLOATS:
         yield theirs[-1][0]
         return
-    flat, width = stored.load().view(-1), stored.dtype.itemsize
-    for i in range(0, len(flat), PIECE):
-        base = flat[i : i + PIECE].float()
+    for i, piece in _pieces(stored):
+        base = piece.float()
         total = base.clone()
         for tensor, weight in theirs:
             total += weight * (tensor[i : i + PIECE].float() - base)
         for tensor, weight in edit.added:
             total += weight * tensor.reshape(-1)[i : i + PIECE]
         yield total
-        stored.forget(i * width, (i + PIECE) * width)
         for file in adapters:
             file.forget(0, file.size)
 
 
-def _converted(stored: Stored, dtype: torch.dtype) -> Iterator[Tensor]:
-    flat, width = stored.load().view(-1), stored.dtype.itemsize
-    for i in range(0, len(flat), PIECE):
-        yield flat[i : i + PIECE].to(dtype)
-        stored.forget(i * width, (i + PIECE) * width)
+def _pieces(stored: Stored) -> Iterator[tuple[int, Tensor]]:
+    """A stored tensor flat and a piece at a time, each only good until the next; with the number of its first."""
+    count = math.prod(stored.shape)
+    buffer = torch.empty(min(PIECE, count), dtype=stored.dtype)
+    for i in range(0, count, PIECE):
+        yield i, stored.read(buffer[: min(PIECE, count - i)], i)
 
 
 def _check_space(out: Path, needed: int) -> None:

@@ -18,6 +18,7 @@ import math
 import mmap
 import os
 import struct
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -55,6 +56,7 @@ Announced = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
 
 # A private map of a file may be larger than memory: it is pages of the file, unless somebody writes to them.
 MAP = {"flags": mmap.MAP_PRIVATE | getattr(mmap, "MAP_NORESERVE", 0), "prot": mmap.PROT_READ | mmap.PROT_WRITE}
+WINDOW = 32 << 20  # bytes written before the disk is asked to begin
 HEADER_LIMIT = 100 << 20  # the same limit as the reference implementation: a longer header is not a header
 
 
@@ -82,6 +84,20 @@ class Stored:
             return raw.clone().view(self.dtype).view(self.shape)
         return torch.frombuffer(self.file.map, dtype=self.dtype, count=count, offset=self.start).view(self.shape)
 
+    def read(self, into: Tensor, first: int = 0) -> Tensor:
+        """Fill `into` with the elements from number `first` on, past the file's pages: for what is read once.
+
+        Mapped pages cost a fault each and stay in this process's memory; a read is a copy at memory speed.
+        """
+        assert into.dtype == self.dtype and into.is_contiguous()
+        view, here = _memory_of(into), self.start + first * self.dtype.itemsize
+        while len(view):
+            done = os.preadv(self.file.descriptor, [view[: 1 << 30]], here)
+            if not done:
+                raise _corrupt(self.file.path, "it ended early: something shortened it while it was read")
+            view, here = view[done:], here + done
+        return into
+
     def forget(self, first_byte: int = 0, last_byte: int | None = None) -> None:
         """Let the memory of these pages go (they are read again if they are used again)."""
         self.file.forget(self.start + first_byte, self.start + (self.bytes if last_byte is None else last_byte))
@@ -97,6 +113,8 @@ class TensorFile:
                 self.size = os.fstat(file.fileno()).st_size
                 header, data_start = _read_header(self.path, file.read(8), self.size, file.read)
                 self.map = mmap.mmap(file.fileno(), 0, **MAP)
+                self.descriptor = os.dup(file.fileno())
+                weakref.finalize(self, os.close, self.descriptor)
         except (FileNotFoundError, IsADirectoryError):
             raise CheckpointError("There is no such file.", str(self.path)) from None
         self.metadata: dict[str, str] = header.pop("__metadata__", None) or {}
@@ -179,29 +197,25 @@ class Writer:
         self.path = path
         self.left = [(name, math.prod(shape) * dtype.itemsize) for name, (dtype, shape) in announced.items()][::-1]
         self.due = 0  # bytes still to come of the tensor being written
-        self.written = 0
+        self.written = self.behind = 0  # bytes given to the system; bytes that it was asked to write out
+        self.header = header_bytes(announced, metadata)
         self._file = open(path, "wb", buffering=0)  # noqa: SIM115 - `writing` closes it
-        self._put(header_bytes(announced, metadata))
 
     def write(self, name: str, piece: Tensor) -> None:
         """The next piece (or the whole) of tensor `name`."""
         piece = piece.detach().to("cpu").contiguous()
         self._begin(name, piece.numel() * piece.element_size())
         if piece.numel():
-            size = piece.numel() * piece.element_size()
-            self._put(memoryview((ctypes.c_char * size).from_address(piece.data_ptr())))
+            self._put(_memory_of(piece))
 
     def copy(self, name: str, stored: Stored, chunk: int = 64 << 20) -> None:
         """The whole of tensor `name` from another file, inside the kernel where it can."""
         self._begin(name, stored.bytes)
         here, stop = stored.start, stored.start + stored.bytes
-        source = os.open(stored.file.path, os.O_RDONLY)
-        try:
-            while here < stop:
-                done = _copy_range(source, self._file.fileno(), here, min(chunk, stop - here))
-                here, self.written = here + done, self.written + done
-        finally:
-            os.close(source)
+        while here < stop:
+            done = _copy_range(stored.file.descriptor, self._file.fileno(), here, min(chunk, stop - here))
+            here, self.written = here + done, self.written + done
+            self._write_behind()
 
     def close(self) -> None:
         self._file.close()
@@ -223,10 +237,18 @@ class Writer:
         self.due -= size
 
     def _put(self, data: bytes | memoryview) -> None:
-        view = memoryview(data).cast("B")
+        view = memoryview(data)
         while len(view):
             done = os.write(self._file.fileno(), view[: 1 << 30])  # the kernel takes at most 2 GiB at once
             view, self.written = view[done:], self.written + done
+        self._write_behind()
+
+    def _write_behind(self) -> None:
+        """Let the disk begin while we go on: Linux starts to write pages out when told that nobody needs them."""
+        if self.written - self.behind >= WINDOW and hasattr(os, "posix_fadvise"):
+            size = self.written - self.behind
+            os.posix_fadvise(self._file.fileno(), self.behind, size, os.POSIX_FADV_DONTNEED)
+            self.behind = self.written
 
 
 @contextmanager
@@ -236,6 +258,7 @@ def writing(
     """Open a safetensors file for these tensors, in this order; complete and on the disk when the block ends."""
     writer = Writer(Path(path), announced, metadata)
     try:
+        writer._put(writer.header)
         yield writer
         writer.finish()
     finally:
@@ -265,6 +288,12 @@ def header_bytes(announced: Announced, metadata: Mapping[str, str] | None = None
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # the data begins at a multiple of eight
     return struct.pack("<Q", len(text)) + text
+
+
+def _memory_of(tensor: Tensor) -> memoryview:
+    """The bytes of a contiguous tensor on the CPU, whatever its type (numpy knows no bfloat16)."""
+    size = tensor.numel() * tensor.element_size()
+    return memoryview((ctypes.c_char * size).from_address(tensor.data_ptr())).cast("B")
 
 
 def _copy_range(source: int, target: int, offset: int, count: int) -> int:
