@@ -228,6 +228,35 @@ def test_extras_named_in_the_code_exist() -> None:
     assert not {extra: str(file) for extra, file in asked.items() if extra not in EXTRAS}
 
 
+DISTRIBUTIONS = {"yaml": "pyyaml", "huggingface_hub": "huggingface-hub", "PIL": "pillow"}  # where the names differ
+
+
+def third_party(file: Path) -> Iterator[tuple[str, bool]]:
+    """Packages of others that a file imports, and whether that happens the moment the file is imported."""
+    tree = ast.parse(file.read_text())
+    at_once = {node for top in tree.body if isinstance(top, ast.Import | ast.ImportFrom) for node in ast.walk(top)}
+    for node in ast.walk(tree):
+        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        if isinstance(node, ast.ImportFrom) and not node.level:
+            names = [node.module or ""]
+        for name in (name.split(".")[0] for name in names):
+            if name != "veneer" and name not in sys.stdlib_module_names:
+                yield DISTRIBUTIONS.get(name, name), node in at_once
+
+
+def test_everything_imported_is_declared() -> None:
+    """At the top of a file only what every user has; inside a function also what an extra brings."""
+    always = {Requirement(line).name for line in PROJECT["dependencies"]}
+    users = {name: lines for name, lines in EXTRAS.items() if name not in ("test", "dev")}
+    extra = {Requirement(line).name for lines in users.values() for line in lines}
+    wrong = []
+    for file in SOURCE.rglob("*.py"):
+        for name, at_once in third_party(file):
+            if name not in always and (at_once or name not in extra):
+                wrong.append(f"{file.relative_to(ROOT)}: {name}")
+    assert not wrong, "\n".join(wrong)
+
+
 def test_constraints_pin_what_the_project_asks_for_and_nothing_else() -> None:
     lines = [line.split("#")[0].strip() for line in (ROOT / "constraints.txt").read_text().splitlines()]
     pinned = {r.name: next(iter(r.specifier)).version for r in map(Requirement, filter(None, lines))}
