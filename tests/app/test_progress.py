@@ -137,6 +137,36 @@ def test_a_terminal_shows_a_bar_and_marks_that_stay(monkeypatch: pytest.MonkeyPa
     assert "\u2713 training 3 steps   loss 3.500 \u2192 2.500" in text.replace("\x1b[32m", "").replace("\x1b[0m", "")
 
 
+def test_an_evaluation_on_the_way_is_part_of_the_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.setenv("COLUMNS", "150")
+    out = Output("train", stdout=Tty(), stderr=Tty())
+    looking = {"event": "doing", "text": "held-out loss of 48 rows"}
+    with display(out) as show:
+        for event in [*START, step(1, 3.0), looking]:
+            show(event)
+        with out.console.capture() as captured:
+            out.console.print(show._moving())
+        assert "step 1/3" in captured.get() and "held-out loss of 48 rows" in captured.get()
+        show({"event": "eval", "step": 1, "val_loss": 2.0, "best": True})
+        assert show.progress.doing == "training"
+        for event in [step(2, 2.5), looking, step(3, 2.0), looking, *END]:
+            show(event)
+    assert out.stdout.getvalue().count("training 3 steps") == 1  # type: ignore[attr-defined]
+
+
+def test_a_log_names_an_evaluation_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    out = Output("train", stdout=io.StringIO(), stderr=io.StringIO())
+    with Plain(out, patience=0.05) as show:
+        for event in [*START, step(1, 3.0), {"event": "doing", "text": "held-out loss"}]:
+            show(event)
+        time.sleep(0.2)
+        for event in [{"event": "eval", "step": 1, "val_loss": 2.0, "best": True}, {"event": "save", "step": 1}]:
+            show(event)
+            time.sleep(0.2)
+    assert out.stdout.getvalue().count("held-out loss ...") == 1  # type: ignore[attr-defined]
+
+
 def test_a_key_is_an_answer_given_once() -> None:
     out = Output("train", stdout=Tty(), stderr=Tty())
     terminal = Terminal(out)

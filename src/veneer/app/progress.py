@@ -50,6 +50,7 @@ NEXT = {  # what is going on once an event has been told
     "samples": "proving the adapter",
     "proof": "writing it down",
 }
+ENDINGS = ("stopping", "samples", "proof", "done")
 KEYS = {"s": "save", "e": "eval", "q": "stop"}
 MARKED = ("data", "split", "tokens", "mask", "lengths", "model", "memory", "plan", "time")
 WARNINGS = ("warning", "oom", "diverged", "stopping")
@@ -118,6 +119,7 @@ class Progress:
     recent: deque[tuple[float, int, int]] = field(default_factory=lambda: deque(maxlen=RECENT_STEPS))
     total_memory: int | None = None
     doing: str = "starting"
+    ended: bool = False
     since: float = field(default_factory=time.monotonic)
 
     def take(self, event: Event) -> None:
@@ -132,6 +134,7 @@ class Progress:
             self.first_val = self.val if self.first_val is None else self.first_val
         elif kind == "probe":
             self.total_memory = _total_memory(event)
+        self.ended = self.ended or kind in ENDINGS
         self._now(self._next(kind, event))
 
     def _remember(self, event: Event) -> None:
@@ -146,8 +149,10 @@ class Progress:
             return str(event["text"])
         if kind == "tokenising":
             return f"tokenising {event.get('what', '')}: {event['done']:,} of {event['total']:,} rows"
+        if kind in ("step", "eval", "save", "note") and self.is_training:
+            return "training"
         if kind == "step":
-            return "training" if self.step < self.steps else "answering the same rows again"
+            return "answering the same rows again"
         return NEXT.get(kind)
 
     def _now(self, doing: str | None) -> None:
@@ -158,7 +163,8 @@ class Progress:
 
     @property
     def is_training(self) -> bool:
-        return self.doing == "training" and self.steps > 0
+        """Between the first step and the last; an evaluation on the way is a part of it."""
+        return 0 < self.step < self.steps and not self.ended
 
     # ------------------------------------------------------------------ the parts of a line
 
@@ -259,7 +265,7 @@ class Plain:
         self._steps(event)
         if event.get("event") == "done":
             return
-        if not self.progress.is_training:
+        if self.progress.doing != "training":
             self.timer = threading.Timer(self.patience, self._print, [f"{self.progress.doing} ..."])
             self.timer.daemon = True
             self.timer.start()
@@ -349,7 +355,8 @@ class Terminal:
         row = Table.grid(padding=(0, 1))
         row.add_row(Text(" training", style="bold"), ProgressBar(100, 100 * p.share(), width=room), Text(text))
         keys = "[s]ave now  [e]val  [q]uit and resume later" if self.keys.on else ""
-        below = f"          {p.details(signs)}"
+        waited = f"  {duration(time.monotonic() - p.since)}"
+        below = f"          {p.details(signs) if p.doing == 'training' else p.doing + waited}"
         gap = " " * max(3, width - len(below) - len(keys) - 1)
         shown = below + gap + keys if len(below) + len(keys) + 4 <= width else below
         return Group(row, Text(shorten(shown, width - 1, signs), style="dim"))
