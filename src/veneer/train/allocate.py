@@ -41,8 +41,8 @@ class RankAllocator:
         beta2: float = 0.85,
         orthogonality: float = 0.5,
     ) -> None:
-        layers = {site: adapter_of(layer, name).delta for site, layer in sites(model, name).items()}
-        self.deltas = {site: delta for site, delta in layers.items() if isinstance(delta, AdaLora)}
+        layers: dict[str, Any] = {site: adapter_of(layer, name).delta for site, layer in sites(model, name).items()}
+        self.deltas: dict[str, AdaLora] = {site: d for site, d in layers.items() if isinstance(d, AdaLora)}
         problems = []
         if not self.deltas:
             problems.append(f"adapter {name!r} has no layer with delta 'adalora'")
