@@ -11,10 +11,8 @@ to benchmarks/results/learning_rate.json.
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
-import multiprocessing as mp
 import time
 from collections import defaultdict
 from dataclasses import dataclass, field
@@ -208,14 +206,9 @@ def best(points: dict[float, float]) -> tuple[float, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", help="folder of SmolLM2 (default: the demo's)")
-    parser.add_argument("--data", help="folder with train.jsonl and val.jsonl (default: the demo's)")
-    parser.add_argument("--full", action="store_true")
-    parser.add_argument("--jobs", type=int, default=1)
-    parser.add_argument("--seconds", type=float, default=math.inf, help="start nothing new after so long")
-    parser.add_argument("--out", default=str(RESULTS))
-    options = parser.parse_args()
+    import sweep  # beside this file
+
+    options = sweep.parser(__doc__, RESULTS).parse_args()
     if options.model is None or options.data is None:
         from veneer.assets import data_file, model_folder
 
@@ -223,35 +216,20 @@ def main() -> None:
     setups = FULL if options.full else SMALL
     seeds = (0, 1) if options.full else (0,)
     wanted = [(s, rate * s.shift, seed) for seed in seeds for s in setups for rate in RATES]
-    Path(options.out).parent.mkdir(parents=True, exist_ok=True)
-    report(run(wanted, options), setups)
+    report(sweep.run(wanted, ("setup", "rate", "seed", "loss"), work, options), setups)
 
 
-def run(wanted: list[tuple[Setup, float, int]], options: Any) -> list[dict[str, Any]]:
-    """Every run, over `jobs` processes; rows are written as they come, so that a stopped sweep keeps what it found."""
-    context = mp.get_context("spawn")
-    jobs, results = context.Queue(), context.Queue()
-    for job in wanted:
-        jobs.put(job)
-    folder, data, until = options.model, options.data, time.time() + options.seconds
-    workers = [context.Process(target=work, args=(jobs, results, folder, data, until)) for _ in range(options.jobs)]
-    for worker in workers:
-        jobs.put(None)
-        worker.start()
-    rows, open_workers = [], len(workers)
-    while open_workers:
-        found = results.get()
-        if found is None:
-            open_workers -= 1
-            continue
-        rows.append(dict(zip(("setup", "rate", "seed", "loss"), found, strict=True)))
-        Path(options.out).write_text(json.dumps(rows, indent=0) + "\n")
-    return rows
+def rule(setup: Setup) -> float:
+    """What `lr: auto` would have taken."""
+    from veneer.advise.lr import learning_rate
+
+    rows = setup.rows or 761
+    steps = max(1, int(rows * setup.epochs / setup.batch))
+    spec = {name: value for name, value in setup.spec.items() if name != "targets"}
+    return learning_rate(134.5e6, method=setup.method, steps=steps, rows=rows, **spec).value
 
 
 def report(rows: list[dict[str, Any]], setups: list[Setup]) -> None:
-    from veneer.advise.lr import learning_rate
-
     print(f"{'setup':24} {'best rate':>10} {'loss':>7} {'rule':>9} {'loss there':>10}  loss by rate")
     for setup in setups:
         by_rate: dict[float, list[float]] = defaultdict(list)
@@ -262,11 +240,10 @@ def report(rows: list[dict[str, Any]], setups: list[Setup]) -> None:
             continue
         points = {rate: sum(losses) / len(losses) for rate, losses in by_rate.items()}
         rate, loss = best(points)
-        spec = {k: v for k, v in setup.spec.items() if k != "targets"}
-        rule = learning_rate(134.5e6, method=setup.method, **spec).value
-        near = min(points, key=lambda r: abs(math.log(r / rule)))
+        told = rule(setup)
+        near = min(points, key=lambda r: abs(math.log(r / told)))
         curve = " ".join(f"{rate:.1e}:{points[rate]:.3f}" for rate in sorted(points))
-        print(f"{setup.name:24} {rate:10.2e} {loss:7.3f} {rule:9.1e} {points[near]:10.3f}  {curve}", flush=True)
+        print(f"{setup.name:24} {rate:10.2e} {loss:7.3f} {told:9.1e} {points[near]:10.3f}  {curve}", flush=True)
 
 
 if __name__ == "__main__":

@@ -10,10 +10,8 @@ models and small data, beside what has been written about them. Raw rows go to b
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
-import multiprocessing as mp
 import time
 from collections import defaultdict
 from pathlib import Path
@@ -109,14 +107,9 @@ def work(jobs: Any, results: Any, folder: str, data: str, until: float) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", help="folder of MiniLM (default: the cached one)")
-    parser.add_argument("--data", help="folder with train.jsonl and val.jsonl (default: the cached one)")
-    parser.add_argument("--full", action="store_true")
-    parser.add_argument("--jobs", type=int, default=1)
-    parser.add_argument("--seconds", type=float, default=math.inf, help="start nothing new after so long")
-    parser.add_argument("--out", default=str(RESULTS))
-    options = parser.parse_args()
+    import sweep  # beside this file
+
+    options = sweep.parser(__doc__, RESULTS).parse_args()
     if options.model is None or options.data is None:
         from veneer.assets import data_file, model_folder
 
@@ -124,29 +117,7 @@ def main() -> None:
     sizes = sorted(ROWS) if options.full else [40, 200]
     seeds = (0, 1, 2) if options.full else (0,)
     wanted = [(m, rate, n, seed) for n in sizes for seed in seeds for m, rates in RATES.items() for rate in rates]
-    Path(options.out).parent.mkdir(parents=True, exist_ok=True)
-    report(run(wanted, options))
-
-
-def run(wanted: list[tuple[Any, ...]], options: Any) -> list[dict[str, Any]]:
-    context = mp.get_context("spawn")
-    jobs, results = context.Queue(), context.Queue()
-    for job in wanted:
-        jobs.put(job)
-    folder, data, until = options.model, options.data, time.time() + options.seconds
-    workers = [context.Process(target=work, args=(jobs, results, folder, data, until)) for _ in range(options.jobs)]
-    for worker in workers:
-        jobs.put(None)
-        worker.start()
-    rows, open_workers = [], len(workers)
-    while open_workers:
-        found = results.get()
-        if found is None:
-            open_workers -= 1
-            continue
-        rows.append(dict(zip(("method", "rate", "rows", "seed", "accuracy"), found, strict=True)))
-        Path(options.out).write_text(json.dumps(rows, indent=0) + "\n")
-    return rows
+    report(sweep.run(wanted, ("method", "rate", "rows", "seed", "accuracy"), work, options))
 
 
 def report(rows: list[dict[str, Any]]) -> None:

@@ -25,7 +25,6 @@ from veneer.advise.shapes import Block, Matrix
 
 __all__ = ["Pass", "backward_workspace", "kept", "kept_outside"]
 
-NORMED = ("x", "y", "c")  # outputs of norms: fp32 under autocast
 INSIDE = {  # inner tensors an activation keeps, in units of the MLP's width
     "relu": 0,  # its output, which the next matrix reads
     "gelu_new": 4,  # written out in Python in transformers
@@ -41,7 +40,6 @@ class Pass:
     tokens: int  # in a row
     width: int = 4  # bytes of an activation
     full: bool = False  # the base's own weights are trained
-    autocast: bool = False  # weights and residual stream in fp32, products in `width`
     ranks: Mapping[str, int] = field(default_factory=dict)  # matrix of the block -> rank of its adapter
     dropout: float = 0.0  # the adapters' own
     dora: bool = False
@@ -68,10 +66,9 @@ def kept(block: Block, how: Pass) -> dict[str, float]:
 
 
 def _norms(block: Block, how: Pass) -> float:
-    stream = 4 if how.autocast else how.width
-    per_norm = block.hidden * 4 + 4 if block.norm == "rms" else block.hidden * stream + 8
+    per_norm = block.hidden * 4 + 4 if block.norm == "rms" else block.hidden * how.width + 8
     if how.full and block.norm == "rms":
-        per_norm += block.hidden * stream  # what the gain multiplies
+        per_norm += block.hidden * how.width  # what the gain multiplies
     if not block.head_norms:
         return block.norms * per_norm
     heads = block.heads + block.kv_heads
@@ -80,7 +77,7 @@ def _norms(block: Block, how: Pass) -> float:
 
 
 def _inputs(block: Block, how: Pass) -> float:
-    """Matrices that read one tensor share a copy, unless each adapter drops out its own or autocast makes one each."""
+    """Matrices that read one tensor share one copy, unless each adapter drops out its own."""
     total, seen = 0.0, set()
     for matrix in block.matrices:
         adapted = bool(how.ranks.get(matrix.name))
@@ -88,8 +85,7 @@ def _inputs(block: Block, how: Pass) -> float:
             total += matrix.n * (how.mask_width + how.width)
             adapted = False
         if (adapted or how.full) and matrix.reads not in seen and not _kept_anyway(block, matrix, how):
-            if not (how.autocast and matrix.reads in NORMED):
-                seen.add(matrix.reads)
+            seen.add(matrix.reads)
             total += matrix.n * how.width * _per_token(block, matrix)
     return total
 
@@ -149,9 +145,8 @@ def _dropout(block: Block, how: Pass) -> float:
 
 def kept_outside(hidden: int, norm: str, head_dim: int, rope: bool, rows: int, how: Pass) -> float:
     """Bytes a token outside the blocks: the last norm, and the angles of rotary positions, made once for all rows."""
-    stream = 4 if how.autocast else how.width
-    rms = norm == "rms"
-    last = hidden * (4 + 2 * stream * how.full) + 4 if rms else hidden * stream * (1 + how.full) + 8
+    width = how.width
+    last = hidden * (4 + 2 * width * how.full) + 4 if norm == "rms" else hidden * width * (1 + how.full) + 8
     return last + (2 * head_dim * how.width / rows if rope else 0)
 
 

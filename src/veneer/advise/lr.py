@@ -4,7 +4,7 @@
 
 One rule with an anchor and five corrections. Each has a source, and each was tried: benchmarks/learning_rate.py finds
 the best rate of SmolLM2-135M on 761 shell questions for 22 settings, benchmarks/methods.py that of MiniLM (22.7 M) on
-film reviews (benchmarks/results/advise.md).
+film reviews (docs/benchmarks.md).
 
     anchor     2e-4 for a 7-8 B model at alpha 32: what Axolotl ships, between QLoRA's 2e-4 at alpha 16
                (arXiv:2305.14314) and Tinker's 2.9e-4
@@ -71,42 +71,34 @@ def learning_rate(
     """
     alpha = 2.0 * rank if alpha is None else float(alpha)
     _check(params, rank, alpha, scaling, combine, method, steps, rows)
-    reasons = [f"2.0e-4 for 8 B at alpha {ANCHOR_STRENGTH:g}"]
-    value = ANCHOR * (params / ANCHOR_PARAMETERS) ** SIZE_POWER
-    if not math.isclose(params, ANCHOR_PARAMETERS, rel_tol=0.2):
-        reasons.append(f"x {(params / ANCHOR_PARAMETERS) ** SIZE_POWER:.2g} for {_count(params)}")
-    if method == "lora":
-        factor, said = _strength(rank, alpha, scaling)
-        value *= factor
-        reasons += [said] if said else []
-    else:
-        value *= METHODS[method]
-        reasons.append(f"x {METHODS[method]:g} for method {method}")
-    if task in TASKS:
-        value *= TASKS[task]
-        reasons.append(f"x {TASKS[task]:g} for a classifier")
-    factor, said = _data(task, method, steps, rows)
-    value *= factor
-    reasons += [said] if said else []
-    return LearningRate(_round(min(max(value, LOWEST), HIGHEST)), "rule: " + ", ".join(reasons))
+    factors = (
+        _size(params),
+        _strength(rank, alpha, scaling) if method == "lora" else (METHODS[method], f"for method {method}"),
+        (TASKS.get(task, 1.0), "for a classifier"),
+        _data(task, method, steps, rows),
+    )
+    value = ANCHOR * math.prod(factor for factor, _ in factors)
+    said = [f"x {factor:.2g} {why}" for factor, why in factors if factor != 1.0]
+    reason = ", ".join([f"rule: {ANCHOR:.1e} for 8 B at alpha {ANCHOR_STRENGTH:g}".replace("e-0", "e-"), *said])
+    return LearningRate(_round(min(max(value, LOWEST), HIGHEST)), reason)
+
+
+def _size(params: float) -> tuple[float, str]:
+    near_anchor = math.isclose(params, ANCHOR_PARAMETERS, rel_tol=0.2)
+    return (1.0 if near_anchor else (params / ANCHOR_PARAMETERS) ** SIZE_POWER), f"for {_count(params)}"
 
 
 def _strength(rank: int, alpha: float, scaling: str) -> tuple[float, str]:
     strength = alpha * math.sqrt(rank) if scaling == "rslora" else alpha
     factor = (ANCHOR_STRENGTH / strength) ** STRENGTH_POWER
-    if math.isclose(factor, 1.0, rel_tol=0.01):
-        return 1.0, ""
-    what = f"alpha {alpha:g} x sqrt(r = {rank})" if scaling == "rslora" else f"alpha {alpha:g}"
-    return factor, f"x {factor:.2g} for {what}"
+    return factor, f"for alpha {alpha:g} x sqrt(r = {rank})" if scaling == "rslora" else f"for alpha {alpha:g}"
 
 
 def _data(task: str, method: str, steps: int | None, rows: int | None) -> tuple[float, str]:
-    if rows is None:
-        return 1.0, ""
-    if rows < FEW_ROWS:
-        return (1.0, "") if task in TASKS else (0.4, f"x 0.4 for {rows} rows seen again and again")
-    if steps is not None and steps < SHORT_STEPS and method == "lora":
-        return 1.5, f"x 1.5 for a run of {steps} steps"
+    if rows is not None and rows < FEW_ROWS and task not in TASKS:
+        return 0.4, f"for {rows} rows seen again and again"
+    if rows is not None and rows >= FEW_ROWS and steps is not None and steps < SHORT_STEPS and method == "lora":
+        return 1.5, f"for a run of {steps} steps"
     return 1.0, ""
 
 

@@ -3,7 +3,7 @@
 `estimate_memory` says what the highest moment of a step holds, part by part, whether that fits a device, which
 settings would save most, and the largest micro-batch that fits. The moments are worked out in peak.py, what a block
 keeps for its backward in activations.py. All of it is held to measured peaks by benchmarks/memory.py
-(benchmarks/results/advise.md): "measured" there is what torch's allocator handed out, which is what a GPU runs out of.
+(docs/benchmarks.md): "measured" there is what torch's allocator handed out, which is what a GPU runs out of.
 The interpreter, the libraries and the CUDA context come on top and are the `reserve` here.
 """
 

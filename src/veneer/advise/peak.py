@@ -51,23 +51,14 @@ def adapter_bytes(
 
 
 def weight_bytes(shapes: Shapes, plan: Plan) -> int:
-    """Bytes of the base as it is stored. Weights that are trained are kept in fp32."""
-    if plan.quant == "none":
-        return shapes.parameters * plan.width if plan.method == "lora" else _trained_base_bytes(shapes, plan)
+    """Bytes of the base as it is stored."""
+    if plan.quant == "none" or plan.method != "lora":
+        return shapes.parameters * plan.width
     scales = (
         0 if plan.quant == "nf4" else 4 * sum(b.count * m.copies * m.out for b in shapes.blocks for m in b.matrices)
     )
     packed = shapes.packable * PACKED_BITS[plan.quant] / 8 + scales
     return int(packed + (shapes.parameters - shapes.packable) * plan.width)
-
-
-def _trained_base_bytes(shapes: Shapes, plan: Plan) -> int:
-    trained = trained_base(shapes, plan)
-    return (
-        4 * trained + plan.width * (shapes.parameters - trained)
-        if plan.mode == "train"
-        else plan.width * shapes.parameters
-    )
 
 
 def trained_base(shapes: Shapes, plan: Plan) -> int:
@@ -166,23 +157,47 @@ class Moments:
     trainable: int
 
 
+@dataclass(frozen=True)
+class Trained:
+    """What is trained: factors are fp32, weights have the base's type and, where that is narrower, an fp32 master."""
+
+    factors: int
+    weights: int
+    width: int  # of the weights
+
+    @property
+    def total(self) -> int:
+        return self.factors + self.weights
+
+    @property
+    def masters(self) -> int:
+        """Bytes."""
+        return 4 * self.weights if self.width < 4 else 0
+
+    @property
+    def fresh_gradients(self) -> int:
+        """Bytes as backward leaves them. A master's gradient takes its place afterwards, in fp32."""
+        return 4 * self.factors + self.width * self.weights
+
+
 def moments(shapes: Shapes, plan: Plan) -> Moments:
     found = ranks(shapes, plan)
-    adapter = _adapter_parameters(shapes, plan, found)
-    always: dict[str, float] = {"weights": weight_bytes(shapes, plan), "adapter": adapter * 4}
+    factors = _factors(shapes, plan, found)
+    whole = sum(_saved_whole(shapes, plan).values()) if plan.method == "lora" else 0  # in copies of the adapter's own
+    trained = Trained(factors, whole + trained_base(shapes, plan), plan.width)
+    always: dict[str, float] = {"weights": weight_bytes(shapes, plan), "adapter": 4 * factors + plan.width * whole}
     if plan.mode == "infer":
         return Moments({"prefill": _with_libraries(plan, always | _inference(shapes, plan))}, 0)
-    trainable = adapter + trained_base(shapes, plan)
-    always["optimizer"] = trainable * OPTIMIZER_BYTES[plan.optimizer]
-    held = _training(shapes, plan, found, always, trainable)
-    return Moments({name: _with_libraries(plan, parts) for name, parts in held.items()}, trainable)
+    always["optimizer"] = trained.total * OPTIMIZER_BYTES[plan.optimizer] + trained.masters
+    held = _training(shapes, plan, found, always, trained)
+    return Moments({name: _with_libraries(plan, parts) for name, parts in held.items()}, trained.total)
 
 
-def _adapter_parameters(shapes: Shapes, plan: Plan, found: Mapping[str, int]) -> int:
+def _factors(shapes: Shapes, plan: Plan, found: Mapping[str, int]) -> int:
+    """Parameters of A and B, and of DoRA's magnitudes."""
     adapted = [(m, found[name]) for name, m, *_ in shapes.linears() if name in found]
     magnitudes = sum(m.out for m, _ in adapted) if plan.combine == "dora" else 0
-    whole = sum(_saved_whole(shapes, plan).values()) if plan.method == "lora" else 0
-    return sum(rank * (m.out + m.n) for m, rank in adapted) + magnitudes + whole
+    return sum(rank * (m.out + m.n) for m, rank in adapted) + magnitudes
 
 
 def _with_libraries(plan: Plan, parts: dict[str, float]) -> dict[str, float]:
@@ -191,31 +206,27 @@ def _with_libraries(plan: Plan, parts: dict[str, float]) -> dict[str, float]:
 
 
 def _training(
-    shapes: Shapes, plan: Plan, found: Mapping[str, int], always: dict[str, float], trainable: int
+    shapes: Shapes, plan: Plan, found: Mapping[str, int], always: dict[str, float], trained: Trained
 ) -> dict[str, dict[str, float]]:
     tokens = plan.batch_size * (shapes.tokens_fixed or plan.max_len)
     layers = _layers(shapes, plan, found, tokens)
     casts, outside = _casts(shapes, plan, found), _outside(shapes, plan, tokens)
-    held = 4 * trainable if plan.accumulate else 0  # gradients of the micro-batches before
+    held = 4 * trained.total if plan.accumulate else 0  # gradients of the micro-batches before
     beside = 4 * _largest(shapes) if plan.accumulate and plan.method != "lora" else 0  # one more, before it is added
     keeps = [layer.entry if plan.recompute == "full" else layer.kept for layer in layers]
     made, loss = _loss(shapes, plan, tokens)
-    at_loss = {
-        "gradients": held + made,
-        "activations": sum(keeps) + casts + outside,
-        "loss": loss,
-    }
+    at_loss = {"gradients": held + made, "activations": sum(keeps) + casts + outside, "loss": loss}
     every = {"loss": always | at_loss}
-    done = 4 * trainable - sum(layer.gradients for layer in layers)  # head, embedding, tail: first to come back
+    done = trained.fresh_gradients - sum(layer.gradients for layer in layers)  # head, embedding, tail: first to come
     for i in reversed(range(len(layers))):
         again = layers[i].kept if plan.recompute == "full" else 0
         every[f"backward of block {i}"] = always | {
-            "gradients": max(held, done),
+            "gradients": held + done if trained.masters else max(held, done),
             "activations": sum(keeps[: i + 1]) + again + casts,
             "workspace": layers[i].workspace + beside,
         }
         done += layers[i].gradients
-    return every | {"step": always | {"gradients": 4 * trainable}}
+    return every | {"step": always | {"gradients": 4 * trained.total}}
 
 
 def _layers(shapes: Shapes, plan: Plan, found: Mapping[str, int], tokens: int) -> list[_Layer]:
@@ -243,7 +254,6 @@ def _layer(
         tokens=shapes.tokens_fixed or plan.max_len,
         width=plan.width,
         full=full,
-        autocast=plan.autocast,
         ranks=own,
         dropout=plan.dropout,
         dora=plan.combine == "dora",
@@ -258,28 +268,25 @@ def _layer(
     unpacked = max(m.out * m.n for m in block.matrices) * plan.width if plan.quant != "none" else 0
     return _Layer(
         kept=per_token * tokens,
-        entry=block.hidden * (4 if plan.autocast else plan.width) * tokens,
+        entry=block.hidden * plan.width * tokens,
         workspace=backward_workspace(block, how) * tokens + unpacked,
-        gradients=4 * trained,
+        gradients=(plan.width if full else 4) * trained,
     )
 
 
 def _outside(shapes: Shapes, plan: Plan, tokens: int) -> float:
     block = shapes.blocks[-1]
-    how = Pass(tokens=plan.max_len, width=plan.width, full=plan.method == "full", autocast=plan.autocast)
+    how = Pass(tokens=plan.max_len, width=plan.width, full=plan.method == "full")
     per_token = kept_outside(shapes.hidden, block.norm, block.head_dim, block.rope, plan.batch_size, how)
     encoder = kept_outside(shapes.hidden, block.norm, block.head_dim, False, 1, how) if block.cross else 0
     return (per_token + encoder + (shapes.hidden * plan.width if block.cross else 0)) * tokens
 
 
 def _casts(shapes: Shapes, plan: Plan, found: Mapping[str, int]) -> int:
-    """What is trained is kept in fp32 and multiplies in the activations' type: a rounded copy lives until backward."""
+    """Adapters are kept in fp32 and multiply in the activations' type: a rounded copy lives until backward."""
     if plan.width == 4:
         return 0
-    if plan.method == "lora":
-        return plan.width * sum(found[n] * (m.out + m.n) for n, m, *_ in shapes.linears() if n in found)
-    share = trained_base(shapes, plan) / shapes.parameters
-    return int(plan.width * share * (shapes.packable + (shapes.head.parameters if shapes.head else 0)))
+    return plan.width * sum(found[n] * (m.out + m.n) for n, m, *_ in shapes.linears() if n in found)
 
 
 def _largest(shapes: Shapes) -> int:
@@ -298,7 +305,7 @@ def _loss(shapes: Shapes, plan: Plan, tokens: int) -> tuple[float, float]:
     if plan.method != "full" and "lm_head" not in plan.modules_to_save:
         return 0, hidden + logits
     # The head's gradient is summed over chunks; a chunk's share is made when only the logits' gradient is left.
-    head = 4 * shapes.head.out * shapes.head.n
+    head = plan.width * shapes.head.out * shapes.head.n
     return head, hidden + max(logits, rows * shapes.vocab * 4 + head)
 
 

@@ -72,11 +72,6 @@ class Plan:
         return FLOAT_BYTES[self.precision]
 
     @property
-    def autocast(self) -> bool:
-        """Weights that are trained stay in fp32, so a narrower precision is autocast's."""
-        return self.method != "lora" and self.width < 4
-
-    @property
     def has_padding(self) -> bool:
         return self.batch_size > 1 if self.padded is None else self.padded
 

@@ -270,14 +270,15 @@ def _case(
     if problems:
         raise ConfigError("no recommendation for this", problems=problems)
     row, training_task = TASKS[key]
-    shapes = shapes_of(STANDS_FOR.get(model, model) if isinstance(model, str) else model, training_task, labels)
+    word = isinstance(model, str) and model in SIZES
+    shapes = shapes_of(STANDS_FOR[model] if word else model, training_task, labels)
     if tokens is None and rows is not None:
         tokens = rows * (TOKENS_A_ROW if row != "classification" else 1)
     return Case(
         row=row,
         task=training_task,
         shapes=shapes,
-        size=model if model in SIZES else next(s for s, limit in SIZES.items() if shapes.parameters < limit),
+        size=str(model) if word else next(s for s, limit in SIZES.items() if shapes.parameters < limit),
         rows=rows if rows is not None or tokens is None else max(1, tokens // TOKENS_A_ROW),
         tokens=tokens,
         memory=bytes_of(memory) if memory is not None else None,

@@ -80,7 +80,7 @@ def flops_per_token(shapes: Shapes, plan: Plan) -> float:
         return linears + head + attention
     matrices = {name: m for name, m, *_ in shapes.linears()}
     adapters = 6 * sum(r * (matrices[n].out + matrices[n].n) for n, r in ranks(shapes, plan).items())
-    again = linears + attention if plan.recompute == "full" else 0
+    again = linears + attention + adapters / 3 if plan.recompute == "full" else 0
     trained = trained_base(shapes, plan) / shapes.parameters
     return (2 + trained) * (linears + head) + 3.5 * attention + adapters + again
 
