@@ -90,15 +90,16 @@ def ranks(shapes: Shapes, plan: Plan) -> dict[str, int]:
     """Full name of every adapted layer -> its rank. Raises TargetError for targets that match nothing."""
     if plan.method != "lora":
         return {}
-    rows = list(shapes.linears())
+    rows = shapes.linears()
     whole = set(_saved_whole(shapes, plan))
     names = [name for name, *_ in rows if name not in whole]
     wanted = _matching(names, plan.targets, "targets")
-    refused = _matching(names, plan.exclude, "exclude") if plan.exclude else set()
+    if plan.exclude:
+        wanted = wanted - _matching(names, plan.exclude, "exclude")
     return {
         name: min(plan.r, matrix.out, matrix.n)
         for name, matrix, block, i in rows
-        if name in wanted - refused and (plan.layers is None or (block is not None and i in _chosen(block, plan)))
+        if name in wanted and (plan.layers is None or (block is not None and i in _chosen(block, plan)))
     }
 
 

@@ -18,6 +18,7 @@ import math
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -118,8 +119,15 @@ class Shapes:
         head = self.head.out * self.head.n if self.head else 0
         return head + sum(b.count * m.out * m.n * _runs(b, m) for b in self.blocks for m in b.matrices)
 
-    def linears(self) -> Iterator[tuple[str, Matrix, Block | None, int]]:
+    def linears(self) -> tuple[tuple[str, Matrix, Block | None, int], ...]:
         """Every linear layer but the head: (full name, matrix, block, index of the block)."""
+        return self._linears
+
+    @cached_property
+    def _linears(self) -> tuple[tuple[str, Matrix, Block | None, int], ...]:
+        return tuple(self._named())
+
+    def _named(self) -> Iterator[tuple[str, Matrix, Block | None, int]]:
         for block in self.blocks:
             for i in range(block.count):
                 for matrix in block.matrices:
