@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -433,3 +434,62 @@ def test_a_base_in_bf16(
     assert heard.losses[-1] < heard.losses[0] and run.proof["passed"]
     assert model.get_parameter("model.norm.weight").dtype == torch.bfloat16
     assert all(value.dtype == torch.float32 for value in resume.read(run.last)["parameters"].values())
+
+
+def test_the_probe_leaves_no_trace(run_tiny: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
+    tried, *_ = run_tiny(dropout=0.2)
+    monkeypatch.setattr(Loop, "probe", lambda self: None)
+    plain, heard, _ = run_tiny(dropout=0.2)
+    assert not heard.of("probe") and adapter_bytes(tried) == adapter_bytes(plain) and figures(tried) == figures(plain)
+
+
+def test_the_longest_batch_and_one_evaluation_are_tried_first(run_tiny: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[int, bool]] = []
+    judge = CausalLM.judge
+
+    def watched(self: CausalLM, model: nn.Module, batch: Any) -> Any:
+        seen.append((batch.inputs["input_ids"].shape[1], torch.is_grad_enabled()))
+        return judge(self, model, batch)
+
+    monkeypatch.setattr(CausalLM, "judge", watched)
+    _, heard, _ = run_tiny()
+    (event,) = heard.of("probe")
+    assert seen[0] == (event["longest_tokens"], True) and seen[1][1] is False
+    assert event["longest_tokens"] == max(length for length, trains in seen if trains) and event["memory_bytes"] > 0
+
+
+def test_a_listener_that_goes_away_does_not_end_the_run(run_tiny: Runs) -> None:
+    class Gone(Heard):
+        def __call__(self, event: dict[str, Any]) -> str | None:
+            if event["event"] == "step":
+                raise BrokenPipeError("reader left")
+            return super().__call__(event)
+
+    run, heard, _ = run_tiny(heard=Gone())
+    assert run.status == "done" and not heard.of("done") and "nobody listens" in run.path("run.log").read_text()
+
+
+class Plain(nn.Module):
+    """A language model that is no transformers model: no config, no head by name, no cache."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.mix, self.out = nn.Embedding(384, 16), nn.GRU(16, 16, batch_first=True), nn.Linear(16, 384)
+        self.inner = nn.Linear(16, 16)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Any:
+        mixed, _ = self.mix(self.embed(input_ids))
+        return SimpleNamespace(logits=self.out(torch.tanh(self.inner(mixed))))
+
+
+def test_any_module_with_logits_will_do(run_tiny: Runs) -> None:
+    run, heard, _ = run_tiny(model=Plain(), targets=["inner", "out"])
+    assert heard.losses[-1] < heard.losses[0] and run.proof["passed"]
+    assert any("from whole logits" in event["text"] for event in heard.of("note"))
+
+
+def test_adalora_shares_out_its_ranks(run_tiny: Runs) -> None:
+    run, heard, _ = run_tiny(delta="adalora", r=3, lr=2e-2, steps=20)
+    ranks = [sum(row["ranks"].values()) for row in run.metrics("ranks")]
+    assert ranks[0] == 14 * 3 and ranks[-1] == 14 * 2 and sorted(ranks, reverse=True) == ranks
+    assert heard.losses[-1] < heard.losses[0] and run.proof["passed"]

@@ -76,6 +76,7 @@ def test_three_sessions(run_tiny: Runs) -> None:
 TRAINED: list[dict[str, Any]] = [
     {"combine": "dora"},
     {"init": "pissa"},
+    {"delta": "adalora", "r": 3, "lr": 2e-2},
     {"modules_to_save": ["lm_head"]},
     {"method": "full", "r": ..., "lr": 1e-3},
     {"method": "freeze", "r": ..., "lr": 1e-3},

@@ -6,6 +6,7 @@ the whole vocabulary never exist for more than a chunk; `prepare` finds out once
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from typing import Any
 
@@ -91,11 +92,13 @@ def greedy(model: nn.Module, prompt: Sequence[int], ends: Sequence[int], limit: 
     """The likeliest continuation, token by token, up to one of `ends` (which is left off)."""
     found: list[int] = []
     ids, past = torch.tensor([list(prompt)], device=next(model.parameters()).device), None
+    keeps = "past_key_values" in inspect.signature(model.forward).parameters
     while len(found) < limit:
-        out = model(input_ids=ids, past_key_values=past, use_cache=True)
+        out = model(input_ids=ids, past_key_values=past, use_cache=True) if keeps else model(input_ids=ids)
         token = int(out.logits[0, -1].argmax())
         if token in ends:
             break
         found.append(token)
-        ids, past = ids.new_tensor([[token]]), out.past_key_values
+        new = ids.new_tensor([[token]])
+        ids, past = (new, out.past_key_values) if keeps else (torch.cat([ids, new], 1), None)
     return found

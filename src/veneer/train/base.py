@@ -9,14 +9,15 @@ from typing import Any
 import torch
 from torch import nn
 
+from veneer.data.batch import pad_id_of
 from veneer.errors import ConfigError
 from veneer.tasks.base import Task
 
 __all__ = [
-    "check_head",
     "config_of",
     "context_of",
     "dtype_of",
+    "fit_head",
     "load_model",
     "precision_of",
     "quiet",
@@ -114,10 +115,14 @@ def context_of(config: Any) -> int | None:
     return min((limit for limit in found if isinstance(limit, int) and limit > 0), default=None)
 
 
-def check_head(model: nn.Module, task: Task) -> None:
-    """A loaded model must have as many outputs as the data has classes."""
+def fit_head(model: nn.Module, task: Task) -> None:
+    """A loaded model must have as many outputs as the data has classes, and know what padding is: a decoder that sorts
+    texts looks for the last token that is none."""
+    config: Any = getattr(model, "config", None)
+    if task.labelled and config is not None and getattr(config, "pad_token_id", None) is None:
+        config.pad_token_id = pad_id_of(task.tokenizer)
     wanted = task.model_options().get("num_labels")
-    held = getattr(getattr(model, "config", None), "num_labels", None)
+    held = getattr(config, "num_labels", None)
     if wanted is not None and held is not None and wanted != held:
         raise ConfigError(
             f"the model's head has {held} outputs, the data {wanted} classes",

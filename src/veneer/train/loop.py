@@ -51,7 +51,7 @@ from veneer.train.base import recomputing
 from veneer.train.companions import write_companions
 from veneer.train.finish import finish, show
 from veneer.train.memory import back_off
-from veneer.train.method import ADAPTER, write_model
+from veneer.train.method import ADAPTER, allocator_of, write_model
 from veneer.train.monitor import Meter, Movement, Watchdog, memory_bytes, not_finite
 from veneer.train.optim import Masters, adamw, set_rate
 from veneer.train.prepare import Job, prepare
@@ -111,7 +111,9 @@ class Loop:
         self.progress = Progress(micro_batch=settings.batch_size)
         self.watchdog, self.meter = Watchdog(), Meter()
         self.movement = Movement(job.model, ADAPTER)
+        self.allocator = allocator_of(job.model, settings, job.steps)
         self.saved = -1  # the step of the last checkpoint
+        self.noted: set[str] = set()  # what was said about the adapter's file
         self.wish: Any = None  # what the listener asked for: save, eval or stop
 
     def run_steps(self) -> None:
@@ -177,6 +179,8 @@ class Loop:
         norm = float(self.masters.gradient_norms().norm())
         if reason := self.watchdog.verdict(loss, norm):
             return self.restart(reason, step)
+        if self.allocator is not None:
+            self.allocator.observe()
         self.masters.clip(norm, self.settings.clip)
         rate = self.rate()
         set_rate(self.optimizer, rate)
@@ -184,6 +188,8 @@ class Loop:
         self.masters.publish()
         self.masters.zero_grad()
         self.progress.step += 1
+        if self.allocator is not None:
+            self.allocator.allocate(self.progress.step)
         return self.measure(step, loss, norm, rate)
 
     def gradients(self, samples: Sequence[Encoded], rows: int, collect: bool = True) -> float:
@@ -195,7 +201,8 @@ class Loop:
             if collect:
                 self.masters.collect()
             mean += float(loss.detach())
-            self.run.beat()
+        if self.allocator is not None:
+            self.allocator.penalty().backward()  # once a step; it is no part of the loss that is reported
         return mean
 
     def rate(self) -> float:
@@ -223,7 +230,10 @@ class Loop:
             self.stop.request("stopped by the listener")
 
     def log_movement(self) -> None:
-        if found := self.movement.now():
+        found: dict[str, Any] = self.movement.now()
+        if self.allocator is not None:
+            found["ranks"] = self.allocator.ranks()
+        if found:
             self.run.log_metrics({"step": self.progress.step, **found})
 
     # ---------------------------------------------------------------- evaluation
@@ -297,11 +307,15 @@ class Loop:
         self.progress.loader = self.loader.state_dict()
         self.progress.watchdog = self.watchdog.state()
         self.progress.metrics_position = self.run.metrics_position()
-        return capture(self.progress, self.masters.values, self.optimizer)
+        found = capture(self.progress, self.masters.values, self.optimizer)
+        return found if self.allocator is None else {**found, "allocator": self.allocator.state_dict()}
 
     def write(self, folder: Path, state: dict[str, Any]) -> None:
         def files(temp: Path) -> None:
-            write_model(self.job.model, temp, self.settings.method)
+            for note in write_model(self.job.model, temp, self.settings.method):
+                if note not in self.noted:
+                    self.tell("warning", text=note)
+                self.noted.add(note)
             if not (folder / "tokenizer_config.json").exists():  # else it is carried over
                 write_companions(temp, self.job.task, self.job.model)
 
@@ -310,8 +324,11 @@ class Loop:
     def go_back(self) -> None:
         """To the last checkpoint: weights, moments, random states, place in the data, end of metrics.jsonl."""
         self.masters.zero_grad()
-        self.progress = apply(read(self.run.last), self.masters.values, self.optimizer, self.run.last)
+        state = read(self.run.last, self.job.device)
+        self.progress = apply(state, self.masters.values, self.optimizer, self.run.last)
         self.masters.publish()
+        if self.allocator is not None:
+            self.allocator.load_state_dict(state["allocator"])
         self.loader.load_state_dict(self.progress.loader)
         self.source = self.loader.steps(self.job.steps - self.progress.step)
         self.watchdog.restore(self.progress.watchdog)
@@ -341,7 +358,9 @@ class Loop:
     # ---------------------------------------------------------------- means
 
     def batches(self, samples: Sequence[Encoded], rows: int) -> Iterator[Batch]:
-        return (batch.to(self.job.device) for batch in batches(samples, rows, self.job.pad))
+        for batch in batches(samples, rows, self.job.pad):
+            self.run.beat()
+            yield batch.to(self.job.device)
 
     def fitting(self, attempt: Callable[[int], T]) -> T:
         """`attempt(rows)` with as many rows at a time as fit into memory."""

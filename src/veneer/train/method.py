@@ -11,6 +11,7 @@ Full and partial fine-tuning are here as baselines: a low-rank adapter that does
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,9 +22,10 @@ from veneer.core.model import attach, parameters
 from veneer.core.select import block_index
 from veneer.core.spec import LoRA
 from veneer.errors import ConfigError
+from veneer.train.allocate import RankAllocator
 from veneer.train.base import quiet
 
-__all__ = ["ADAPTER", "lora_of", "place", "write_model"]
+__all__ = ["ADAPTER", "allocator_of", "lora_of", "place", "write_model"]
 
 ADAPTER = "default"
 
@@ -59,6 +61,22 @@ def lora_of(settings: Any, heads: Sequence[str] = ()) -> LoRA:
     )
 
 
+def allocator_of(model: nn.Module, settings: Any, steps: int) -> RankAllocator | None:
+    """AdaLoRA's budget for this run: all ranks for the first tenth of the steps, two thirds of them for the last three
+    tenths (the shares of PEFT's examples: 12 ranks at first, 8 in the end). None for other deltas."""
+    if settings.method != "lora" or settings.delta != "adalora":
+        return None
+    return RankAllocator(
+        model,
+        ADAPTER,
+        target_rank=max(1.0, settings.r * 2 / 3),
+        total_steps=steps,
+        warmup=steps // 10,
+        final=steps * 3 // 10,
+        every=max(1, steps // 100),
+    )
+
+
 def _blocks(layers: int | tuple[int, ...] | None) -> tuple[int, ...] | None:
     """A number stands for the last so many blocks."""
     return tuple(range(-layers, 0)) if isinstance(layers, int) else layers
@@ -83,8 +101,15 @@ def _freeze_all_but_last(model: nn.Module, last: int, heads: Sequence[str]) -> N
             parameter.requires_grad_(True)
 
 
-def write_model(model: nn.Module, folder: Path, method: str) -> None:
-    """Write what was learned into `folder`."""
+def write_model(model: nn.Module, folder: Path, method: str) -> list[str]:
+    """Write what was learned into `folder`. Returns what is to be known of the file: the same at each save."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        _write(model, folder, method)
+    return [str(each.message).removeprefix(f"saving {folder}: ") for each in caught]
+
+
+def _write(model: nn.Module, folder: Path, method: str) -> None:
     if method == "lora":
         from veneer.ckpt.peft import save
 

@@ -88,7 +88,7 @@ def prepare(run: Run, settings: Reads, model: Any, data: Any, tokenizer: Any, te
     device = settle_precision(settings, source, tell)
     tell("doing", text="loading the model")
     model = source if isinstance(source, nn.Module) else base.load_model(source, task, settings.precision, device)
-    base.check_head(model, task)
+    base.fit_head(model, task)
     trained = place(model, settings, task.heads(model))
     if not trained:
         raise ConfigError("nothing would be trained", fix="choose other targets or layers")

@@ -92,11 +92,11 @@ def checkpoint(folder: Path, write_model: Callable[[Path], None], state: Mapping
         torch.save(dict(state), temp / STATE)
 
 
-def read(folder: Path) -> dict[str, Any]:
-    """The state in a checkpoint."""
+def read(folder: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
+    """The state in a checkpoint. Random states are always on the CPU."""
     path = folder / STATE
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = torch.load(path, map_location=device, weights_only=True)
     except FileNotFoundError:
         raise CheckpointError("there is nothing to go on from", str(path), "start the run anew") from None
     except Exception as error:  # torch raises many kinds for a file that is cut short or is something else
@@ -162,9 +162,9 @@ def restore_random(state: Mapping[str, Any]) -> None:
     random.setstate((version, tuple(words), gauss))
     kind, keys, position, has_gauss, cached = state["numpy"]
     np.random.set_state((kind, np.array(keys, dtype=np.uint32), position, has_gauss, cached))
-    torch.set_rng_state(state["torch"])
+    torch.set_rng_state(state["torch"].cpu())
     if state["cuda"] and torch.cuda.is_available() and len(state["cuda"]) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all(state["cuda"])
+        torch.cuda.set_rng_state_all([each.cpu() for each in state["cuda"]])
 
 
 @contextlib.contextmanager

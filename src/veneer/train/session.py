@@ -50,6 +50,7 @@ def session(asked: Resolved, report: Report | None) -> Iterator[Session]:
     """The run to work on, with its settings: the given ones, or for a resumed run those it began with."""
     run, settings = _run_for(asked)
     is_resumed = settings.resume is not None
+    listeners = [report] if report is not None else []
 
     def tell(event: str, **fields: Any) -> Any:
         row = {"event": event, **fields}
@@ -57,7 +58,12 @@ def session(asked: Resolved, report: Report | None) -> Iterator[Session]:
             run.log_event(row)
             run.log_text(f"{event}: {fields.get('text') or ', '.join(f'{k} {v}' for k, v in fields.items())}")
         run.beat()
-        return report(row) if report is not None else None
+        try:
+            return listeners[0](row) if listeners else None
+        except OSError as error:  # a terminal that was closed, a pipe whose reader left: no reason to lose the run
+            listeners.clear()
+            run.log_text(f"nobody listens any more ({error}); going on")
+            return None
 
     tell("start", run=str(run.folder), resumed=is_resumed)
     for notice in asked.notices:
