@@ -479,7 +479,7 @@ def _rest(case: Case, s: Settings) -> Settings:
         "schedule": Setting("cosine", "falls to nothing by the end", TOOLS),
         "warmup": Setting(0.03, "a short warm-up", TOOLS),
         "combine": Setting(
-            "add", "DoRA helps at low ranks and costs a third more memory for activations", "arXiv:2402.09353"
+            "add", "DoRA is a little better and keeps twice the activations", "benchmarks/learning_rate.py"
         ),
         "scaling": Setting("lora", "the learning-rate rule is made for alpha / r; rsLoRA moves with it", RULE),
     }
