@@ -20,9 +20,9 @@ from veneer.ckpt.hub import WEIGHTS, find
 from veneer.ckpt.layout import PREFIX
 from veneer.ckpt.tensorfile import TensorFile, save_tensors
 from veneer.core.host import plain_modules
-from veneer.core.model import put, spec_of, tensors
+from veneer.core.model import put, spec_of, tensors, unmerged
 from veneer.errors import CheckpointError, ConfigError
-from veneer.peft.held import LoadResult, unmerged
+from veneer.peft.held import LoadResult
 from veneer.peft.live import live_state
 
 __all__ = [
