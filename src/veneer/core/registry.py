@@ -15,6 +15,7 @@ from veneer.errors import ConfigError
 __all__ = ["Registry", "near"]
 
 T = TypeVar("T")
+P = TypeVar("P")  # the very piece: a decorated class stays known as itself
 
 
 def near(word: str, known: Iterable[str]) -> str:
@@ -43,12 +44,12 @@ class Registry(dict[str, T], Generic[T]):
         super().__init__()
         self.kind = kind
 
-    def register(self, *names: str) -> Callable[[T], T]:
-        def add(piece: T) -> T:
+    def register(self, *names: str) -> Callable[[P], P]:
+        def add(piece: P) -> P:
             for name in names:
                 if name in self:
                     raise ValueError(f"{self.kind} {name!r} is registered twice")
-                self[name] = piece
+                self[name] = piece  # type: ignore[assignment]
             return piece
 
         return add
