@@ -208,8 +208,8 @@ def growth(quick: bool) -> dict[str, float]:
     """The cost of one more adapter, and of a switch, with 2 and with 40 on the model."""
     model, many = llama(16, 256), 20 if quick else 40
     with tempfile.TemporaryDirectory() as folder:
-        veneer.attach(model, SPEC, "a0")
-        veneer.save(model, folder, name="a0")
+        veneer.attach(model, SPEC)
+        veneer.save(model, folder)
         load, switch = [], []
         for i in range(1, many):
             start = time.perf_counter()
@@ -217,7 +217,7 @@ def growth(quick: bool) -> dict[str, float]:
             load.append(time.perf_counter() - start)
             start = time.perf_counter()
             for _ in range(100):
-                veneer.activate(model, "a0")
+                veneer.activate(model, "default")
             switch.append((time.perf_counter() - start) / 100)
     early, late = slice(1, 6), slice(many - 6, many - 1)
     return {
