@@ -4,7 +4,7 @@ Three things must agree: the keys in the file, the patterns in its config, and t
 matches and drops the rest, so an adapter with a wrong prefix is a model that answers like its base. Here every
 disagreement is found, in both directions, and they are raised together:
 
-    in the file, not in the model     another architecture, or other names for the same layers (`renamings` are tried)
+    in the file, not in the model     another architecture, or other names for the same layers (see names.py)
     in the file, not in the config    the config was edited, or belongs to other weights
     in the config, not in the file    an incomplete save
     a shape that cannot be            with both shapes and the likely cause
@@ -14,15 +14,16 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from veneer.ckpt.config import TASK_HEADS, Parsed, selects, selects_parameters
-from veneer.ckpt.layout import from_file, is_conv, is_flipped, misfit, parse_key
+from veneer.ckpt.layout import NESTED, from_file, is_conv, is_flipped, misfit
+from veneer.ckpt.names import Found, Renaming, best_renaming, renamed, sort_keys
 from veneer.ckpt.tensorfile import Stored, TensorFile
 from veneer.core.host import plain_modules
 from veneer.core.leaf import Leaf, leaves_of
@@ -31,23 +32,11 @@ from veneer.core.select import ends_with
 from veneer.core.spec import LoRA
 from veneer.errors import CheckpointError
 
-__all__ = ["Fit", "fit", "renamings"]
+__all__ = ["Fit", "Read", "fit"]
 
 
 Read = Callable[[str], Tensor | None]
 """The value of a parameter of the base, by name, for models whose own parameters have none."""
-
-
-NESTED = ".base_layer"  # in the name of a module: an adapter of one of its parameters, under that of another
-
-
-@dataclass
-class Found:
-    """The contents of a file by what they belong to, under the file's own module names."""
-
-    adapted: dict[str, dict[str, Stored]] = field(default_factory=dict)  # module -> A, B, magnitude, B.bias
-    plain: dict[str, Stored] = field(default_factory=dict)  # full parameter name: saved modules, biases
-    base: dict[str, Stored] = field(default_factory=dict)  # parameters of an adapted layer's base
 
 
 @dataclass
@@ -73,9 +62,9 @@ def fit(
     partial: take what matches and note the rest.
     """
     modules = plain_modules(model)
-    found = _sort(file, name)
-    name_of, notes = _renamed(model, modules, found, file)
-    found = _rename(found, name_of.forward)
+    found = sort_keys(file, name)
+    name_of, notes = best_renaming(model, modules, found, file)
+    found = renamed(found, name_of.forward)
     return _Matching(model, modules, parsed, found, file, name_of, partial, notes, read).run()
 
 
@@ -305,111 +294,6 @@ MIXED_GROUPS = (
 )
 
 
-def _sort(file: TensorFile, name: str) -> Found:
-    """Read the keys. Files of old versions may hold several adapters, told apart by the name in the key."""
-    keys = {stored.name: parse_key(stored.name) for stored in file}
-    inside = {key.adapter for key in keys.values() if key is not None and key.adapter is not None}
-    if len(inside) > 1 and name not in inside:
-        raise CheckpointError(
-            f"The file holds several adapters and none is called {name!r}.",
-            str(file.path),
-            f"load(..., name=) one of: {', '.join(sorted(inside))}",
-        )
-    found = Found()
-    for stored in file:
-        key = keys[stored.name]
-        if key is None or (len(inside) > 1 and key.adapter not in (None, name)):
-            continue
-        kind, _, parameter = key.field.partition(".")
-        if kind == "":
-            found.plain[key.module] = stored
-        elif kind == "saved":
-            found.plain[f"{key.module}.{parameter}"] = stored
-        elif kind == "base":
-            found.base[f"{key.module}.{parameter}"] = stored
-        else:
-            found.adapted.setdefault(key.module, {})[key.field] = stored
-    return found
-
-
-# ---------------------------------------------------------------- names
-
-
-class Renaming(NamedTuple):
-    """A way to turn the file's names into the model's, and back."""
-
-    forward: Callable[[str], str]
-    backward: Callable[[str], str]
-    note: str = ""
-
-
-SAME = Renaming(lambda name: name, lambda name: name)
-
-
-def renamings(model: nn.Module) -> Iterator[Renaming]:
-    """Names as they are; with the base model's prefix added or taken away; as transformers renames old checkpoints."""
-    yield SAME
-    prefix = getattr(model, "base_model_prefix", "") or "model"
-    for p in dict.fromkeys((f"{prefix}.", "model.")):
-        yield Renaming(lambda n, p=p: p + n, lambda n, p=p: n.removeprefix(p), f"{p!r} was put before the file's names")
-        yield Renaming(lambda n, p=p: n.removeprefix(p), lambda n, p=p: p + n, f"{p!r} was cut off the file's names")
-    yield from _transformers_renaming(model)
-
-
-def _transformers_renaming(model: nn.Module) -> Iterator[Renaming]:
-    """Newer versions of transformers moved layers of some models; they know how, and so it is left to them."""
-    if not hasattr(getattr(model, "config", None), "model_type"):
-        return
-    try:
-        from transformers.conversion_mapping import get_model_conversion_mapping
-        from transformers.core_model_loading import WeightRenaming, rename_source_key
-    except ImportError:  # a version without such a table has renamed nothing
-        return
-    table: Any = get_model_conversion_mapping(model)  # type: ignore[arg-type]
-    rules = [rule for rule in table if isinstance(rule, WeightRenaming)]
-
-    def forward(name: str) -> str:
-        return rename_source_key(f"{name}.weight", rules, [])[0].removesuffix(".weight")
-
-    if rules:
-        yield Renaming(forward, lambda name: name, "the file's names were brought up to date by transformers' table")
-
-
-def _renamed(
-    model: nn.Module, modules: Mapping[str, nn.Module], found: Found, file: TensorFile
-) -> tuple[Renaming, list[str]]:
-    """The renaming under which the file's layers are the model's; raises if none makes a single one match."""
-    names = list(found.adapted) or [full.rpartition(".")[0] for full in found.plain]
-    best, most = SAME, 0
-    for renaming in renamings(model):
-        matches = sum(renaming.forward(name.removesuffix(NESTED * name.count(NESTED))) in modules for name in names)
-        if matches > most:
-            best, most = renaming, matches
-        if most == len(names) and names:
-            break
-    if not most:
-        here = [n for n, m in modules.items() if op_for(type(m)) is not None]
-        raise CheckpointError(
-            f"None of the {len(file)} tensors in the file belongs to this model, so nothing would be adapted.",
-            str(file.path),
-            f"load the base that it was made for. In the file: {_some(names or [s.name for s in file])}; "
-            f"here: {_some(here)}",
-        )
-    return best, [best.note] if best.note else []
-
-
-def _rename(found: Found, forward: Callable[[str], str]) -> Found:
-    def parameter(full: str) -> str:
-        module, _, leaf = full.rpartition(".")
-        return f"{forward(module)}.{leaf}" if module else full
-
-    return Found(
-        {forward(site): fields for site, fields in found.adapted.items()},
-        {parameter(full): stored for full, stored in found.plain.items()},
-        {parameter(full): stored for full, stored in found.base.items()},
-    )
-
-
 def _shortest(endings: Sequence[str], saved: Sequence[str], modules: Iterable[str]) -> tuple[str, ...]:
     """The config's own words for the whole modules where they mean the same here, else their full names."""
     used = tuple(e for e in endings if any(ends_with(s, e) for s in saved))
@@ -433,7 +317,3 @@ def _ask(model: nn.Module, getter: str) -> nn.Module | None:
         return getattr(model, getter, lambda: None)()
     except NotImplementedError:
         return None
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:2]) + (", ..." if len(names) > 2 else "") if names else "nothing"

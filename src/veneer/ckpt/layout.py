@@ -37,9 +37,21 @@ from veneer.core.leaf import Leaf
 from veneer.core.op import op_of
 from veneer.core.select import ends_with
 
-__all__ = ["PREFIX", "Key", "file_rank", "from_file", "is_conv", "is_flipped", "misfit", "parse_key", "to_file"]
+__all__ = [
+    "NESTED",
+    "PREFIX",
+    "Key",
+    "file_rank",
+    "from_file",
+    "is_conv",
+    "is_flipped",
+    "misfit",
+    "parse_key",
+    "to_file",
+]
 
 PREFIX = "base_model.model."
+NESTED = ".base_layer"  # in the name of a module: an adapter of one of its parameters, under that of another
 FIELDS = {
     "lora_A": "A",
     "lora_B": "B",

@@ -140,7 +140,7 @@ def load_into(
     with unmerged(model):
         fitted = fit(model, parse(config, str(path)), file, name)
         _refuse_other_scale(model, name, fitted.spec, str(path))
-        put(model, name, same_start(model, name, store._values(model, fitted, name)))
+        put(model, name, same_start(model, name, store.values_of(model, fitted, name)))
     return nothing_amiss()
 
 
@@ -187,7 +187,7 @@ def hotswap_adapter(
     path = find(model_name_or_path, adapter_name, kwargs.get("revision"))
     fitted = fit(model, parse(read_config(path / CONFIG), str(path)), TensorFile(path / WEIGHTS), adapter_name)
     try:
-        put(model, adapter_name, same_start(model, adapter_name, store._values(model, fitted, adapter_name)))
+        put(model, adapter_name, same_start(model, adapter_name, store.values_of(model, fitted, adapter_name)))
     except CheckpointError:  # other layers, ranks or kinds
         _replace(model, adapter_name, path)
     else:

@@ -45,7 +45,7 @@ def merged_names(model: nn.Module) -> list[str]:
 def config_of(model: nn.Module, name: str, task: str | None = None) -> LoraConfig:
     """A LoraConfig for an adapter that was attached without one."""
     spec = spec_of(model, name)
-    words = store._config(model, name, spec, store._contents(model, name))
+    words = store.config_of(model, name, spec, store.contents_of(model, name))
     known = {key: value for key, value in words.items() if key in LoraConfig.__dataclass_fields__}
     start = True if spec.init == "kaiming" else spec.init
     return LoraConfig(**{**known, "inference_mode": False, "init_lora_weights": start, "task_type": task})

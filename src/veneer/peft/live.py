@@ -38,7 +38,7 @@ def live_state(model: nn.Module) -> dict[str, Tensor]:
 
 
 def save_live(model: nn.Module, path: Path) -> None:
-    content = {key: store._whole(value).cpu().contiguous() for key, value in live_state(model).items()}
+    content = {key: store.whole(value).cpu().contiguous() for key, value in live_state(model).items()}
     note = {"veneer": "adapters alone, for a Trainer to resume from; the adapter to use is adapter_model.safetensors"}
     announced = {key: (value.dtype, tuple(value.shape)) for key, value in content.items()}
     with atomic_file(path) as file:

@@ -48,7 +48,7 @@ def get_peft_model_state_dict(
     model = getattr(model, "_orig_mod", model) if unwrap_compiled else model
     refuse_other_values(model, state_dict)
     with unmerged(model):
-        found = dict(store._contents(model, adapter_name).tensors)
+        found = dict(store.contents_of(model, adapter_name).tensors)
     if wants_embeddings(model, save_embedding_layers):
         found |= embeddings_of(model, found)
     return {_key(model, key): value for key, value in found.items()}
@@ -78,7 +78,7 @@ def set_peft_model_state_dict(
     """Put values under PEFT's keys into an adapter that is there. Says which were missing and which were too many."""
     spec = spec_of(model, adapter_name)
     with unmerged(model):
-        contents = store._contents(model, adapter_name)
+        contents = store.contents_of(model, adapter_name)
         given = {PREFIX + key.removeprefix(PREFIX): value for key, value in peft_model_state_dict.items()}
         bases = {f"{PREFIX}{site}.base_layer.weight" for site in contents.ranks}  # an embedding's, compared with ours
         unexpected = sorted(given.keys() - contents.tensors.keys() - bases)
@@ -92,7 +92,7 @@ def set_peft_model_state_dict(
         if ignore_mismatched_sizes:
             shapes = {key: value.shape for key, value in contents.tensors.items()}
             known = {key: value for key, value in known.items() if value.shape == shapes.get(key, value.shape)}
-        config = store._config(model, adapter_name, spec, contents)
+        config = store.config_of(model, adapter_name, spec, contents)
         _put_file(model, adapter_name, {**contents.tensors, **known}, config)
     return LoadResult(sorted(contents.tensors.keys() - known.keys()), unexpected)
 
@@ -103,7 +103,7 @@ def _put_file(model: nn.Module, name: str, content: Mapping[str, Tensor], config
         path = Path(folder, WEIGHTS)
         save_tensors(path, {key: value.detach() for key, value in content.items()})
         fitted = fit(model, parse(config), TensorFile(path), name)
-        put(model, name, same_start(model, name, store._values(model, fitted, name)))
+        put(model, name, same_start(model, name, store.values_of(model, fitted, name)))
 
 
 def same_start(model: nn.Module, name: str, values: dict[tuple[str, str], Tensor]) -> dict[tuple[str, str], Tensor]:
@@ -124,7 +124,7 @@ def refuse_other_values(model: nn.Module, state_dict: Mapping[str, Any] | None) 
     if state_dict is None:
         return
     own = live_state(model)
-    other = [k for k, v in own.items() if k in state_dict and not torch.equal(store._whole(state_dict[k]).to(v), v)]
+    other = [k for k, v in own.items() if k in state_dict and not torch.equal(store.whole(state_dict[k]).to(v), v)]
     if other:
         raise ConfigError(
             "this state_dict holds other values than the model's adapters",
@@ -178,5 +178,5 @@ def embeddings_of(model: Any, found: Mapping[str, Tensor]) -> dict[str, Tensor]:
         if name is not None and f"{PREFIX}{name}.weight" not in found:
             adapted = any(key.startswith(f"{PREFIX}{name}.lora_") for key in found)
             key = f"{PREFIX}{name}.base_layer.weight" if adapted else f"{PREFIX}{name}.weight"
-            extra[key] = store._whole(layer._parameters["weight"]).clone()
+            extra[key] = store.whole(layer._parameters["weight"]).clone()
     return extra
