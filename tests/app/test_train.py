@@ -240,6 +240,30 @@ def test_a_classifier_is_judged_and_not_chatted_with(
     assert refused.code == 2 and "it has no answers" in refused.err
 
 
+@pytest.mark.parametrize(
+    "kind, head, task, row, metric",
+    [
+        ("t5", None, "seq2seq", {"source": "say {i}", "target": "it is {i}"}, "rouge_l"),
+        ("bert", "token", "ner", {"tokens": ["in", "Rome", "{i}"], "tags": ["O", "B-LOC", "O"]}, "entity_f1"),
+    ],
+)
+def test_other_tasks_from_the_command_line(
+    kind: str, head: str | None, task: str, row: dict[str, Any], metric: str,
+    veneer: Callable[..., Any], own_folder: Path, make_model: Callable[..., Any], tiny_tokenizer: Any,
+) -> None:  # fmt: skip
+    make_model(kind, head).save_pretrained(own_folder / kind)
+    tiny_tokenizer.save_pretrained(own_folder / kind)
+    rows = [json.dumps(row).replace("{i}", str(i)) for i in range(16)]
+    (own_folder / "t.jsonl").write_text("\n".join(rows))
+    said = veneer("train", kind, "t.jsonl", "--task", task, "--name", "t", "--val", 4, *QUICK)
+    assert said.code == 0, said.err
+    judged = veneer("eval", "t", "--json").json
+    assert metric in judged["metrics"]["after"]
+    assert judged["metrics"]["after"]["loss"] == pytest.approx(Run("runs/t").result["val_after"], rel=1e-4)
+    chat = veneer("chat", "t", "--vs", "base", "-p", "say 3", "--max-tokens", 4)
+    assert chat.code == (0 if task == "seq2seq" else 2)
+
+
 def test_prompt_completion_runs_are_asked_as_they_were_trained(
     veneer: Callable[..., Any], tiny_folder: Path, own_folder: Path
 ) -> None:

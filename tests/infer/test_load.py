@@ -84,6 +84,14 @@ def test_names_that_lead_nowhere_are_answered_in_a_line(make_adapter: Callable[.
         load([source_of_folder(str(tmp_path / "empty"))], say=quiet)
 
 
+def test_a_base_that_was_cut_short_is_named(tiny_folder: Path) -> None:
+    weights = tiny_folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:900])
+    with pytest.raises(CheckpointError, match="the model cannot be read: ") as caught:
+        load([source_of_folder(str(tiny_folder))], say=quiet)
+    assert caught.value.where == str(tiny_folder)
+
+
 def test_a_base_of_its_own_template_and_system(tiny_folder: Path, make_adapter: Callable[..., Path]) -> None:
     source = dataclasses.replace(source_of_folder(str(make_adapter("a"))), system="Be brief.")
     ready = load([source], say=quiet)

@@ -493,3 +493,10 @@ def test_adalora_shares_out_its_ranks(run_tiny: Runs) -> None:
     ranks = [sum(row["ranks"].values()) for row in run.metrics("ranks")]
     assert ranks[0] == 14 * 3 and ranks[-1] == 14 * 2 and sorted(ranks, reverse=True) == ranks
     assert heard.losses[-1] < heard.losses[0] and run.proof["passed"]
+
+
+def test_a_run_that_helped_nothing_says_so(run_tiny: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
+    losses = iter([9.0, 5.0, 6.0, 7.0])
+    monkeypatch.setattr(CausalLM, "evaluate", lambda *_: {"val_loss": next(losses)})
+    _, heard, _ = run_tiny()
+    assert any("is not below the base's 5" in event["text"] for event in heard.of("warning"))

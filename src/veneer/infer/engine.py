@@ -19,7 +19,7 @@ from __future__ import annotations
 import inspect
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
@@ -32,6 +32,7 @@ from veneer.data.template import Renderer
 from veneer.data.types import Message
 from veneer.errors import DataError
 from veneer.infer.sampling import Sampling, generators, pick
+from veneer.tasks.cross_entropy import evaluating
 
 __all__ = ["Adapter", "Answer", "CausalDecoder", "Engine", "Piece", "Seq2SeqDecoder", "TextStream", "generate"]
 
@@ -204,17 +205,6 @@ def _device(model: nn.Module) -> torch.device:
     return next(model.parameters()).device
 
 
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """No dropout while answering; training mode comes back afterwards."""
-    was_training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(was_training)
-
-
 @dataclass
 class _Row:
     """One prompt on its way: `seen` is what the model has read and said."""
@@ -262,7 +252,7 @@ class Engine:
         """The pieces of all rows as they come. `adapters` gives each row its own; None leaves the active one."""
         sampling = sampling or Sampling()
         self._check(prompts, adapters)
-        with _evaluating(self.model):
+        with evaluating(self.model):  # no dropout while answering; training mode comes back afterwards
             yield from self._decode(prompts, sampling, adapters)
 
     def _check(self, prompts: Sequence[Ids], adapters: Sequence[Adapter] | None) -> None:

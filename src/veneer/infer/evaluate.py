@@ -18,16 +18,18 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import nn
 
 from veneer.core.model import activate, adapters, disabled
-from veneer.data.batch import batches, pad_id_of
-from veneer.data.types import Chat, Completion, Encoded, Example, Message, Pair
+from veneer.data.batch import Batch, batches, collate, pad_id_of
+from veneer.data.types import IGNORE, Chat, Completion, Encoded, Example, LossOn, Message, Pair
 from veneer.errors import ConfigError, DataError
 from veneer.infer.load import Ready
 from veneer.infer.sampling import Sampling
+from veneer.tasks.cross_entropy import evaluating
 from veneer.tasks.metrics import exact_match, rouge_l
 
-__all__ = ["Evaluation", "Judged", "Question", "evaluate", "question_of"]
+__all__ = ["Evaluation", "Judge", "Judged", "Question", "evaluate", "likelihoods", "question_of"]
 
 BEFORE, AFTER = "before", "after"
 Say = Callable[[str], object]
@@ -82,72 +84,116 @@ def evaluate(
     sampling: Sampling | None = None,
     batch_size: int = 8,
     max_len: int | None = None,
-    loss_on: str = "assistant",
+    loss_on: LossOn = "assistant",
     say: Say = lambda line: None,
 ) -> Evaluation:
     """Judge the first source of `ready` on these rows. `answer`: how many rows are also answered (0 for none)."""
-    source = ready.sources[0]
-    sides = _sides(ready, source.name)
-    options = {"max_len": max_len or ready.engine.limit, "overlong": "truncate", "loss_on": loss_on}
-    encoded = ready.task.encode(examples, **options)
-    metrics = {side: _losses(ready, encoded.samples, name, batch_size, say, side) for side, name in sides.items()}
-    questions = [question for example in examples if (question := question_of(example))] if ready.answers else []
+    found = compiled(pattern)
+    judge = Judge(ready, _sides(ready), batch_size, say)
+    encoded = ready.task.encode(examples, max_len=max_len or ready.engine.limit, overlong="truncate", loss_on=loss_on)
+    questions = [each for example in examples if (each := question_of(example))] if ready.answers else []
     if (pattern or choices) and not questions:
-        raise DataError("these rows have no answer to ask for", source.label, "give rows with a prompt and an answer")
+        fix = "give rows with a prompt and an answer"
+        raise DataError("these rows have no answer to ask for", ready.sources[0].label, fix)
     rows = [Judged(question.text, question.wanted) for question in questions]
+    metrics = judge.losses(encoded.samples)
     if choices:
-        _choose(ready, questions, rows, sides, choices, say)
-        for side in sides:
-            right = sum(row.chosen[side] == row.wanted.strip() for row in rows)
-            metrics[side]["choice_accuracy"] = right / len(rows)
+        judge.choose(questions, rows, [choice.strip() for choice in choices])
+        for side in judge.sides:
+            metrics[side]["choice_accuracy"] = sum(r.chosen[side] == r.wanted.strip() for r in rows) / len(rows)
     rows = rows[:answer]
     if rows:
-        _answer(ready, questions[:answer], rows, sides, sampling or Sampling(max_tokens=64), batch_size, say)
-        for side in sides:
-            metrics[side] |= _scores(rows, side, pattern)
+        judge.answer(questions[:answer], rows, sampling or Sampling(max_tokens=64))
+        for side in judge.sides:
+            metrics[side] |= scores(rows, side, found)
     return Evaluation(metrics, rows, len(encoded), len(rows))
 
 
-def _sides(ready: Ready, name: str | None) -> dict[str, str | None]:
+def _sides(ready: Ready) -> dict[str, str | None]:
     """What is measured under which name: the base before and the adapter after; one side where there is no other."""
-    if name is None:
-        return {AFTER: None}
-    return {AFTER: name} if ready.task.labelled else {BEFORE: None, AFTER: name}
+    name = ready.sources[0].name
+    if name is None or ready.task.labelled:
+        return {AFTER: name}
+    return {BEFORE: None, AFTER: name}
 
 
-@contextmanager
-def _acting(ready: Ready, name: str | None) -> Iterator[None]:
-    if name is not None:
-        activate(ready.model, name)
-        yield
-    elif adapters(ready.model):
-        with disabled(ready.model):
-            yield
-    else:
-        yield
+@dataclass(frozen=True)
+class Judge:
+    """A model, and the adapters under which it is measured. Each method fills one kind of finding in for all sides."""
 
+    ready: Ready
+    sides: dict[str, str | None]
+    batch_size: int
+    say: Say
 
-# ------------------------------------------------------------------ loss
+    @contextmanager
+    def acting(self, name: str | None) -> Iterator[nn.Module]:
+        """The model with one adapter, or without any."""
+        model = self.ready.model
+        if name is not None:
+            activate(model, name)
+            yield model
+        elif adapters(model):
+            with disabled(model):
+                yield model
+        else:
+            yield model
 
+    # ------------------------------------------------------------------ loss
 
-def _losses(ready: Ready, samples: list[Encoded], name: str | None, rows: int, say: Say, side: str) -> dict[str, float]:
-    """The task's loss and metrics; the longest rows first, so that what does not fit fails at once."""
-    ordered = sorted(samples, key=len, reverse=True)
-    device = next(ready.model.parameters()).device
-    parts = [batch.to(device) for batch in batches(ordered, rows, pad_id_of(ready.tokenizer))]
+    def losses(self, samples: Sequence[Encoded]) -> dict[str, dict[str, float]]:
+        """The task's loss and metrics; the longest rows first, so that what does not fit fails at once."""
+        ordered = sorted(samples, key=len, reverse=True)
+        return {side: self._loss(ordered, side, name) for side, name in self.sides.items()}
 
-    def told() -> Iterator[Any]:
-        for number, batch in enumerate(parts):
-            say(f"loss {side}: {number * rows:,} of {len(ordered):,} rows")
-            yield batch
+    def _loss(self, samples: Sequence[Encoded], side: str, name: str | None) -> dict[str, float]:
+        task, device = self.ready.task, next(self.ready.model.parameters()).device
 
-    with _acting(ready, name), torch.no_grad():
-        ready.task.prepare(ready.model, parts[0])
-        found = ready.task.evaluate(ready.model, told())
-    return {"loss" if key == "val_loss" else key: value for key, value in found.items()}
+        def told() -> Iterator[Batch]:
+            for number, batch in enumerate(batches(samples, self.batch_size, pad_id_of(task.tokenizer))):
+                self.say(f"loss {side}: {number * self.batch_size:,} of {len(samples):,} rows")
+                yield batch.to(device)
 
+        with self.acting(name) as model, torch.no_grad():
+            task.prepare(model, next(told()))
+            found = task.evaluate(model, told())
+        return {"loss" if key == "val_loss" else key: value for key, value in found.items()}
 
-# ------------------------------------------------------------------ answers
+    # ------------------------------------------------------------------ answers
+
+    def answer(self, questions: Sequence[Question], rows: Sequence[Judged], sampling: Sampling) -> None:
+        """All sides in one batch, so that the base and the adapter meet the same padding."""
+        routed = bool(adapters(self.ready.model))
+        for start in range(0, len(questions), self.batch_size):
+            self.say(f"answering: {start:,} of {len(questions):,} rows")
+            part = questions[start : start + self.batch_size]
+            prompts = [self.prompt(question) for question in part for _ in self.sides]
+            names = [name for _ in part for name in self.sides.values()] if routed else None
+            answers = iter(self.ready.engine.generate(prompts, sampling, names, batch_size=len(prompts)))
+            for row in rows[start : start + self.batch_size]:
+                row.answers.update({side: next(answers).text for side in self.sides})
+
+    def prompt(self, question: Question) -> list[int]:
+        return self.ready.prompt(question.prompt, question.tools)
+
+    # ------------------------------------------------------------------ choices
+
+    def choose(self, questions: Sequence[Question], rows: Sequence[Judged], choices: Sequence[str]) -> None:
+        """The likeliest of the choices, by the sum of its tokens' log-probabilities after the prompt."""
+        unknown = sorted({question.wanted.strip() for question in questions} - set(choices))
+        if unknown:
+            shown = ", ".join(repr(text[:40]) for text in unknown[:5])
+            fix = "list every answer there is"
+            raise DataError(f"wanted answers are not among the choices: {shown}", "--choices", fix)
+        if getattr(self.ready.model.config, "is_encoder_decoder", False):
+            raise ConfigError("choices are for models that continue a text", "--choices", "leave them out")
+        for number, (question, row) in enumerate(zip(questions, rows, strict=True)):
+            if number % 8 == 0:
+                self.say(f"choosing: {number:,} of {len(questions):,} rows")
+            for side, name in self.sides.items():
+                with self.acting(name):
+                    found = likelihoods(self.ready, self.prompt(question), choices)
+                row.chosen[side] = choices[max(range(len(found)), key=found.__getitem__)]
 
 
 def question_of(example: Example) -> Question | None:
@@ -164,86 +210,29 @@ def question_of(example: Example) -> Question | None:
     return Question(example.messages[: turns[-1]], str(example.messages[turns[-1]].get("content", "")), example.tools)
 
 
-def _prompt(ready: Ready, question: Question) -> list[int]:
-    return ready.prompt(question.prompt, question.tools)
-
-
-def _answer(
-    ready: Ready,
-    questions: Sequence[Question],
-    rows: Sequence[Judged],
-    sides: dict[str, str | None],
-    sampling: Sampling,
-    batch_size: int,
-    say: Say,
-) -> None:
-    """All sides in one batch, so that the base and the adapter meet the same padding and the same clock."""
-    routed = bool(adapters(ready.model))
-    for start in range(0, len(questions), batch_size):
-        say(f"answering: {start:,} of {len(questions):,} rows")
-        part = questions[start : start + batch_size]
-        prompts = [_prompt(ready, question) for question in part for _ in sides]
-        by_row = [name for _ in part for name in sides.values()] if routed else None
-        answers = iter(ready.engine.generate(prompts, sampling, by_row, batch_size=len(prompts)))
-        for row in rows[start : start + batch_size]:
-            row.answers.update({side: next(answers).text for side in sides})
-
-
-def _scores(rows: Sequence[Judged], side: str, pattern: str | None) -> dict[str, float]:
+def scores(rows: Sequence[Judged], side: str, pattern: re.Pattern[str] | None) -> dict[str, float]:
     answers, wanted = [row.answers[side] for row in rows], [row.wanted for row in rows]
     found = {"exact_match": exact_match(answers, wanted), "rouge_l": rouge_l(answers, wanted)}
-    if pattern:
-        found["matches"] = sum(bool(_compiled(pattern).search(answer)) for answer in answers) / len(answers)
+    if pattern is not None:
+        found["matches"] = sum(bool(pattern.search(answer)) for answer in answers) / len(answers)
     return found
 
 
-def _compiled(pattern: str) -> re.Pattern[str]:
+def compiled(pattern: str | None) -> re.Pattern[str] | None:
+    """Looked at before the model works for minutes."""
     try:
-        return re.compile(pattern)
+        return re.compile(pattern) if pattern else None
     except re.error as error:
         raise ConfigError(f"not a regular expression: {error}", "--regex", "escape it: \\( for (") from None
 
 
-# ------------------------------------------------------------------ choices
-
-
-def _choose(
-    ready: Ready,
-    questions: Sequence[Question],
-    rows: Sequence[Judged],
-    sides: dict[str, str | None],
-    choices: Sequence[str],
-    say: Say,
-) -> None:
-    """The likeliest of the choices, by the sum of its tokens' log-probabilities after the prompt."""
-    unknown = sorted({q.wanted.strip() for q in questions} - {choice.strip() for choice in choices})
-    if unknown:
-        shown = ", ".join(repr(text[:40]) for text in unknown[:5])
-        raise DataError(f"wanted answers are not among the choices: {shown}", "--choices", "list every answer there is")
-    if getattr(ready.model.config, "is_encoder_decoder", False):
-        raise ConfigError("choices are for models that continue a text", "--choices", "leave them out")
-    for number, (question, row) in enumerate(zip(questions, rows, strict=True)):
-        if number % 8 == 0:
-            say(f"choosing: {number:,} of {len(questions):,} rows")
-        for side, name in sides.items():
-            with _acting(ready, name):
-                scores = likelihoods(ready, _prompt(ready, question), [choice.strip() for choice in choices])
-            row.chosen[side] = choices[max(range(len(scores)), key=scores.__getitem__)].strip()
-
-
 @torch.no_grad()
-def likelihoods(ready: Ready, prompt: list[int], choices: Sequence[str]) -> list[float]:
+def likelihoods(ready: Ready, prompt: Sequence[int], choices: Sequence[str]) -> list[float]:
     """log p(choice | prompt) of each, all in one batch."""
     tails = [list(ready.tokenizer(choice, add_special_tokens=False)["input_ids"]) for choice in choices]
-    width = len(prompt) + max(map(len, tails))
-    device, pad = next(ready.model.parameters()).device, pad_id_of(ready.tokenizer)
-    ids = [[*prompt, *tail, *[pad] * (width - len(prompt) - len(tail))] for tail in tails]
-    mask = [[1] * (len(prompt) + len(tail)) + [0] * (width - len(prompt) - len(tail)) for tail in tails]
-    was_training = ready.model.training
-    ready.model.eval()
-    out = ready.model(
-        input_ids=torch.tensor(ids, device=device), attention_mask=torch.tensor(mask, device=device), use_cache=False
-    )
-    ready.model.train(was_training)
-    scores = out.logits[:, len(prompt) - 1 : -1].float().log_softmax(-1)  # (choices, longest, vocab)
-    return [float(scores[i, range(len(tail)), tail].sum()) for i, tail in enumerate(tails)]
+    samples = [Encoded([*prompt, *tail], [IGNORE] * len(prompt) + tail) for tail in tails]
+    batch = collate(samples, pad_id_of(ready.tokenizer)).to(next(ready.model.parameters()).device)
+    with evaluating(ready.model):
+        logits = ready.model(**batch.inputs, use_cache=False).logits
+    ahead = logits[:, len(prompt) - 1 : -1].float().log_softmax(-1)  # (choices, longest, vocab)
+    return [float(ahead[i, range(len(tail)), tail].sum()) for i, tail in enumerate(tails)]

@@ -217,9 +217,11 @@ def _base(source: Source, task: Task, device: torch.device, dtype: torch.dtype) 
 @contextmanager
 def _plain_errors(where: str, what: str) -> Any:
     """transformers says in ten lines that a name is neither a folder nor a model on the hub."""
+    from safetensors import SafetensorError
+
     try:
         yield
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         here = Path(where).exists()
         short = str(error).strip().splitlines()[0]
         text = f"the {what} cannot be read: {short}" if here else f"there is no such model: {where}"

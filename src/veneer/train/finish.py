@@ -19,7 +19,7 @@ __all__ = ["card", "finish", "show"]
 Tell = Callable[..., Any]
 
 
-def finish(job: Job, run: Run, progress: Progress, before: Before, tell: Tell) -> None:
+def finish(job: Job, run: Run, progress: Progress, before: Before | None, tell: Tell) -> None:
     """End the run. A proof that fails is an error, and the run is then marked as failed."""
     run.update(status="proving")
     run.link_adapter()
@@ -27,6 +27,9 @@ def finish(job: Job, run: Run, progress: Progress, before: Before, tell: Tell) -
     put_values(read(folder), job.trained, folder / STATE)
     job.model.eval()
     result = outcome(run, progress)
+    if result["val_after"] is not None and result["val_after"] >= result["val_before"]:
+        text = f"the best held-out loss, {result['val_after']:.4g}, is not below the base's {result['val_before']:.4g}"
+        tell("warning", text=f"{text}: lower lr, more data or fewer steps may help")
     show(job, run, "after", tell)
     tell("doing", text="proving the adapter")
     proof = prove_run(
@@ -36,7 +39,7 @@ def finish(job: Job, run: Run, progress: Progress, before: Before, tell: Tell) -
         folder=folder if job.settings.method == "lora" else None,
         samples=job.samples,
         ends=job.task.ends,
-        may_be_cut=job.settings.overlong != "drop",
+        may_be_cut=job.settings.overlong in ("truncate", "split"),
         given=job.settings.given,
         read=job.settings.consumed,
         tokenizer=job.task.tokenizer,

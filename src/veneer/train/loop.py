@@ -45,7 +45,7 @@ from veneer.data.batch import Batch, batches
 from veneer.data.loader import Loader, Step
 from veneer.data.types import Encoded
 from veneer.errors import Diverged
-from veneer.prove.frozen import snapshot
+from veneer.prove.frozen import Before, snapshot
 from veneer.tasks.cross_entropy import evaluating
 from veneer.train.base import recomputing
 from veneer.train.companions import write_companions
@@ -112,6 +112,7 @@ class Loop:
         self.watchdog, self.meter = Watchdog(), Meter()
         self.movement = Movement(job.model, ADAPTER)
         self.allocator = allocator_of(job.model, settings, job.steps)
+        self.before: Before | None = None  # the model before its first step, for the proofs
         self.saved = -1  # the step of the last checkpoint
         self.noted: set[str] = set()  # what was said about the adapter's file
         self.wish: Any = None  # what the listener asked for: save, eval or stop
@@ -129,7 +130,7 @@ class Loop:
             self.step()
 
     def begin(self) -> None:
-        """Take up the last checkpoint, or try the heaviest batches before anything is promised."""
+        """Remember the model as it is, take up the last checkpoint if there is one, and try the heaviest batches."""
         job = self.job
         job.model.train()
         first = next(self.batches(job.val[:4] or job.train[:4], 4))

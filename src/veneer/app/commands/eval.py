@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from veneer.app.flags import add_sampling, sampling_of
 from veneer.app.output import Output
@@ -17,7 +17,7 @@ from veneer.errors import ConfigError, DataError
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from veneer.data.types import Example
+    from veneer.data.types import Example, LossOn
     from veneer.infer.evaluate import Evaluation
     from veneer.train.run import Run
 
@@ -67,7 +67,7 @@ def run(args: argparse.Namespace, out: Output) -> int:
             sampling=sampling,
             batch_size=args.batch_size,
             max_len=settings.max_len if settings else None,
-            loss_on=settings.loss_on if settings else "assistant",
+            loss_on=cast("LossOn", settings.loss_on) if settings else "assistant",
             say=say,
         )
     value = {
