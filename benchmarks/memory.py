@@ -17,6 +17,7 @@ with the parts that `veneer train` uses (attach, chunked loss, clipping, fused A
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
 import platform
@@ -132,6 +133,7 @@ def allocated_peak(work: Callable[[], None]) -> int:
     """The highest sum of live allocations that torch's CPU allocator reported while `work` ran."""
     from torch.profiler import ProfilerActivity, profile
 
+    gc.collect()  # garbage of earlier work, freed while this one runs, would count as less than nothing
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=False) as recorded:
         work()
     events = [e for e in recorded.profiler.kineto_results.events() if e.name() == "[memory]"]
