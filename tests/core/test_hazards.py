@@ -167,7 +167,7 @@ def test_merging_a_tied_weight_is_refused_and_untying_is_right() -> None:
 
 def test_merging_one_side_of_a_tie_is_refused() -> None:
     model = Toy(tied=True)
-    veneer.attach(model, LoRA(rank=2, targets=["lm_head"]))
+    veneer.attach(model, LoRA(rank=2, targets=["lm_head"], tied="apart"))
     with pytest.raises(StateError, match=r"lm_head.weight is also embed.weight"):
         veneer.merge(model)
 

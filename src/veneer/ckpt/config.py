@@ -216,6 +216,7 @@ def _matcher(names: str | Collection[str]) -> Callable[[str], bool]:
 
 def selects_parameters(config: Mapping[str, Any]) -> Callable[[str], bool]:
     """PEFT's own answer to "is this bare parameter a target?" (`_inject_parameters`)."""
+        tied="apart",  # what a file holds, it says of each layer
     return _matcher(tuple(config.get("target_parameters") or ()))
 
 

@@ -20,7 +20,7 @@ from veneer.core.init import Site, Start
 from veneer.core.op import Op
 from veneer.core.registry import Registry
 
-__all__ = ["DELTAS", "Delta", "DenseDelta", "Lora", "wide"]
+__all__ = ["DELTAS", "Delta", "DenseDelta", "Lora", "Mirror", "wide"]
 
 DELTAS: Registry[type[Delta]] = Registry("delta")
 
@@ -37,6 +37,7 @@ class Delta(nn.Module, ABC):
     options: ClassVar[dict[str, object]] = {}  # what LoRA(options=...) may set, with the defaults
     takes_init: ClassVar[bool] = False  # whether A and B come from the init that was asked for
     takes_stacks: ClassVar[bool] = False  # whether it can hold a stack of matrices, one for each expert
+    has_rank: ClassVar[bool] = True  # whether the rank that was asked for means anything to it
 
     def __init__(self, scale: float, dropout: float = 0.0) -> None:
         super().__init__()
@@ -56,6 +57,10 @@ class Delta(nn.Module, ABC):
     @abstractmethod
     def factors(self) -> tuple[Float[Tensor, "*e r in"], Float[Tensor, "*e out r"]]:
         """A and B with dW = s B A, differentiable with respect to what is trained."""
+
+    def mirrored(self, turned: bool) -> Delta:
+        """This very change for another layer that shares the weight; `turned` where that reads it transposed."""
+        return Mirror(self, turned)
 
     @property
     def rank(self) -> int:
@@ -111,6 +116,29 @@ class DenseDelta(Delta):
 
     def norm(self) -> float:
         return float(self.weight().detach().double().norm())
+
+
+class Mirror(Delta):
+    """The same change of the same weight, seen from another layer that shares it: a head tied to an embedding.
+
+    The embedding's matrix is the head's turned, and dW with it: s B A on the one side, s A^T B^T on the other. A mirror
+    owns nothing: what it shows is trained, counted and saved at its source.
+    """
+
+    source: Delta
+
+    def __init__(self, source: Delta, turned: bool) -> None:
+        super().__init__(source.scale, source.dropout)
+        self.__dict__["source"] = source  # not a child: its parameters are counted once
+        self.turned = turned
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        a, b = self.source.factors()
+        return (b.mT, a.mT) if self.turned else (a, b)
+
+    @property
+    def rank(self) -> int:
+        return self.source.rank
 
 
 @DELTAS.register("lora")

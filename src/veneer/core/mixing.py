@@ -306,7 +306,9 @@ def _spec_for(model: nn.Module, specs: Sequence[LoRA], ranks: Mapping[str, int])
     bias = next((b for b in ("all", "lora_only") if any(s.bias == b for s in specs)), "none")
     saved = tuple(dict.fromkeys(m for s in specs for m in s.modules_to_save))
     exact = "|".join(re.escape(site) for site in ranks)
-    spec = LoRA(rank=common, alpha=common, targets=exact, bias=bias, modules_to_save=saved, overrides=overrides)
+    spec = LoRA(
+        rank=common, alpha=common, targets=exact, bias=bias, modules_to_save=saved, overrides=overrides, tied="apart"
+    )
     if len(specs) == 1 or all(s.targets == specs[0].targets for s in specs):
         like = LoRA(
             rank=common,
@@ -317,6 +319,7 @@ def _spec_for(model: nn.Module, specs: Sequence[LoRA], ranks: Mapping[str, int])
             bias=bias,
             modules_to_save=saved,
             overrides=overrides,
+            tied="apart",
         )
         if set(select(model, like)) == set(ranks):
             return like

@@ -243,14 +243,18 @@ def attach(
     model = _unwrap(model)
     _check_name(name, state)
     layers, whole = select(model, spec) if spec.targets else {}, select_saved(model, spec)
-    biased = _bias_layers(model, layers, whole, spec)
     specs = {site: refined(model, site, layer, spec) for site, layer in layers.items()}
-    plan = _plan(layers, specs, dtype, init)
+    layers, specs = _with_tokens(model, spec, layers, specs, whole)
+    tied = followers(model, layers, specs, whole)
+    biased = _bias_layers(model, {**layers, **tied}, whole, spec)
+    plan = _plan({n: layer for n, layer in layers.items() if n not in tied}, specs, dtype, init)
     if init:
         spec = _look_at_data(model, plan, specs, spec, data, loss)
     refuse_sharded({**layers, **whole, **biased})
+    layers |= {site: follower.layer for site, follower in tied.items()}
     new = {site: _adapter(place, init, specs[site]) for site, place in plan.items()}
     new |= {site: Adapter(None, None, _bias_change(layer)) for site, layer in biased.items()}
+    new |= {site: _following(follower, plan, new, spec) for site, follower in tied.items()}
     copies: dict[str, nn.Module] = {n: _own_copy(module, name) for n, module in whole.items()}
 
     state = state or _start(model)
@@ -359,7 +363,7 @@ def _adapter_dtype(weight: Tensor | None) -> torch.dtype:
 
 def _against(layer: nn.Module, op: Op, spec: LoRA, init: bool) -> Iterator[str]:
     out, n = op.shape(layer)
-    if init and spec.rank > min(out, n):
+    if init and spec.rank > min(out, n) and DELTAS[spec.delta].has_rank:
         yield f"rank {spec.rank} is above the layer's own rank, at most {min(out, n)} for {out} x {n}"
     if getattr(layer, "max_norm", None) is not None:
         yield "an embedding with max_norm rewrites its weight when called, so it cannot be frozen"
@@ -384,6 +388,30 @@ def _adapter(site: Site, init: bool, own: LoRA) -> Adapter:
 
 
 def _bias_change(layer: nn.Module) -> nn.Parameter:
+def _with_tokens(
+    model: nn.Module,
+    spec: LoRA,
+    layers: Mapping[str, nn.Module],
+    specs: Mapping[str, LoRA],
+    whole: Mapping[str, nn.Module],
+) -> tuple[dict[str, nn.Module], dict[str, LoRA]]:
+    """The layers and what holds for each, with the tables of which only rows are trained among them."""
+    tables = select_tokens(model, spec)
+    problems = [f"{n} is a target as well; exclude it there, or leave out its rows" for n in tables if n in layers]
+    problems += [f"{n} is trained whole, all rows of it" for n in tables if n in whole]
+    if problems:
+        raise TargetError("token_rows names tables that are adapted otherwise", problems=problems)
+    found = {n: layer for n, (layer, _) in tables.items()}
+    return {**layers, **found}, {**specs, **{n: own for n, (_, own) in tables.items()}}
+
+
+def _following(follower: Follower, plan: Mapping[str, Site], new: Mapping[str, Adapter], spec: LoRA) -> Adapter:
+    """The adapter of a layer that shares its weight with another and shows that one's change."""
+    delta = new[follower.source].delta.mirrored(follower.turned)  # type: ignore[union-attr]
+    wants_bias = spec.bias != "none" and own_parameters(follower.layer).get("bias") is not None
+    return Adapter(delta, Add(plan[follower.source], delta), _bias_change(follower.layer) if wants_bias else None)
+
+
     bias = layer._parameters["bias"]
     return nn.Parameter(torch.zeros_like(bias, dtype=_adapter_dtype(bias)))  # type: ignore[arg-type]
 
@@ -558,10 +586,13 @@ def merge(model: nn.Module, names: Mixture = None, *, keep_base: bool = True, un
     _refuse_broken(acting)
     state.active.change(())
     state.resume, state.merged, state.kept = (chosen, mix), names, [] if keep_base else None
-    kept = {}
+    kept: dict[str, float] = {}
+    written: dict[int, str] = {}  # weights that are done, by identity: layers that share one show the same change
     with torch.no_grad():
         for site, adapters_here in acting.items():
-            kept[site] = _merge_layer(state.hosts[site], adapters_here, state.kept)
+            weight = id(own_parameters(state.hosts[site]).get("weight", site))
+            done = written.setdefault(weight, site)
+            kept[site] = _merge_layer(state.hosts[site], adapters_here, state.kept, kept.get(done))
     report = Merged(kept)
     if report.share < 0.9:
         worst = min(kept, key=kept.__getitem__)
@@ -581,8 +612,10 @@ def _active_mixture(state: State) -> Mixture:
     return list(names) if mix is None else dict(zip(names, mix.tolist(), strict=True))
 
 
-def _merge_layer(layer: nn.Module, acting: list[tuple[Any, float]], kept: list[Any] | None) -> float:
-    """Merge one layer; returns the share of dW that survived rounding."""
+def _merge_layer(
+    layer: nn.Module, acting: list[tuple[Any, float]], kept: list[Any] | None, done: float | None
+) -> float:
+    """Merge one layer; returns the share of dW that survived rounding: `done` where its weight has been merged."""
     if isinstance(layer, Whole):
         _merge_whole(layer, acting, kept)
         return 1.0
@@ -592,8 +625,8 @@ def _merge_layer(layer: nn.Module, acting: list[tuple[Any, float]], kept: list[A
         _keep(kept, layer, "bias", bias)
         bias.copy_(bias + sum(w * change for change, w in changes))  # type: ignore[union-attr, operator]
     acting = [(adapter, w) for adapter, w in acting if adapter.delta is not None]
-    if not acting:
-        return 1.0
+    if not acting or done is not None:
+        return 1.0 if done is None else done
     raw = own_parameters(layer).get("weight")
     _keep(kept, layer, "weight", raw if raw is not None else read_weight(layer))
     plain = raw is not None and raw.ndim == 2 and is_plain(raw) and all(isinstance(a.combine, Add) for a, _ in acting)
@@ -708,7 +741,7 @@ def _refuse_tied(model: nn.Module, state: State, acting: Mapping[str, Any], unti
         for leaf, parameter in own_parameters(layer).items():
             owner = site.rpartition(".")[0] if isinstance(layer, Leaf) else site
             others = [o for o in owners.get(id(parameter), []) if o != owner]
-            if parameter is None or not others:
+            if parameter is None or not others or _is_one_change(acting, [site, *others]):
                 continue
             if untie:
                 setattr(layer, leaf, nn.Parameter(parameter.detach().clone(), requires_grad=False))
@@ -737,6 +770,15 @@ def check_alive(model: nn.Module) -> None:
     for name in state.active.names:
         for site in (*state.placed[name].sites, *state.placed[name].saved):
             module = state.hosts[site].slots[name]  # type: ignore[index, union-attr]
+def _is_one_change(acting: Mapping[str, list[tuple[Any, float]]], owners: list[str]) -> bool:
+    """Whether all layers that share a weight show the same change of it, which may then be written once."""
+
+    def shown(site: str) -> list[tuple[int, float]]:
+        return [(id(getattr(adapter.delta, "source", adapter.delta)), w) for adapter, w in acting.get(site, ())]
+
+    return bool(shown(owners[0])) and all(shown(owner) == shown(owners[0]) for owner in owners)
+
+
             trained = [p for p in module.parameters() if p.requires_grad]
             if trained and all(p.grad is None for p in trained):
                 silent.append(f"{site} ({name})")

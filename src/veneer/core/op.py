@@ -16,13 +16,14 @@ import math
 from functools import cache
 from typing import Protocol, runtime_checkable
 
+import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from veneer.core.registry import Registry
 
-__all__ = ["OPS", "Op", "op_for", "op_of"]
+__all__ = ["OPS", "Op", "is_turned", "op_for", "op_of"]
 
 
 @runtime_checkable
@@ -182,4 +183,14 @@ def op_for(kind: type) -> Op | None:
 def op_of(host: nn.Module) -> Op:
     op = op_for(type(host))
     assert op is not None, f"{type(host).__name__} is not an adaptable layer"
+
+
+def is_turned(one: Op, other: Op) -> bool:
+    """Whether two layer kinds read the same stored weight as matrices that are each other's transpose.
+
+    >>> is_turned(LinearOp(), EmbeddingOp()), is_turned(EmbeddingOp(), EmbeddingOp())
+    (True, False)
+    """
+    probe, nobody = torch.empty(2, 3, device="meta"), nn.Module()
+    return one.to_matrix(nobody, probe).shape != other.to_matrix(nobody, probe).shape
     return op

@@ -20,7 +20,17 @@ from veneer.core.op import LinearOp, op_for
 from veneer.core.spec import LoRA
 from veneer.errors import ConfigError, TargetError
 
-__all__ = ["PRESETS", "block_index", "ends_with", "output_head", "refined", "select", "select_saved"]
+__all__ = [
+    "PRESETS",
+    "block_index",
+    "ends_with",
+    "near_names",
+    "output_head",
+    "places",
+    "refined",
+    "select",
+    "select_saved",
+]
 
 QUERY_VALUE = ("q_proj", "v_proj", "query", "value", "q_lin", "v_lin", "q", "v", "to_q", "to_v")
 FUSED = ("c_attn", "query_key_value", "qkv_proj", "qkv", "Wqkv", "in_proj")  # q, k and v in one matrix
@@ -63,7 +73,7 @@ def output_head(model: nn.Module) -> nn.Module | None:
 
 def select(model: nn.Module, spec: LoRA) -> dict[str, nn.Module]:
     """The layers that `spec` adapts, by name in the model's order. Raises TargetError for patterns that miss."""
-    layers = _places(model)
+    layers = places(model)
     saved = select_saved(model, spec)
     wanted = _wanted(model, layers, spec)
     chosen = [n for n in wanted if not any(n == s or n.startswith(s + ".") for s in saved)]
@@ -77,7 +87,7 @@ def select(model: nn.Module, spec: LoRA) -> dict[str, nn.Module]:
     return {name: layers[name] for name in chosen}
 
 
-def _places(model: nn.Module) -> dict[str, nn.Module]:
+def places(model: nn.Module) -> dict[str, nn.Module]:
     """All that can carry an adapter: layers of a known kind, and matrices held by modules of other kinds."""
     places: dict[str, nn.Module] = {}
     for name, module in plain_modules(model).items():
@@ -100,7 +110,7 @@ def select_saved(model: nn.Module, spec: LoRA) -> dict[str, nn.Module]:
     for ending in spec.modules_to_save:
         matches = {n: m for n, m in names.items() if n and ends_with(n, ending)}
         if not matches:
-            raise TargetError(f"modules_to_save {ending!r} matches no module.{_near(ending, names)}")
+            raise TargetError(f"modules_to_save {ending!r} matches no module.{near_names(ending, names)}")
         found |= matches
     return found
 
@@ -153,8 +163,9 @@ def _by_regex(model: nn.Module, layers: Mapping[str, nn.Module], pattern: str) -
     chosen = [n for n in layers if compiled.fullmatch(n)]
     if not chosen:
         _refuse_unadaptable(model, layers, compiled.fullmatch, pattern)
+        near = near_names(pattern, [*PRESETS, *layers])
         raise TargetError(
-            f"targets {pattern!r} match none of {len(layers)} adaptable layers.{_near(pattern, [*PRESETS, *layers])}",
+            f"targets {pattern!r} match none of {len(layers)} adaptable layers.{near}",
             fix="a single text is a regular expression for the whole name; use a list for name endings",
         )
     return chosen
@@ -165,7 +176,7 @@ def _by_endings(model: nn.Module, layers: Mapping[str, nn.Module], endings: Sequ
     problems = []
     for ending in (e for e, names in matched.items() if not names):
         _refuse_unadaptable(model, layers, lambda name, e=ending: ends_with(name, e), ending)
-        problems.append(f"{ending!r} matches none of {len(layers)} adaptable layers.{_near(ending, layers)}")
+        problems.append(f"{ending!r} matches none of {len(layers)} adaptable layers.{near_names(ending, layers)}")
     if problems:
         raise TargetError("some targets match no layer", problems=problems, where=type(model).__name__)
     chosen = {n for names in matched.values() for n in names}
@@ -204,7 +215,7 @@ def _excluder(spec: LoRA) -> Callable[[str], bool]:
     return lambda name: pattern.fullmatch(name) is not None
 
 
-def _near(word: str, names: Iterable[str]) -> str:
+def near_names(word: str, names: Iterable[str]) -> str:
     """Names like the one that missed, by their last part, so that 'q_prj' finds 'q_proj'."""
     tails = {name.rsplit(".", 1)[-1] for name in names if name} | {n for n in names if n in PRESETS}
     tails = {t for t in tails if not t.isdigit()}

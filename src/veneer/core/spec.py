@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 
@@ -23,6 +23,7 @@ SCALINGS["lora"] = lambda alpha, rank: alpha / rank  # arXiv:2106.09685, section
 SCALINGS["rslora"] = lambda alpha, rank: alpha / math.sqrt(rank)  # arXiv:2312.03732, theorem 3.2
 
 BIASES = ("none", "lora_only", "all")
+TIES = ("refuse", "together", "apart")
 OVERRIDABLE = ("rank", "alpha", "dropout", "delta", "combine", "init", "scaling", "options")
 REGISTRIES = {"delta": DELTAS, "combine": COMBINES, "init": INITS, "scaling": SCALINGS}
 
@@ -46,6 +47,10 @@ class LoRA:
     delta, combine, init, scaling     names from the registries of the same name
     bias            "none", "lora_only" (adapted layers) or "all": which biases get a trained change of their own
     modules_to_save name endings of modules that are trained whole, in a copy that belongs to the adapter
+    token_rows      tokens whose rows of the input embedding are trained, and nothing else of it; or name ending ->
+                    tokens, for other tables. A head that is tied to the table shows the same rows
+    tied            for targets that share their weight with a layer that is no target (an embedding and its head):
+                    "refuse", adapt them "together" with one change for both, or leave the other "apart"
     overrides       name pattern -> fields for the layers whose name ends in it; the first match for a field counts
     options         what only this kind of delta knows, such as lokr's factor; each delta lists its own
     """
@@ -61,6 +66,8 @@ class LoRA:
     scaling: str = "lora"
     bias: str = "none"
     modules_to_save: Sequence[str] = ()
+    token_rows: Sequence[int] | Mapping[str, Sequence[int]] = ()
+    tied: str = "refuse"
     layers: Sequence[int] | None = None
     overrides: Mapping[str, Mapping[str, object]] = field(default_factory=dict)
     options: Mapping[str, object] = field(default_factory=dict)
@@ -72,6 +79,7 @@ class LoRA:
                 object.__setattr__(self, name, tuple(value))
         if isinstance(self.modules_to_save, str):
             object.__setattr__(self, "modules_to_save", (self.modules_to_save,))
+        object.__setattr__(self, "token_rows", _rows(self.token_rows))
         object.__setattr__(self, "overrides", {k: dict(v) for k, v in self.overrides.items()})
         object.__setattr__(self, "options", dict(self.options))
         problems = list(self._problems())
@@ -96,8 +104,11 @@ class LoRA:
         yield from _value_problems(dataclasses.asdict(self))
         if self.bias not in BIASES:
             yield f"bias={self.bias!r} is none of {', '.join(BIASES)}.{near(str(self.bias), BIASES)}"
-        if not self.targets and not self.modules_to_save:
+        if self.tied not in TIES:
+            yield f"tied={self.tied!r} is none of {', '.join(TIES)}.{near(str(self.tied), TIES)}"
+        if not self.targets and not self.modules_to_save and not self.token_rows:
             yield "targets is empty, so nothing would be adapted"
+        yield from _row_problems(self.token_rows)
         if isinstance(self.layers, str) or any(not isinstance(i, int) for i in self.layers or ()):
             yield f"layers={self.layers!r} must be whole numbers"
         for pattern, fields in self.overrides.items():
@@ -108,6 +119,20 @@ class LoRA:
             for key in fields.keys() - set(OVERRIDABLE):
                 yield f"overrides[{pattern!r}] sets {key!r}, which cannot differ by layer.{near(key, OVERRIDABLE)}"
             yield from (f"overrides[{pattern!r}]: {problem}" for problem in _value_problems(fields))
+
+
+def _rows(rows: object) -> object:
+    """Tuples instead of lists, so that the value cannot change behind our back."""
+    if isinstance(rows, Mapping):
+        return {name: _rows(own) for name, own in rows.items()}
+    return tuple(rows) if isinstance(rows, Iterable) and not isinstance(rows, str) else rows
+
+
+def _row_problems(rows: object) -> Iterator[str]:
+    for own in rows.values() if isinstance(rows, Mapping) else [rows]:
+        if not isinstance(own, tuple) or any(isinstance(i, bool) or not isinstance(i, int) or i < 0 for i in own):
+            yield f"token_rows={rows!r} must be numbers of tokens, or name endings with the numbers of each"
+            return
 
 
 def _value_problems(values: Mapping[str, object]) -> Iterator[str]:
