@@ -158,6 +158,7 @@ def _spec(config: Mapping[str, Any]) -> LoRA:
         combine="dora" if config.get("use_dora") else "add",
         scaling="rslora" if config.get("use_rslora") else "lora",
         init=init if init in RECOMPUTED else "kaiming",
+        tied="apart",  # what a file holds, it says of each layer
         bias="lora_only" if bias == "none" and config.get("lora_bias") else bias,
         modules_to_save=_names(config.get("modules_to_save")),
         layers=None if layers is None or layers == [] else (layers,) if isinstance(layers, int) else tuple(layers),
@@ -216,7 +217,6 @@ def _matcher(names: str | Collection[str]) -> Callable[[str], bool]:
 
 def selects_parameters(config: Mapping[str, Any]) -> Callable[[str], bool]:
     """PEFT's own answer to "is this bare parameter a target?" (`_inject_parameters`)."""
-        tied="apart",  # what a file holds, it says of each layer
     return _matcher(tuple(config.get("target_parameters") or ()))
 
 

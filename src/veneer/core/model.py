@@ -41,6 +41,7 @@ from veneer.core.op import Op, op_for, op_of
 from veneer.core.registry import near
 from veneer.core.select import refined, select, select_saved
 from veneer.core.spec import SCALINGS, LoRA
+from veneer.core.ties import Follower, followers, select_tokens
 from veneer.core.weight import is_plain, read_weight, write_weight
 from veneer.errors import CheckpointError, ConfigError, StateError, TargetError
 
@@ -250,11 +251,11 @@ def attach(
     plan = _plan({n: layer for n, layer in layers.items() if n not in tied}, specs, dtype, init)
     if init:
         spec = _look_at_data(model, plan, specs, spec, data, loss)
-    refuse_sharded({**layers, **whole, **biased})
     layers |= {site: follower.layer for site, follower in tied.items()}
+    refuse_sharded({**layers, **whole, **biased})
     new = {site: _adapter(place, init, specs[site]) for site, place in plan.items()}
-    new |= {site: Adapter(None, None, _bias_change(layer)) for site, layer in biased.items()}
     new |= {site: _following(follower, plan, new, spec) for site, follower in tied.items()}
+    new |= {site: Adapter(None, None, _bias_change(layer)) for site, layer in biased.items()}
     copies: dict[str, nn.Module] = {n: _own_copy(module, name) for n, module in whole.items()}
 
     state = state or _start(model)
@@ -387,7 +388,6 @@ def _adapter(site: Site, init: bool, own: LoRA) -> Adapter:
     return Adapter(delta, combine, _bias_change(site.host) if wants_bias else None)
 
 
-def _bias_change(layer: nn.Module) -> nn.Parameter:
 def _with_tokens(
     model: nn.Module,
     spec: LoRA,
@@ -412,6 +412,7 @@ def _following(follower: Follower, plan: Mapping[str, Site], new: Mapping[str, A
     return Adapter(delta, Add(plan[follower.source], delta), _bias_change(follower.layer) if wants_bias else None)
 
 
+def _bias_change(layer: nn.Module) -> nn.Parameter:
     bias = layer._parameters["bias"]
     return nn.Parameter(torch.zeros_like(bias, dtype=_adapter_dtype(bias)))  # type: ignore[arg-type]
 
@@ -756,6 +757,15 @@ def _refuse_tied(model: nn.Module, state: State, acting: Mapping[str, Any], unti
         )
 
 
+def _is_one_change(acting: Mapping[str, list[tuple[Any, float]]], owners: list[str]) -> bool:
+    """Whether all layers that share a weight show the same change of it, which may then be written once."""
+
+    def shown(site: str) -> list[tuple[int, float]]:
+        return [(id(getattr(adapter.delta, "source", adapter.delta)), w) for adapter, w in acting.get(site, ())]
+
+    return bool(shown(owners[0])) and all(shown(owner) == shown(owners[0]) for owner in owners)
+
+
 # --- looking and checking -------------------------------------------------------------------------------------------
 
 
@@ -770,15 +780,6 @@ def check_alive(model: nn.Module) -> None:
     for name in state.active.names:
         for site in (*state.placed[name].sites, *state.placed[name].saved):
             module = state.hosts[site].slots[name]  # type: ignore[index, union-attr]
-def _is_one_change(acting: Mapping[str, list[tuple[Any, float]]], owners: list[str]) -> bool:
-    """Whether all layers that share a weight show the same change of it, which may then be written once."""
-
-    def shown(site: str) -> list[tuple[int, float]]:
-        return [(id(getattr(adapter.delta, "source", adapter.delta)), w) for adapter, w in acting.get(site, ())]
-
-    return bool(shown(owners[0])) and all(shown(owner) == shown(owners[0]) for owner in owners)
-
-
             trained = [p for p in module.parameters() if p.requires_grad]
             if trained and all(p.grad is None for p in trained):
                 silent.append(f"{site} ({name})")

@@ -183,6 +183,7 @@ def op_for(kind: type) -> Op | None:
 def op_of(host: nn.Module) -> Op:
     op = op_for(type(host))
     assert op is not None, f"{type(host).__name__} is not an adaptable layer"
+    return op
 
 
 def is_turned(one: Op, other: Op) -> bool:
@@ -193,4 +194,3 @@ def is_turned(one: Op, other: Op) -> bool:
     """
     probe, nobody = torch.empty(2, 3, device="meta"), nn.Module()
     return one.to_matrix(nobody, probe).shape != other.to_matrix(nobody, probe).shape
-    return op
