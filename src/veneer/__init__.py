@@ -29,6 +29,8 @@ _HOME = {
     ),
     "merge": "veneer.core.model",
     **dict.fromkeys(("combine", "convert", "extract", "resize"), "veneer.core.mixing"),
+    "Pool": "veneer.ckpt.pool",
+    "swap": "veneer.ckpt.pool",
     "save": "veneer.ckpt.peft",
     "load": "veneer.ckpt.peft",
     "merge_to_disk": "veneer.ckpt.stream",
@@ -40,6 +42,7 @@ _HOME = {
 
 __all__ = [
     "LoRA",
+    "Pool",
     "__version__",
     "activate",
     "adapters",
@@ -60,6 +63,7 @@ __all__ = [
     "routed",
     "save",
     "summary",
+    "swap",
     "train",
     "unmerge",
 ]
@@ -68,6 +72,7 @@ if TYPE_CHECKING:
     from veneer.advise.memory import estimate_memory
     from veneer.advise.recommend import recommend
     from veneer.ckpt.peft import load, save
+    from veneer.ckpt.pool import Pool, swap
     from veneer.ckpt.stream import merge_to_disk
     from veneer.core.mixing import combine, convert, extract, resize
     from veneer.core.model import (

@@ -282,6 +282,8 @@ class Adapted(Hosted):
 
     def _routed(self, op: Op | None, x: Tensor, y: Tensor) -> Tensor:
         """Each row of the batch has its own adapters; only the rows in which one acts meet its factors."""
+        if torch.compiler.is_compiling():
+            return self._routed_at_once(op, x, y)
         stack = self.active.stacks.get(id(self))
         if stack is not None and stack.fits(y, x):
             return stack.add(x, y, in_place=self.plain)
@@ -300,6 +302,21 @@ class Adapted(Hosted):
             for adapter, r in routes
         ]
         return y.index_add(0, torch.cat([r.index for _, r in routes]), torch.cat(changes))
+
+    def _routed_at_once(self, op: Op | None, x: Tensor, y: Tensor) -> Tensor:
+        """Every row meets every adapter, and the mix picks: one compiled graph then serves every routing."""
+        names, mix = self.active.names, self.active.mix.to(y.dtype)  # type: ignore[union-attr]
+        mix = mix.repeat_interleave(y.shape[0] // len(mix), dim=0)  # (batch, n); beams repeat a row in place
+        here = [(self.slots[n], mix[:, i : i + 1]) for i, n in enumerate(names) if n in self.slots]
+        if not (type(op) is LinearOp and all(a._quick and not a.delta.dropout for a, _ in here)):
+            changes = [a.change(self, op, x, y) * m.view(-1, *_ones(y)) for a, m in here]
+            return sum(changes, y)  # type: ignore[return-value]
+        pairs = [(adapter.delta.factors(), adapter.delta.scale, m) for adapter, m in here]
+        a = torch.cat([a for (a, _), _, _ in pairs]).to(x.dtype)  # (R, in)
+        b = torch.cat([b * s for (_, b), s, _ in pairs], dim=1).to(y.dtype)
+        picked = torch.cat([m.expand(-1, a.shape[0]) for (a, _), _, m in pairs], dim=1)  # (batch, R)
+        h = F.linear(x, a).to(y.dtype)
+        return y + F.linear(h * picked.view(len(picked), *[1] * (h.ndim - 2), -1), b)
 
     def _stack(self, routes: list[tuple[Adapter, Route]], batch: int, dtype: torch.dtype) -> Stack:
         """The factors for every row; kept while the routing stands, if they are frozen."""
