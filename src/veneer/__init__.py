@@ -28,6 +28,7 @@ _HOME = {
         "veneer.core.model",
     ),
     "merge": "veneer.core.model",
+    **dict.fromkeys(("dequantize", "quantize"), "veneer.quant.model"),
     **dict.fromkeys(("combine", "convert", "extract", "resize"), "veneer.core.mixing"),
     "Pool": "veneer.ckpt.pool",
     "swap": "veneer.ckpt.pool",
@@ -50,6 +51,7 @@ __all__ = [
     "check_alive",
     "combine",
     "convert",
+    "dequantize",
     "detach",
     "disabled",
     "estimate_memory",
@@ -58,6 +60,7 @@ __all__ = [
     "merge",
     "merge_to_disk",
     "prove",
+    "quantize",
     "recommend",
     "resize",
     "routed",
@@ -89,6 +92,7 @@ if TYPE_CHECKING:
     )
     from veneer.core.spec import LoRA
     from veneer.prove import prove
+    from veneer.quant.model import dequantize, quantize
     from veneer.train.loop import train
 
 

@@ -246,6 +246,9 @@ class Adapted(Hosted):
                 delta = adapter.delta
                 parameters = self._parameters  # type: ignore[attr-defined]
                 return low_rank_linear(x, parameters["weight"], parameters["bias"], *delta.factors(), delta.scale)
+            if adapter._quick and self.packs and not (adapter.delta.dropout and adapter.training):
+                a, b = adapter.delta.factors()  # a packed linear layer adds the product in its own function
+                return self.low_rank(x, (a, b, adapter.delta.scale))  # type: ignore[attr-defined]
             y = self._base(*args, **kwargs)
             return y + adapter.change(self, op_for(original_class(type(self))), x, y)
         return self._mixed(args, kwargs)
@@ -464,7 +467,11 @@ class Whole(Hosted):
 def adapted_class(mode: type, base: type) -> type:
     """`base` with adapters: LoRALinear for Linear, LoRALinear4bit for Linear4bit. One class for each base."""
     prefix = {"Adapted": "LoRA", "Readable": "Read", "Whole": "Whole"}[mode.__name__]
-    namespace = {"__module__": mode.__module__, "plain": base.forward is nn.Linear.forward}
+    namespace = {
+        "__module__": mode.__module__,
+        "plain": base.forward is nn.Linear.forward,
+        "packs": hasattr(base, "low_rank") and isinstance(op_for(base), LinearOp),
+    }
     return type(f"{prefix}{base.__name__}", (mode, base), namespace)
 
 

@@ -42,7 +42,7 @@ from veneer.core.registry import near
 from veneer.core.select import refined, select, select_saved
 from veneer.core.spec import SCALINGS, LoRA
 from veneer.core.ties import Follower, followers, select_tokens
-from veneer.core.weight import is_plain, read_weight, write_weight
+from veneer.core.weight import is_packed, is_plain, read_weight, write_weight
 from veneer.errors import CheckpointError, ConfigError, StateError, TargetError
 
 __all__ = [
@@ -585,6 +585,7 @@ def merge(model: nn.Module, names: Mixture = None, *, keep_base: bool = True, un
     }
     _refuse_tied(model, state, acting, untie)
     _refuse_broken(acting)
+    _refuse_packed(state, acting)
     state.active.change(())
     state.resume, state.merged, state.kept = (chosen, mix), names, [] if keep_base else None
     kept: dict[str, float] = {}
@@ -727,6 +728,18 @@ def _refuse_broken(acting: Mapping[str, list[tuple[nn.Module, float]]]) -> None:
     ]
     if broken:
         raise StateError("these adapters hold NaN or infinite values and were not merged", problems=broken)
+
+
+def _refuse_packed(state: State, acting: Mapping[str, Any]) -> None:
+    """W + dW rounded to 4 or 8 bits again would lose most of dW and move W as well, so it is not done in silence."""
+    kinds = {site: kind for site in acting if (kind := is_packed(state.hosts[site])) is not None}
+    if kinds:
+        raise StateError(
+            "these layers hold their weights packed, and merging would round dW away",
+            problems=[f"{site}: {kind}" for site, kind in kinds.items()],
+            fix="veneer.dequantize(model, torch.float32) first and merge then, or merge into the full-precision base on "
+            "disk (veneer.merge_to_disk)",
+        )
 
 
 def _refuse_tied(model: nn.Module, state: State, acting: Mapping[str, Any], untie: bool) -> None:

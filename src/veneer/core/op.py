@@ -88,8 +88,7 @@ class TransposedLinearOp(LinearOp):
     """GPT-2's Conv1D: a linear layer that stores its weight as (in, out)."""
 
     def shape(self, host: nn.Module) -> tuple[int, int]:
-        n_in, n_out = host._parameters["weight"].shape
-        return n_out, n_in
+        return host.nf, host.nx  # not the weight's shape: it may be packed
 
     def to_matrix(self, host: nn.Module, w: Tensor) -> Tensor:
         return w.T

@@ -1,0 +1,205 @@
+"""Packing the frozen weights of a whole model, and unpacking them.
+
+Everything is checked before the first layer changes: kinds, shapes, values. What is asked for and cannot be packed is
+an error; what `targets="all-linear"` merely covers is left as it is, and the report says why.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from veneer.core.host import Whole, plain_modules
+from veneer.core.leaf import Leaf
+from veneer.core.model import is_merged
+from veneer.core.op import op_for
+from veneer.core.select import PRESETS, output_head, select
+from veneer.core.spec import LoRA
+from veneer.core.weight import is_packed, is_plain
+from veneer.errors import StateError, TargetError
+from veneer.quant.layer import Packed, is_packable, pack_layer, unpack_layer
+from veneer.quant.storage import Recipe, storage_of
+
+__all__ = ["Quantized", "dequantize", "quantize", "round_trip"]
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """What quantize did: which layers are packed, which were left and why, and the bytes of all weights."""
+
+    kind: str
+    layers: tuple[str, ...]
+    left: dict[str, str]
+    bytes_before: int
+    bytes_after: int
+
+    def __str__(self) -> str:
+        lines = [
+            f"{self.kind}: {len(self.layers)} layers packed, {self.bytes_before / 2**20:,.1f} -> "
+            f"{self.bytes_after / 2**20:,.1f} MiB"
+        ]
+        reasons: dict[str, list[str]] = {}
+        for name, reason in self.left.items():
+            reasons.setdefault(reason, []).append(name)
+        lines += [f"  left as they are ({len(names)}, {names[0]}): {reason}" for reason, names in reasons.items()]
+        return "\n".join(lines)
+
+
+def quantize(
+    model: nn.Module,
+    kind: str = "nf4",
+    *,
+    targets: str | Sequence[str] = "all-linear",
+    exclude: str | Sequence[str] = (),
+    embedding: bool = False,
+    head: bool = False,
+    block: int = 64,
+    double: bool = True,
+    dynamic: bool = True,
+    outliers: float | None = None,
+    compute_dtype: torch.dtype | None = None,
+) -> Quantized:
+    """Store the frozen weights of `model` in 4 or 8 bits ("nf4", "int8", "fp8"), in place.
+
+    targets, exclude: as in LoRA. embedding, head: pack the token embedding and the output head, too; where they share
+    one weight, either packs both. compute_dtype: what products run in; the input's own type when None. The other
+    options are those of `Recipe`. Layers stay the same objects; adapters may be there already or come later.
+    """
+    recipe = Recipe(kind, block, double, dynamic, outliers).checked()
+    if is_merged(model):
+        raise StateError("the model is merged, so W + dW would be packed", fix="unmerge(model) first")
+    chosen, left = _chosen(model, targets, exclude, embedding, head)
+    _check(chosen, kind)
+    before = weight_bytes(model)
+    done: dict[int, Packed] = {}
+    for layer in chosen.values():
+        weight = layer._parameters["weight"]
+        shared = done.get(id(weight))
+        pack_layer(layer, recipe, compute_dtype, shared)
+        done[id(weight)] = shared or layer  # type: ignore[assignment]
+        del weight  # so that one layer's dense weight is gone before the next is packed
+    return Quantized(kind, tuple(chosen), left, before, weight_bytes(model))
+
+
+def dequantize(model: nn.Module, dtype: torch.dtype | None = None) -> tuple[str, ...]:
+    """Give packed layers dense weights again, rounded as they were; returns their names.
+
+    dtype: what the whole model is turned to, so that its layers agree; what each layer unpacks to when None. A merge
+    into torch.float32 loses nothing of dW.
+    """
+    if is_merged(model):
+        raise StateError("the model is merged", fix="unmerge(model) first")
+    packed = {n: m for n, m in plain_modules(model).items() if isinstance(m, Packed)}
+    if not packed:
+        theirs = next(((n, k) for n, m in plain_modules(model).items() if (k := _packed_by_others(m))), None)
+        raise StateError(
+            "no layer of this model is packed by veneer" + (f"; {theirs[0]} holds {theirs[1]}" if theirs else ""),
+            fix="veneer.adopt(model) takes over what bitsandbytes packed" if theirs else None,
+        )
+    done: dict[int, nn.Parameter] = {}
+    for layer in packed.values():
+        codes = layer._parameters["weight"]
+        done[id(codes)] = unpack_layer(layer, dtype or layer.weight_dtype, done.get(id(codes)))
+    if dtype is not None:
+        model.to(dtype)
+    return tuple(packed)
+
+
+def round_trip(w: Tensor, kind: str = "nf4", *, block: int = 64, double: bool = True) -> Tensor:
+    """The weight matrix (or stack of them) as it comes back from a storage: what LoftQ's init needs to know."""
+    recipe = Recipe(kind, block, double).checked()
+    matrix = w.detach().reshape(-1, w.shape[-1])
+    storage, shape = storage_of(recipe), (matrix.shape[0], matrix.shape[1])
+    return storage.unpack(storage.pack(matrix, recipe), shape, w.dtype, recipe).view(w.shape)
+
+
+def weight_bytes(model: nn.Module) -> int:
+    """Bytes of all parameters and buffers outside adapters, shared ones once."""
+    return sum(t.numel() * t.element_size() for t in _own_tensors(model))
+
+
+def _own_tensors(model: nn.Module) -> Iterator[Tensor]:
+    seen: set[int] = set()
+    for module in plain_modules(model).values():
+        for t in (*module._parameters.values(), *module._buffers.values()):
+            if t is not None and id(t) not in seen:
+                seen.add(id(t))
+                yield t
+
+
+# --- choosing and checking -------------------------------------------------------------------------------------------
+
+
+def _chosen(
+    model: nn.Module, targets: str | Sequence[str], exclude: str | Sequence[str], embedding: bool, head: bool
+) -> tuple[dict[str, nn.Module], dict[str, str]]:
+    """The layers to pack, by name; and those that a preset covers but that cannot be packed, with the reason."""
+    found = select(model, LoRA(targets=targets, exclude=exclude))
+    found |= _ends(model, embedding, head)
+    reasons = {name: reason for name, layer in found.items() if (reason := _reason(model, name, layer))}
+    if reasons and targets not in PRESETS:
+        raise TargetError("these layers cannot be packed", problems=[f"{n}: {r}" for n, r in reasons.items()])
+    chosen = {name: layer for name, layer in found.items() if name not in reasons}
+    return {**chosen, **_sharing(model, chosen)}, reasons
+
+
+def _ends(model: nn.Module, embedding: bool, head: bool) -> dict[str, nn.Module]:
+    """The token embedding and the output head, where they are asked for."""
+    names = {id(module): name for name, module in plain_modules(model).items()}
+    get = getattr(model, "get_input_embeddings", None)
+    wanted = {"embedding": get() if embedding and get else None, "head": output_head(model) if head else None}
+    missing = [n for n, asked in (("embedding", embedding), ("head", head)) if asked and wanted[n] is None]
+    if missing:
+        raise TargetError(
+            f"{type(model).__name__} does not say which layer is its {' and '.join(missing)}",
+            fix="name it among the targets",
+        )
+    return {names[id(m)]: m for m in wanted.values() if m is not None and id(m) in names}
+
+
+def _reason(model: nn.Module, name: str, layer: nn.Module) -> str | None:
+    if isinstance(layer, Leaf):
+        return "a parameter that a module reads itself, such as a stack of experts"
+    if isinstance(layer, Whole):
+        return "it is trained whole by an adapter"
+    if any(part in name.split(".") for part in getattr(model, "_keep_in_fp32_modules", None) or ()):
+        return "the model asks for it to stay in fp32"
+    return is_packable(layer)
+
+
+def _sharing(model: nn.Module, chosen: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
+    """Other layers that hold the weight of a chosen one: they are packed with it, or would go on holding it dense."""
+    held = {id(layer._parameters.get("weight")) for layer in chosen.values()}
+    return {
+        name: module
+        for name, module in plain_modules(model).items()
+        if name not in chosen and id(module._parameters.get("weight")) in held and op_for(type(module)) is not None
+    }
+
+
+def _check(chosen: Mapping[str, nn.Module], kind: str) -> None:
+    """Every weight is a plain finite one that is not packed already; all that is wrong in one error."""
+    problems = []
+    for name, layer in chosen.items():
+        weight = layer._parameters.get("weight")
+        if isinstance(layer, Packed):
+            problems.append(f"{name} is stored as {layer.recipe.kind} already; veneer.dequantize(model) first")
+        elif (theirs := _packed_by_others(layer)) is not None:
+            problems.append(f"{name} is packed already ({theirs})")
+        elif weight is None or not is_plain(weight):
+            problems.append(f"{name} holds a {type(weight).__name__} of {getattr(weight, 'dtype', None)}, not numbers")
+        elif not weight.numel():
+            problems.append(f"{name} is empty: {tuple(weight.shape)}")
+        elif not weight.is_meta and not bool(torch.isfinite(weight).all()):
+            problems.append(f"{name} holds NaN or infinite values")
+    if problems:
+        raise TargetError(f"the base cannot be stored as {kind}; nothing was changed", problems=problems)
+    if not chosen:
+        raise TargetError("no layer is left to pack", fix="name layers that can be packed with targets=[...]")
+
+
+def _packed_by_others(layer: nn.Module) -> str | None:
+    return None if isinstance(layer, Packed) else is_packed(layer)

@@ -1,0 +1,157 @@
+"""NF4 with double quantisation (QLoRA, arXiv:2305.14314, section 3), bit for bit as bitsandbytes packs it.
+
+    codes    two weights a byte, the first in the high half: an index into 16 quantiles of a normal, scaled to [-1, 1]
+    absmax   the largest size in each block of 64 weights in a row (rows follow each other; the last block may be short)
+    double   absmax - mean(absmax) as an index into 256 values of a float with a moving exponent (arXiv:1511.04561),
+             one fp32 scale for each 256 of them
+
+A byte is looked up whole: 256 entries of two weights each, half the look-ups of a table of 16.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from veneer.quant.storage import STORAGES, Parts, Recipe, Storage
+
+__all__ = ["NESTED_BLOCK", "QUANTILES", "Nf4", "dynamic_values", "unpack_absmax"]
+
+QUANTILES = (
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
+    -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+)  # fmt: skip
+NESTED_BLOCK = 256
+PIECE = 1 << 22  # weights packed at a time: what packing needs beside the result stays below 100 MB
+PAIR = {2: torch.int32, 4: torch.int64}  # an integer that holds two weights
+
+
+@cache
+def quantiles(device: torch.device) -> Float[Tensor, " 16"]:
+    return torch.tensor(QUANTILES, device=device)
+
+
+@cache
+def dynamic_values(device: torch.device) -> Float[Tensor, " 256"]:
+    """Signed values whose exponent takes as many of the 7 bits as it needs and leaves the rest to the fraction."""
+    values = [torch.zeros(1), torch.ones(1)]
+    for exponent in range(7):
+        edges = torch.linspace(0.1, 1, 2**exponent + 1, dtype=torch.float32)
+        middles = (edges[:-1] + edges[1:]) / 2 * 10 ** (exponent - 6)
+        values += [middles, -middles]
+    return torch.cat(values).sort().values.to(device)
+
+
+@cache
+def pairs(dtype: torch.dtype, device: torch.device) -> Tensor:
+    """The two weights of each byte, seen as one integer."""
+    byte = torch.arange(256, device=device)
+    both = torch.stack([byte >> 4, byte & 15], dim=1)
+    return quantiles(device)[both].to(dtype).view(PAIR[dtype.itemsize]).flatten()
+
+
+def nearest(scaled: Tensor, values: Tensor) -> Tensor:
+    """The index of the nearest of sorted values."""
+    return torch.bucketize(scaled, (values[:-1] + values[1:]) / 2, out_int32=True).to(torch.uint8)
+
+
+def blocks_of(flat: Tensor, block: int) -> Tensor:
+    """(blocks, block); the last one is filled up with zeros, which never are a block's largest."""
+    missing = -len(flat) % block
+    return torch.nn.functional.pad(flat, (0, missing)).view(-1, block)
+
+
+def quantize_blocks(flat: Float[Tensor, " n"], block: int, values: Tensor) -> tuple[Tensor, Tensor]:
+    """Indices into `values`, and each block's scale."""
+    blocks = blocks_of(flat, block)
+    absmax = blocks.abs().amax(dim=1)
+    scaled = (blocks * (1 / absmax.clamp_min(1e-38))[:, None]).clamp_(-1, 1)
+    return nearest(scaled, values).flatten()[: len(flat)], absmax
+
+
+def unpack_absmax(parts: Parts) -> Float[Tensor, " blocks"]:
+    if len(parts) == 2:
+        return parts[1]
+    _, codes, nested, offset = parts
+    values = blocks_of(dynamic_values(codes.device)[codes.int()], NESTED_BLOCK) * nested[:, None]
+    return values.flatten()[: len(codes)] + offset
+
+
+class Nf4(Storage):
+    names = ("weight_absmax", "weight_nested", "weight_offset")
+
+    def part_names(self, recipe: Recipe) -> tuple[str, ...]:
+        return self.names if recipe.double else self.names[:1]
+
+    def pack(self, w: Tensor, recipe: Recipe) -> Parts:
+        values, flat = quantiles(w.device), w.reshape(-1)
+        codes, scales = [], []
+        for piece in flat.split(PIECE):
+            index, absmax = quantize_blocks(piece.float(), recipe.block, values)
+            if len(index) % 2:
+                index = torch.cat([index, index.new_full((1,), 7)])  # half a byte too many: a zero
+            codes.append(index[::2] << 4 | index[1::2])
+            scales.append(absmax)
+        packed, absmax = torch.cat(codes), torch.cat(scales)
+        packed = packed.view(len(w), -1) if w.shape[-1] % 2 == 0 else packed[:, None]
+        if not recipe.double:
+            return packed, absmax
+        offset = absmax.mean()
+        index, nested = quantize_blocks(absmax - offset, NESTED_BLOCK, dynamic_values(w.device))
+        return packed, index, nested, offset
+
+    def unpack(self, parts: Parts, shape: tuple[int, int], dtype: torch.dtype, recipe: Recipe) -> Tensor:
+        codes = parts[0]
+        if codes.is_cuda or torch.compiler.is_compiling():
+            whole = torch.ops.veneer.nf4_unpack(list(parts), recipe.block, shape[0] * shape[1], dtype)
+        else:
+            whole = unpack_plain(parts, recipe.block, shape[0] * shape[1], dtype)
+        return whole.view(shape)
+
+    def rows(
+        self, parts: Parts, shape: tuple[int, int], index: Int[Tensor, " n"], dtype: torch.dtype, recipe: Recipe
+    ) -> Tensor:
+        cols, block = shape[1], recipe.block
+        if cols % block or cols % 2:  # blocks reach over the ends of rows
+            return self.unpack(parts, shape, dtype, recipe)[index]
+        absmax = unpack_absmax(parts).view(shape[0], cols // block)[index]
+        return unpack_plain((parts[0][index], absmax.flatten()), block, len(index) * cols, dtype).view(-1, cols)
+
+
+STORAGES["nf4"] = Nf4()
+
+
+def unpack_plain(parts: Parts, block: int, n: int, dtype: torch.dtype) -> Float[Tensor, " n"]:
+    """The reference. The product with the scale is formed in fp32 and rounded once, as in bitsandbytes."""
+    if dtype == torch.float64:
+        return unpack_plain(parts, block, n, torch.float32).double()
+    codes, absmax = parts[0].reshape(-1), unpack_absmax(parts)
+    if codes.is_cuda or not len(codes):
+        flat = quantiles(codes.device)[torch.stack([codes >> 4, codes & 15], dim=1).int()].flatten()
+        return (blocks_of(flat[:n], block) * absmax[:, None]).flatten()[:n].to(dtype)
+    out = torch.empty(2 * len(codes), dtype=dtype)
+    step = PIECE // 32 // block * block or block  # bytes; the pieces stay in the processor's cache
+    table = pairs(torch.float32, codes.device)
+    for at in range(0, len(codes), step):
+        pair = torch.index_select(table, 0, codes[at : at + step].int()).view(torch.float32)
+        scales = absmax[2 * at // block : -(-2 * (at + step) // block)]
+        out[2 * at : 2 * (at + step)] = (blocks_of(pair, block) * scales[:, None]).flatten()[: len(pair)]
+    return out[:n]
+
+
+SCHEMA = "(Tensor[] parts, int block, int n, ScalarType dtype) -> Tensor"
+
+
+@torch.library.custom_op("veneer::nf4_unpack", mutates_args=(), schema=SCHEMA)
+def nf4_unpack(parts: list[Tensor], block: int, n: int, dtype: torch.dtype) -> Tensor:
+    """The matrix behind packed parts as one run of numbers; on a GPU a kernel of cuda.py does it."""
+    return unpack_plain(tuple(parts), block, n, dtype).contiguous().clone()
+
+
+@nf4_unpack.register_fake
+def _(parts: list[Tensor], block: int, n: int, dtype: torch.dtype) -> Tensor:
+    return parts[0].new_empty(n, dtype=dtype)

@@ -1,0 +1,108 @@
+"""What a storage of frozen weights is.
+
+    storage   bits a weight   what is stored for a matrix (rows, cols)
+    nf4       4.127           4-bit quantiles of a normal; an 8-bit scale for 64, an fp32 scale for 64 x 256
+    int8      8 + 32/cols     whole numbers; an fp32 scale for each row
+    fp8       8 + 32/cols     e4m3 floats; an fp32 scale for each row
+
+A storage sees matrices only. `layer.py` turns the weight of any layer kind into one: rows are output channels (of an
+embedding: tokens), so one scale for each row is one scale for each result of a product. A storage that multiplies in
+its own type overrides `product` and `product_back`; the ones here take the matrix apart first and are the reference.
+"""
+
+from __future__ import annotations
+
+import warnings
+from abc import ABC, abstractmethod
+from typing import ClassVar, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from veneer.core.registry import Registry
+from veneer.errors import ConfigError
+
+__all__ = ["STORAGES", "Parts", "Recipe", "Storage", "say_once", "storage_of"]
+
+Parts = tuple[Tensor, ...]
+"""The tensors that a packed matrix is made of, the codes first."""
+
+BLOCKS = (32, 64, 128, 256, 512, 1024, 2048, 4096)  # what bitsandbytes' kernels take
+
+
+class Recipe(NamedTuple):
+    """How one matrix is stored and multiplied.
+
+    block, double: nf4 only; weights to a scale, and whether the scales are packed in 8 bits, too.
+    dynamic: int8 and fp8 only; inputs are rounded to 8 bits row by row and multiplied in 8 bits. Otherwise the matrix
+    is unpacked for each product, which is slower and leaves the inputs as they are.
+    outliers: int8 only; input columns with a value of at least this size are multiplied in the input's own type.
+    """
+
+    kind: str
+    block: int = 64
+    double: bool = True
+    dynamic: bool = True
+    outliers: float | None = None
+
+    def checked(self) -> Recipe:
+        storage_of(self)
+        problems = []
+        if self.block not in BLOCKS:
+            problems.append(f"block={self.block!r} is none of {', '.join(map(str, BLOCKS))}")
+        if self.outliers is not None and self.kind != "int8":
+            problems.append(f"outliers belong to int8, not to {self.kind}")
+        if self.outliers is not None and not self.outliers > 0:
+            problems.append(f"outliers={self.outliers!r} must be above 0")
+        if problems:
+            raise ConfigError("the base cannot be stored like this", problems=problems)
+        return self
+
+
+class Storage(ABC):
+    """One way to hold a frozen matrix. All methods get the recipe and the parts; nothing is kept here."""
+
+    names: ClassVar[tuple[str, ...]]  # of the parts after the codes, as the layer's buffers are called
+
+    def part_names(self, recipe: Recipe) -> tuple[str, ...]:
+        return self.names
+
+    @abstractmethod
+    def pack(self, w: Float[Tensor, "rows cols"], recipe: Recipe) -> Parts: ...
+
+    @abstractmethod
+    def unpack(self, parts: Parts, shape: tuple[int, int], dtype: torch.dtype, recipe: Recipe) -> Tensor: ...
+
+    @abstractmethod
+    def rows(
+        self, parts: Parts, shape: tuple[int, int], index: Int[Tensor, " n"], dtype: torch.dtype, recipe: Recipe
+    ) -> Float[Tensor, "n cols"]:
+        """Some rows of the matrix: what an embedding looks up."""
+
+    def product(self, x: Float[Tensor, "t cols"], parts: Parts, shape: tuple[int, int], recipe: Recipe) -> Tensor:
+        """x W^T."""
+        return F.linear(x, self.unpack(parts, shape, x.dtype, recipe))
+
+    def product_back(self, g: Float[Tensor, "t rows"], parts: Parts, shape: tuple[int, int], recipe: Recipe) -> Tensor:
+        """g W: how a gradient passes through."""
+        return g @ self.unpack(parts, shape, g.dtype, recipe)
+
+
+STORAGES: Registry[Storage] = Registry("storage")
+
+
+def storage_of(recipe: Recipe) -> Storage:
+    return STORAGES[recipe.kind]
+
+
+_said: set[str] = set()
+
+
+@torch.compiler.disable
+def say_once(message: str) -> None:
+    """A slower path was taken; each reason is told once in a process."""
+    if message not in _said:
+        _said.add(message)
+        warnings.warn(message, stacklevel=3)

@@ -1,0 +1,222 @@
+"""The laws of an adapted layer over every storage of the frozen base: storage x layer kind x combine x dtype.
+
+packed == unpacked      the layer is the plain layer that holds the weight it unpacks to
+adapted == oracle       with an adapter moved to a random place: the plain layer that holds the combined weight
+nothing is dead         every trained parameter gets a gradient, no packed one does
+the base keeps house    its keys, its classes, its bits
+merging refuses         and works after dequantize
+"""
+
+from __future__ import annotations
+
+import copy
+import io
+import itertools
+
+import pytest
+import torch
+from quant_nets import DTYPES, LAYERS, STORAGES, Net, dense_twin, error, make, pack, run_twin, spread, tolerance
+from torch import nn
+
+import veneer
+from veneer import LoRA
+from veneer.core.combine import COMBINES
+from veneer.core.delta import DELTAS
+from veneer.core.init import INITS, NEEDS
+from veneer.core.model import check_alive, disabled, parameters
+from veneer.core.weight import is_packed, read_weight
+from veneer.errors import StateError
+from veneer.quant.layer import Packed
+
+PRODUCT = list(itertools.product(STORAGES, LAYERS, COMBINES, DTYPES))
+
+
+@pytest.mark.parametrize("storage,kind,combine,precision", PRODUCT, ids=["-".join(p) for p in PRODUCT])
+def test_every_combination(storage: str, kind: str, combine: str, precision: str) -> None:
+    dtype = DTYPES[precision]
+    net, x = make(kind, dtype)
+    original = copy.deepcopy(net.layer)
+    pack(net, storage)
+    near = tolerance(storage, dtype, kind)
+    bits = copy.deepcopy(net.state_dict())
+    y0 = net(x)
+    assert isinstance(net.layer, type(original)) and isinstance(net.layer, Packed) and is_packed(net.layer)
+    assert read_weight(net.layer).shape == original.weight.shape and read_weight(net.layer).dtype == dtype
+    assert (
+        error(read_weight(net.layer), original.weight)
+        < {"nf4": 0.12, "int8": 0.01, "fp8": 0.04}[storage[:4].strip("-")]
+    )
+    assert error(y0, run_twin(dense_twin(net, original), x)) < near
+
+    veneer.attach(net, LoRA(rank=4, alpha=8, targets=["layer"], combine=combine))
+    assert torch.equal(net(x), y0)
+    spread(net)
+    y, wanted = net(x), run_twin(dense_twin(net, original), x)
+    assert error(y, y0) > 0.05, "the adapter does nothing"
+    assert error(y, wanted) < near
+    with torch.no_grad():
+        assert error(net(x), wanted) < near
+
+    y.float().square().sum().backward()
+    check_alive(net)
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in parameters(net).values())
+    assert all(p.grad is None for n, p in net.named_parameters() if ".lora." not in n)
+    with disabled(net):
+        assert torch.equal(net(x), y0)
+
+    with pytest.raises(StateError, match="dequantize"):
+        veneer.merge(net)
+    assert all(torch.equal(net.state_dict()[k], v) for k, v in bits.items())
+    assert torch.equal(net(x), y)
+
+    assert veneer.dequantize(net, torch.float32) == ("layer",)
+    veneer.merge(net)
+    assert error(net(x.float() if x.is_floating_point() else x), wanted) < max(near, 1e-4)
+    veneer.unmerge(net)
+    veneer.detach(net)
+    assert type(net.layer) is type(original) and vars(net.layer).keys() == vars(original).keys()
+
+
+@pytest.mark.parametrize("storage", STORAGES)
+@pytest.mark.parametrize("kind", [k for k in LAYERS if not k.startswith("embedding")])
+@pytest.mark.parametrize("combine", COMBINES)
+def test_gradients_are_those_of_the_dense_weight(storage: str, kind: str, combine: str) -> None:
+    net, x = make(kind, torch.float32)
+    original = copy.deepcopy(net.layer)
+    pack(net, storage)
+    dense = Net(copy.deepcopy(original))
+    dense.layer.weight = nn.Parameter(read_weight(net.layer).detach().clone())
+    for model in (net, dense):
+        torch.manual_seed(3)
+        veneer.attach(model, LoRA(rank=4, alpha=8, targets=["layer"], combine=combine))
+        spread(model)
+    found = []
+    for model in (net, dense):
+        inp = x.clone().requires_grad_()
+        y = model(inp)
+        torch.manual_seed(2)
+        g = torch.randn_like(y)
+        found.append(torch.autograd.grad(y, [inp, *parameters(model).values()], g))
+    near = 3e-2 if tolerance(storage, torch.float32, kind) > 1e-3 else 1e-5
+    for mine, theirs in zip(*found, strict=True):
+        assert error(mine, theirs) < near
+
+
+DELTA_OPTIONS = {"tokens": {"rows": (1, 2, 3, 5)}, "fused": {"parts": [(0, 2), (4, 8)]}}
+STARTS = [
+    (d, i) for d, i in itertools.product(DELTAS, INITS) if i not in NEEDS and (DELTAS[d].takes_init or i == "kaiming")
+]
+
+
+@pytest.mark.parametrize("delta,init", STARTS, ids=["-".join(p) for p in STARTS])
+@pytest.mark.parametrize("kind", ["linear", "hf-conv1d", "embedding-in-blocks"])
+@pytest.mark.parametrize("storage", ["nf4", "int8-unpacked"])
+def test_every_delta_and_init(storage: str, kind: str, delta: str, init: str) -> None:
+    net, x = make(kind, torch.float32)
+    original = copy.deepcopy(net.layer)
+    pack(net, storage)
+    y0 = net(x)
+    spec = LoRA(rank=4, alpha=8, targets=["layer"], delta=delta, init=init, options=DELTA_OPTIONS.get(delta, {}))
+    veneer.attach(net, spec)
+    assert error(net(x), y0) < 2e-5
+    spread(net)
+    assert error(net(x), run_twin(dense_twin(net, original), x)) < 2e-5
+
+
+@pytest.mark.parametrize("storage", STORAGES)
+@pytest.mark.parametrize("kind", ["linear", "conv1d", "embedding"])
+def test_mixed_and_routed_batches(storage: str, kind: str) -> None:
+    net, x = make(kind, torch.float32)
+    x = torch.cat([x, x])[:3]
+    pack(net, storage)
+    ys = {}
+    for i, name in enumerate(("a", "b")):
+        veneer.attach(net, LoRA(rank=2 + i, targets=["layer"]), name)
+        spread(net, name)
+        veneer.activate(net, name)
+        ys[name] = net(x)
+    with disabled(net):
+        y0 = net(x)
+    near = tolerance(storage, torch.float32, kind)
+    veneer.activate(net, {"a": 0.5, "b": -2.0})
+    assert error(net(x), y0 + 0.5 * (ys["a"] - y0) - 2 * (ys["b"] - y0)) < near
+    with veneer.routed(net, ["a", None, "b"]):
+        y = net(x)
+    assert error(y, torch.stack([ys["a"][0], y0[1], ys["b"][2]])) < near
+
+
+@pytest.mark.parametrize("storage", STORAGES)
+def test_adapters_may_be_there_before(storage: str) -> None:
+    net, x = make("linear", torch.float32)
+    original = copy.deepcopy(net.layer)
+    veneer.attach(net, LoRA(rank=4, targets=["layer"], combine="dora"))
+    spread(net)
+    pack(net, storage)
+    assert type(net.layer).__name__ == "LoRAPackedLinear"
+    assert error(net(x), run_twin(dense_twin(net, original), x)) < tolerance(storage, torch.float32, "linear")
+    veneer.dequantize(net)
+    assert type(net.layer).__name__ == "LoRALinear"
+
+
+@pytest.mark.parametrize("storage", STORAGES)
+@pytest.mark.parametrize("kind", LAYERS)
+@pytest.mark.parametrize("adapted", [False, True])
+def test_copies_pickles_and_state(storage: str, kind: str, adapted: bool) -> None:
+    net, x = make(kind, torch.float32)
+    fresh = copy.deepcopy(net)
+    pack(net, storage)
+    if adapted:
+        veneer.attach(net, LoRA(rank=4, targets=["layer"]))
+        spread(net)
+    y = net(x)
+    assert torch.equal(copy.deepcopy(net)(x), y)
+    file = io.BytesIO()
+    torch.save(net, file)  # not pickle.dumps: torch's tensors of 8-bit floats do not survive it
+    assert torch.equal(torch.load(io.BytesIO(file.getvalue()), weights_only=False)(x), y)
+    if not adapted:
+        for p in fresh.parameters():
+            p.data.zero_()
+        pack(fresh, storage)
+        fresh.load_state_dict(net.state_dict())
+        assert torch.equal(fresh(x), y)
+
+
+@pytest.mark.parametrize("storage", STORAGES)
+def test_the_parts_keep_their_types(storage: str) -> None:
+    """`.to(bfloat16)` changes what the layer unpacks to; scales that were rounded could not be had back."""
+    net, x = make("linear", torch.float32)
+    pack(net, storage)
+    before, y = copy.deepcopy(net.layer.parts), net(x)
+    net.to(torch.bfloat16)
+    assert read_weight(net.layer).dtype == torch.bfloat16 and net.layer.bias.dtype == torch.bfloat16
+    assert net(x.bfloat16()).dtype == torch.bfloat16
+    net.float()
+    assert all(torch.equal(a, b) and a.dtype == b.dtype for a, b in zip(before, net.layer.parts, strict=True))
+    assert error(net(x), y) < 1e-2  # the bias was rounded
+
+
+@pytest.mark.parametrize("storage", STORAGES)
+@pytest.mark.parametrize("kind", ["linear", "linear-no-bias", "conv1d", "hf-conv1d"])
+def test_no_dense_weight_is_kept_for_the_backward(storage: str, kind: str) -> None:
+    net, x = make(kind, torch.float32)
+    pack(net, storage)
+    veneer.attach(net, LoRA(rank=2, targets=["layer"]))
+    dense, seen = read_weight(net.layer), []
+
+    def note(t: torch.Tensor) -> torch.Tensor:
+        seen.append(t)
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
+        net(x.requires_grad_())
+    assert not any(t.is_floating_point() and t.numel() == dense.numel() and t.dtype == dense.dtype for t in seen)
+
+
+def test_autocast_and_compute_dtype() -> None:
+    net, x = make("linear", torch.float32)
+    pack(net, "nf4")
+    with torch.autocast("cpu", torch.bfloat16):
+        assert net(x).dtype == torch.bfloat16
+    other, _ = make("linear", torch.float32)
+    veneer.quantize(other, "nf4", targets=["layer"], compute_dtype=torch.bfloat16)
+    assert other(x).dtype == torch.float32 and 0 < error(other(x), net(x)) < 1e-2
