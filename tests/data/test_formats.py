@@ -256,3 +256,13 @@ def test_an_unknown_format_is_answered():
 
 def test_every_format_says_its_fields():
     assert all(form.fields for form in FORMATS.values())
+
+
+def test_columns_that_hold_nothing_anywhere_are_said_row_by_row():
+    rows = [{"prompt": "a", "completion": float("nan")}, {"prompt": None, "completion": "x"}]
+    with pytest.raises(DataError) as error:
+        load(rows)
+    assert [problem.split(": ", 1)[1] for problem in error.value.problems] == [
+        "field 'completion' is NaN; text is expected",
+        "field 'prompt' is missing; text is expected",
+    ]

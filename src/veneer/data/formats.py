@@ -117,6 +117,8 @@ def detect(rows: Sequence[Row], columns: Mapping[str, str], kinds: tuple[type[An
     """The format of these rows; `kinds` are the classes of example that the task can use."""
     shapes = Counter(tuple(name for name, value in row.fields.items() if not _absent(value)) for row in rows)
     usable = [form for form in FORMATS.values() if kinds is None or form.kind in (*kinds, _Refused)]
+    if not any(_share(form, shapes, columns) for form in usable):  # the columns may be there, and hold nothing
+        shapes = Counter(tuple(row.fields) for row in rows)
     fitting = [(form, _share(form, shapes, columns)) for form in usable]
     chosen = next((form for form, share in fitting if share >= 0.5), max(fitting, key=lambda pair: pair[1])[0])
     if _share(chosen, shapes, columns) == 0:
