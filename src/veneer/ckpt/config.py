@@ -8,9 +8,12 @@
     layers_to_transform                layers
     modules_to_save, bias              the same
 
-Every key falls into one of four sorts: mapped (above), saying nothing about the function (`HARMLESS`), changing the
-function in a way that we cannot follow (`REFUSED`, with a way out each), and unknown. Unknown keys are kept, written
-back, and reported: newer versions of PEFT invent some all the time.
+(for LORA; methods.py has the words of PEFT's other methods.) Every key falls into one of four sorts: mapped (above),
+saying nothing about the function (`HARMLESS`), changing the function in a way that we cannot follow (`REFUSED`, with a
+way out each), and unknown. Unknown keys are kept, written back, and reported: newer versions of PEFT invent some all
+the time. One that looks like a switch (true, or settings of its own) in a file of a newer version than we know may
+change what the adapter computes; such a file is refused unless `allow_unknown` says otherwise. Bare numbers and words
+are settings of a switch, and say nothing without it.
 
 Which layers an adapter sits on is decided by patterns, and our rules and PEFT's agree on nearly all models but not on
 all. So `selects` is PEFT's rule to the letter, and whoever reads or writes a config checks with it.
@@ -18,6 +21,7 @@ all. So `selects` is PEFT's rule to the letter, and whoever reads or writes a co
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import re
@@ -27,6 +31,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from veneer.ckpt.methods import METHODS, Method
+from veneer.core.registry import near
 from veneer.core.select import PRESETS
 from veneer.core.spec import LoRA
 from veneer.errors import CheckpointError, ConfigError
@@ -67,6 +73,7 @@ SILENT = """
 HARMLESS = frozenset(SILENT.split())
 
 RETRAIN = "train it again without this option"
+SHARED = frozenset(["target_modules", "exclude_modules", "modules_to_save", "layers_to_transform", "layers_pattern"])
 REFUSED = {  # keys that change what the adapter computes
     "alora_invocation_tokens": ("acts only after its invocation tokens (aLoRA)", RETRAIN),
     "arrow_config": ("routes tokens between experts (Arrow)", RETRAIN),
@@ -81,6 +88,21 @@ REFUSED = {  # keys that change what the adapter computes
     "velora_config": ("compresses what A reads (VeLoRA)", RETRAIN),
 }
 
+TO_LORA = "let PEFT turn it into a LoRA where it can (peft.convert_to_lora), or use PEFT itself"
+OTHERS = {  # PEFT's methods that are no sum with a matrix of ours, by what they do instead
+    "it multiplies the weight by a rotation": "BOFT HRA OFT PSOFT ROAD",
+    "it multiplies activations by a vector": "IA3",
+    "it trains weights of the base themselves": "LN_TUNING OSF SHIRA",
+    "its change is given by a transform, not by two factors": "C3A FOURIERFT FROD WAVEFT",
+    "it adds trained tokens to the input": "ADAPTION_PROMPT CARTRIDGE CPT MULTITASK_PROMPT_TUNING P_TUNING "
+    "PREFIX_TUNING PROMPT_TUNING",
+    "it mixes several adapters by a trained router": "POLY XLORA",
+    "it has a rule of its own": "ADAMSS BEFT DEFT DELORA GLORA GRALORA HIRA LILY MISS PEANUT PVERA RANDLORA SHADOW "
+    "SUPERTUNING TINYLORA TRAINABLE_TOKENS UNILORA VBLORA",
+}
+OTHER_METHODS = {kind: why for why, kinds in OTHERS.items() for kind in kinds.split()}
+NEWEST = (0, 21)  # of PEFT: whose keys are all known here
+
 CONVERT = "let PEFT convert it: save_pretrained(..., path_initial_model_for_weight_conversion=<the initial adapter>)"
 RECOMPUTED = ("pissa", "olora")  # the base changes, in a way that follows from the base alone
 BASE_CHANGED = ("corda", "loftq", "lora_ga", "pissa_niter")  # by data, quantisation or chance: unknown to the file
@@ -93,6 +115,7 @@ class Parsed:
 
     spec: LoRA
     raw: dict[str, Any] = field(repr=False)
+    kind: str = "LORA"  # the peft_type
     has_bias_in_b: bool = False  # lora_bias: B has a bias of its own, inside the scaling
     unknown: dict[str, Any] = field(default_factory=dict)
 
@@ -111,13 +134,18 @@ def read_config(path: Path) -> dict[str, Any]:
     return config
 
 
-def parse(config: Mapping[str, Any], where: str = "") -> Parsed:
+def parse(config: Mapping[str, Any], where: str = "", *, allow_unknown: bool = False) -> Parsed:
     """The LoRA that a config describes. Raises CheckpointError with everything that stands against it."""
-    problems = list(_refused(config))
+    kind = str(config.get("peft_type") or "LORA")
+    problems = list(_refused(config, kind))
     if problems:
-        raise CheckpointError("This adapter computes something that LoRA cannot express.", where, problems=problems)
+        raise CheckpointError("This adapter computes something that cannot be done here.", where, problems=problems)
+    method = METHODS.get(kind)
+    unknown = {key: value for key, value in config.items() if key not in _known(kind) and value}
+    if not allow_unknown:
+        _refuse_switches(unknown, config, where)
     try:
-        spec = _spec(config)
+        spec = _spec(config) if method is None else _method_spec(config, method)
         selects(config)
     except re.error as error:
         what = f"target_modules or exclude_modules is not a regular expression: {error}"
@@ -127,19 +155,46 @@ def parse(config: Mapping[str, Any], where: str = "") -> Parsed:
         raise CheckpointError(f"{CONFIG} makes no sense.", where, "correct it", problems) from None
     except (TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(f"{CONFIG} makes no sense: {error}.", where, "correct it") from None
-    known = MAPPED | HARMLESS | REFUSED.keys()
-    unknown = {key: value for key, value in config.items() if key not in known and value}
-    return Parsed(spec, dict(config), bool(config.get("lora_bias")), unknown)
+    return Parsed(spec, dict(config), kind, kind == "LORA" and bool(config.get("lora_bias")), unknown)
 
 
-def _refused(config: Mapping[str, Any]) -> Iterator[str]:
-    kind = config.get("peft_type", "LORA")
-    if kind != "LORA":
-        yield f"peft_type is {kind!r}; LORA can be read"
+def _known(kind: str) -> frozenset[str]:
+    known = MAPPED | HARMLESS | frozenset(REFUSED)
+    return known | METHODS[kind].words if kind in METHODS else known
+
+
+def _refuse_switches(unknown: Mapping[str, Any], config: Mapping[str, Any], where: str) -> None:
+    """A newer PEFT's new option, switched on: nobody here can know what it does."""
+    version = str(config.get("peft_version") or "")
+    numbers = re.match(r"(\d+)\.(\d+)", version)
+    if numbers is None or (int(numbers[1]), int(numbers[2])) <= NEWEST:
+        return
+    switches = [f"{key}={value!r}" for key, value in unknown.items() if value is True or isinstance(value, dict | list)]
+    if switches:
+        raise CheckpointError(
+            f"The adapter was written by PEFT {version}, which is newer than what is known here, with options that may "
+            "change what it computes.",
+            where,
+            "allow_unknown=True loads it as if they were not there; a newer veneer may know them",
+            switches,
+        )
+
+
+def _refused(config: Mapping[str, Any], kind: str) -> Iterator[str]:
+    if kind != "LORA" and kind not in METHODS:
+        known = ["LORA", *METHODS]
+        why = OTHER_METHODS.get(kind)
+        why = f"{why}." if why else f"it is not known here.{near(kind, known)}"
+        yield f"peft_type is {kind!r}: {why} {', '.join(known)} can be read. Way out: {TO_LORA}"
+        return
     for key, (why, fix) in REFUSED.items():
         if config.get(key):
             yield f"{key}: it {why}. Way out: {fix}"
-    init = config.get("init_lora_weights", True)
+    if kind == "LORA":
+        yield from _refused_init(config.get("init_lora_weights", True))
+
+
+def _refused_init(init: Any) -> Iterator[str]:
     if isinstance(init, str) and init.startswith(BASE_CHANGED):
         yield f"init_lora_weights={init!r} changed the base itself, and the file does not say how. Way out: {CONVERT}"
     elif not isinstance(init, bool) and init not in (*STARTS, *RECOMPUTED):
@@ -163,6 +218,26 @@ def _spec(config: Mapping[str, Any]) -> LoRA:
         modules_to_save=_names(config.get("modules_to_save")),
         layers=None if layers is None or layers == [] else (layers,) if isinstance(layers, int) else tuple(layers),
         overrides=_overrides(config.get("rank_pattern") or {}, config.get("alpha_pattern") or {}),
+    )
+
+
+def _method_spec(config: Mapping[str, Any], method: Method) -> LoRA:
+    """The same for another method: its own words, and what all of them share."""
+    rank = config.get(method.rank, 8)
+    alpha = config.get(method.alpha, 8) if method.alpha else rank
+    bias = config.get("bias") or "none"
+    shared = _spec({key: value for key, value in config.items() if key in SHARED})
+    return dataclasses.replace(
+        shared,
+        delta=method.delta,
+        rank=rank,
+        alpha=alpha if alpha > 0 or method.delta != "adalora" else rank,  # AdaLoRA's way to say "unscaled"
+        dropout=(method.dropout and config.get(method.dropout)) or 0.0,
+        bias="lora_only" if bias == method.bias else bias,
+        overrides=_overrides(config.get("rank_pattern") or {}, config.get("alpha_pattern") or {})
+        if method.by_layer
+        else {},
+        options={ours: config[theirs] for ours, theirs in method.options.items() if theirs in config},
     )
 
 
@@ -254,11 +329,16 @@ class Rank:
     alpha: float
 
 
-def targets_for(spec: LoRA, sites: Collection[str], modules: Collection[str], saved: Sequence[str]) -> dict[str, Any]:
-    """The keys that make PEFT choose exactly `sites` among `modules`, as close to the user's words as that allows."""
+def targets_for(
+    spec: LoRA, sites: Collection[str], modules: Collection[str], saved: Sequence[str], *, excludes: bool = True
+) -> dict[str, Any]:
+    """The keys that make PEFT choose exactly `sites` among `modules`, as close to the user's words as that allows.
+
+    excludes: whether the method knows exclude_modules.
+    """
     if not sites:
         return {"target_modules": []}
-    for candidate in _target_candidates(spec, sites):
+    for candidate in _target_candidates(spec if excludes else dataclasses.replace(spec, exclude=()), sites):
         config = {**candidate, "modules_to_save": list(saved)}
         rule = selects(config)
         if {name for name in modules if rule(name)} == set(sites):

@@ -4,6 +4,9 @@ PEFT's config has one rank and alpha with patterns for exceptions, one scaling r
 layers, and lists of names where our presets are rules. All of that can be said exactly: what differs by layer goes into
 alpha (only the scale counts), names are chosen so that PEFT's own rules pick the same layers (config.py checks), and a
 layer without DoRA among others with it gets the magnitude that changes nothing, |W + dW|.
+
+An adapter of another method is written in PEFT's layout of that method where PEFT can hold all of it (methods.py), and
+as the plain LoRA that it is worth where not, which is noted.
 """
 
 from __future__ import annotations
@@ -17,9 +20,10 @@ import torch
 from torch import Tensor, nn
 
 from veneer.ckpt.base import base_of
-from veneer.ckpt.config import TASK_HEADS, Rank, parameters_for, patterns_for, targets_for
+from veneer.ckpt.config import TASK_HEADS, Parsed, Rank, parameters_for, patterns_for, targets_for
 from veneer.ckpt.layout import NESTED, PREFIX, file_rank, to_file
-from veneer.core.delta import Lora
+from veneer.ckpt.methods import METHODS, Method, method_of, pack, projection, pruned
+from veneer.core.delta import DELTAS, Lora
 from veneer.core.deltas.fused import FusedLora
 from veneer.core.host import plain_modules
 from veneer.core.leaf import Leaf, own_parameters
@@ -28,15 +32,22 @@ from veneer.core.op import OPS, op_of
 from veneer.core.spec import LoRA
 from veneer.core.weight import read_weight
 
-__all__ = ["Contents", "adapted_sites", "config_of", "contents_of", "keep_unknown", "whole"]
+__all__ = ["Contents", "adapted_sites", "config_of", "contents_of", "keep_words", "kept_words", "whole"]
 
-# What config files held that we do not know, to be written back with the same adapter.
-_unknown: weakref.WeakKeyDictionary[nn.Module, dict[str, tuple[LoRA, dict[str, Any]]]] = weakref.WeakKeyDictionary()
+# What configs say that no spec holds, to be written back with the same adapter.
+_kept: weakref.WeakKeyDictionary[nn.Module, dict[str, tuple[LoRA, dict[str, Any]]]] = weakref.WeakKeyDictionary()
 
 
-def keep_unknown(model: nn.Module, name: str, spec: LoRA, words: Mapping[str, Any]) -> None:
-    """Write these keys back when adapter `name` is saved, as long as it is the one with this spec."""
-    _unknown.setdefault(model, {})[name] = spec, dict(words)
+def keep_words(model: nn.Module, name: str, spec: LoRA, words: Mapping[str, Any]) -> None:
+    """Write these keys when adapter `name` is saved, as long as it is the one with this spec."""
+    _kept.setdefault(model, {})[name] = spec, dict(words)
+
+
+def kept_words(parsed: Parsed) -> dict[str, Any]:
+    """What of a config would be lost: keys that nobody knows, and those that only PEFT's training reads."""
+    method = METHODS.get(parsed.kind)
+    training = method.training if method is not None else {}
+    return {**parsed.unknown, **{key: parsed.raw[key] for key in training if key in parsed.raw}}
 
 
 def adapted_sites(model: nn.Module, name: str) -> set[str]:
@@ -52,20 +63,17 @@ class Contents:
     ranks: dict[str, Rank] = field(default_factory=dict)
     saved: list[str] = field(default_factory=list)
     notes: dict[str, list[str]] = field(default_factory=dict)  # what to know -> the layers that it is about
+    kind: str = "LORA"  # the peft_type
+    masks: dict[str, list[bool]] = field(default_factory=dict)  # AdaLoRA: which directions of each layer are in it
 
 
 def contents_of(model: nn.Module, name: str) -> Contents:
     """The tensors of the file, and what the config has to say about them."""
-    spec, hosts, out = spec_of(model, name), sites(model, name), Contents()
-    uses_dora = any(spec.at(site).combine == "dora" for site in adapted_sites(model, name))
-    for site, host in hosts.items():
-        adapter = adapter_of(host, name)
-        if adapter.delta is not None:
-            parts, key = _parts(host, adapter, uses_dora), _module_key(site, host, hosts)
-            out.tensors |= {f"{PREFIX}{key}.{leaf}": value for leaf, value in to_file(host, parts).items()}
-            out.ranks[site] = _rank_in_file(spec, site, host, adapter.delta, parts["A"].shape[-2])
-            for note in _limits(host, adapter.delta, uses_dora):
-                out.notes.setdefault(note, []).append(site)
+    spec, hosts = spec_of(model, name), sites(model, name)
+    layers = {site: (host, adapter_of(host, name)) for site, host in hosts.items()}
+    out = Contents(kind=method_of(spec, layers))
+    (_add_factors if out.kind == "LORA" else _add_tensors)(out, spec, layers)
+    for site, (host, adapter) in layers.items():
         if adapter.bias is not None:
             total = whole(own_parameters(host)["bias"]).to(adapter.bias) + whole(adapter.bias)
             out.tensors[f"{PREFIX}{site}{'' if adapter.delta is None else '.base_layer'}.bias"] = total
@@ -74,6 +82,51 @@ def contents_of(model: nn.Module, name: str) -> Contents:
             out.tensors[f"{PREFIX}{site}.{key.removeprefix('saved.')}"] = whole(value)
             out.saved += [site] if site not in out.saved else []
     return out
+
+
+Layers = Mapping[str, tuple[Any, Any]]
+"""Name -> the layer and its adapter."""
+
+
+def _add_factors(out: Contents, spec: LoRA, layers: Layers) -> None:
+    """Every layer as A and B."""
+    adapted = {site: pair for site, pair in layers.items() if pair[1].delta is not None}
+    uses_dora = any(spec.at(site).combine == "dora" for site in adapted)
+    for site, (host, adapter) in adapted.items():
+        parts = _parts(host, adapter, uses_dora)
+        key = _module_key(site, host, {site: host for site, (host, _) in layers.items()})
+        out.tensors |= {f"{PREFIX}{key}.{leaf}": value for leaf, value in to_file(host, parts).items()}
+        out.ranks[site] = _rank_in_file(spec, site, host, adapter.delta, parts["A"].shape[-2])
+        for note in _limits(host, adapter.delta, uses_dora):
+            out.notes.setdefault(note, []).append(site)
+
+
+def _add_tensors(out: Contents, spec: LoRA, layers: Layers) -> None:
+    """Every layer as its own method has it."""
+    held = {site: (host, adapter.delta) for site, (host, adapter) in layers.items() if adapter.delta is not None}
+    own = {site: _saved_by(delta) for site, (_, delta) in held.items()}
+    out.masks = pruned(own) if out.kind == "ADALORA" else {}
+    for site, (host, delta) in held.items():
+        if (on := out.masks.get(site)) is not None:
+            a, b, e = (own[site][key] for key in "ABE")
+            own[site] = {"A": a[on], "B": b[:, on], "E": e[on]}
+        found = pack(host, delta, own[site])
+        out.tensors |= {f"{PREFIX}{site}.{leaf}": value for leaf, value in found.items()}
+        asked = spec.at(site)
+        is_plain = METHODS[out.kind].alpha is None or (asked.scaling == "lora" and asked.scale == delta.scale)
+        out.ranks[site] = Rank(asked.rank, asked.alpha if is_plain else delta.scale * asked.rank)
+    if out.kind == "VERA" and _options(spec, held)["save_projection"]:
+        out.tensors |= {key: whole(value) for key, value in projection(delta for _, delta in held.values())}
+
+
+def _options(spec: LoRA, layers: Iterable[str]) -> dict[str, Any]:
+    """The settings of this kind of delta, which are the same for all layers of one file."""
+    own = spec.at(next(iter(layers)))
+    return {**DELTAS[own.delta].options, **own.options}
+
+
+def _saved_by(delta: Any) -> dict[str, Tensor]:
+    return {key: whole(value) for key, value in delta.state_dict(keep_vars=True).items() if key in type(delta).saved}
 
 
 def _module_key(site: str, host: nn.Module, hosts: Mapping[str, nn.Module]) -> str:
@@ -139,30 +192,64 @@ def config_of(model: nn.Module, name: str, spec: LoRA, contents: Contents) -> di
     bare = [site for site, host in sites(model, name).items() if isinstance(host, Leaf)]
     layers = [site for site in contents.ranks if site not in bare]
     parameters = [f"{n}.{p}" for n, module in modules.items() for p in module._parameters] if bare else []
+    method = METHODS.get(contents.kind)
     config: dict[str, Any] = {
-        "peft_type": "LORA",
+        "peft_type": contents.kind,
         "task_type": task,
         "auto_mapping": None if task else _auto_mapping(model),
         "base_model_name_or_path": base.id or None,
         "revision": base.revision or None,
         "inference_mode": True,
+        "modules_to_save": saved or None,
+        "layers_to_transform": None,
+        "layers_pattern": None,
+        **(_lora_words(spec, contents) if method is None else _method_words(method, spec, contents)),
+        **targets_for(spec, layers, list(modules), saved, excludes=method is None or method.excludes),
+        **({"target_parameters": parameters_for(bare, parameters)} if bare else {}),
+    }
+    if "fan_in_fan_out" in config:
+        config["fan_in_fan_out"] = OPS["transformers.pytorch_utils.Conv1D"] in kinds
+    kept_for, words = _kept.get(model, {}).get(name, (None, {}))
+    config |= words if kept_for is spec else {}
+    return {key: config[key] for key in sorted(config)}
+
+
+def _lora_words(spec: LoRA, contents: Contents) -> dict[str, Any]:
+    return {
         "lora_dropout": spec.dropout,
         "exclude_modules": None,
-        "fan_in_fan_out": OPS["transformers.pytorch_utils.Conv1D"] in kinds,
+        "fan_in_fan_out": False,
         "bias": spec.bias,
         "use_rslora": spec.scaling == "rslora",
         "use_dora": any(key.endswith("lora_magnitude_vector") for key in contents.tensors),
-        "modules_to_save": saved or None,
         "init_lora_weights": True,  # where training began; the values are in the file
-        "layers_to_transform": None,
-        "layers_pattern": None,
         **patterns_for(spec, contents.ranks),
-        **targets_for(spec, layers, list(modules), saved),
-        **({"target_parameters": parameters_for(bare, parameters)} if bare else {}),
     }
-    kept_for, unknown = _unknown.get(model, {}).get(name, (None, {}))
-    config |= unknown if kept_for is spec else {}
-    return {key: config[key] for key in sorted(config)}
+
+
+def _method_words(method: Method, spec: LoRA, contents: Contents) -> dict[str, Any]:
+    """The same of another method, in its words."""
+    ranks, options = patterns_for(spec, contents.ranks), _options(spec, contents.ranks)
+    words: dict[str, Any] = {**method.training, **{theirs: options[ours] for ours, theirs in method.options.items()}}
+    words[method.rank] = ranks["r"]
+    if method.alpha is not None:
+        words[method.alpha] = ranks["lora_alpha"]
+    if method.dropout is not None:
+        words[method.dropout] = spec.dropout
+    if method.bias is not None:
+        words |= {"bias": method.bias if spec.bias == "lora_only" else spec.bias, "fan_in_fan_out": False}
+    if method.by_layer:
+        words |= {key: ranks[key] for key in ("rank_pattern", "alpha_pattern")}
+    if contents.kind == "ADALORA":
+        words["rank_pattern"] = {f"{site}.lora_E": mask for site, mask in contents.masks.items()} or None
+        words["target_r"] = _mean_rank(contents)
+    return words
+
+
+def _mean_rank(contents: Contents) -> int:
+    """What PEFT calls target_r: how many directions a layer has left on average."""
+    left = [sum(contents.masks.get(site, [True] * own.rank)) for site, own in contents.ranks.items()]
+    return round(sum(left) / len(left))
 
 
 def _saved_names(spec: LoRA, saved: Collection[str], modules: Mapping[str, nn.Module]) -> list[str]:

@@ -23,11 +23,13 @@ from torch import Tensor, nn
 
 from veneer.ckpt.config import TASK_HEADS, Parsed, selects, selects_parameters
 from veneer.ckpt.layout import NESTED, from_file, is_conv, is_flipped, misfit
+from veneer.ckpt.methods import METHODS, built, expanded, turned_over, unpack
 from veneer.ckpt.names import Found, Renaming, best_renaming, renamed, sort_keys
 from veneer.ckpt.tensorfile import Stored, TensorFile
+from veneer.core.delta import DELTAS
 from veneer.core.host import plain_modules
 from veneer.core.leaf import Leaf, leaves_of
-from veneer.core.op import op_for
+from veneer.core.op import op_for, op_of
 from veneer.core.select import ends_with
 from veneer.core.spec import LoRA
 from veneer.errors import CheckpointError
@@ -47,10 +49,11 @@ class Fit:
     sites: tuple[str, ...]
     hosts: dict[str, nn.Module]
     saved: tuple[str, ...]
-    values: dict[tuple[str, str], Tensor]  # (module, field) -> A, B, magnitude, saved.<parameter>
+    values: dict[tuple[str, str], Tensor]  # (module, field) -> A, B, magnitude, ..., saved.<parameter>
     biases: dict[str, Tensor]  # module -> the whole bias, where training moved it
     bias_changes: dict[str, Tensor]  # module -> what is added to the bias (lora_bias, scaled)
     notes: list[str]
+    shared: dict[str, Tensor] = field(default_factory=dict)  # VeRA's A and B, where the file brings them
 
 
 def fit(
@@ -103,7 +106,8 @@ class _Matching:
             if "B.bias" in self.found.adapted[site]
         }
         hosts = {site: self.hosts[site] for site in sites}
-        return Fit(spec, tuple(sites), hosts, tuple(saved), values, biases, changes, self.notes)
+        shared = {name: stored.load() for name, stored in self.found.shared.items()}
+        return Fit(spec, tuple(sites), hosts, tuple(saved), values, biases, changes, self.notes, shared)
 
     def _name_parameters(self) -> None:
         """Adapters of bare parameters bear the name of the module that holds them; give each its parameter's name."""
@@ -150,6 +154,8 @@ class _Matching:
 
     def _factors(self, sites: Iterable[str]) -> tuple[LoRA, dict[tuple[str, str], Tensor]]:
         """A, B and magnitude of each layer as our matrices, and the spec with the ranks that these have."""
+        if self.parsed.kind in METHODS:
+            return self.parsed.spec, self._other_factors(sites)
         spec, values, shrunk = self.parsed.spec, {}, {}
         for site in sites:
             own, host, fields = spec.at(site), self.hosts[site], self.found.adapted[site]
@@ -172,6 +178,39 @@ class _Matching:
                 shrunk["^" + re.escape(site)] = _shrink(own, pair.shrunk)
         self._note_padding(sites)
         return dataclasses.replace(spec, overrides={**shrunk, **spec.overrides}) if shrunk else spec, values
+
+    def _other_factors(self, sites: Iterable[str]) -> dict[tuple[str, str], Tensor]:
+        """What another method than LoRA has of each layer, as its delta has it."""
+        spec, saved, values = self.parsed.spec, DELTAS[self.parsed.spec.delta].saved, {}
+        masks = self.parsed.raw.get("rank_pattern") if self.parsed.kind == "ADALORA" else None
+        masks = {self.name_of.forward(key.removesuffix(".lora_E")): mask for key, mask in (masks or {}).items()}
+        for site in sites:
+            fields = {key: stored.load() for key, stored in self.found.adapted[site].items()}
+            problem = turned_over(self.hosts[site], fields) or _wrong_mask(fields, masks.get(site), spec.rank)
+            if problem is None:
+                fields = expanded(unpack(fields), masks.get(site))
+                own = built(site, self.hosts[site], spec.at(site)).state_dict()
+                problem = _misfit(own, fields, saved)
+            if problem is None:
+                values |= {(site, key): value for key, value in fields.items()}
+            else:
+                self.problems.append(f"{site}: {problem}")
+        self._check_shared(values)
+        return values
+
+    def _check_shared(self, values: Mapping[tuple[str, str], Tensor]) -> None:
+        """VeRA's random matrices must reach over the largest layer."""
+        wanted = bool(self.parsed.spec.options.get("save_projection"))
+        have = {name: stored.shape for name, stored in self.found.shared.items()}
+        if self.parsed.kind != "VERA" or not (wanted or have):
+            return
+        out = max((len(value) for (_, key), value in values.items() if key == "b"), default=0)
+        n = max((op_of(self.hosts[site]).shape(self.hosts[site])[1] for site, _ in values), default=0)
+        for name, need in (("A", (self.parsed.spec.rank, n)), ("B", (out, self.parsed.spec.rank))):
+            if name not in have:
+                self.problems.append(f"the file lacks vera_{name}, and its config says that it has it")
+            elif any(h < w for h, w in zip(have[name], need, strict=True)):
+                self.problems.append(f"vera_{name} is {list(have[name])}, needs {list(need)}")
 
     def _is_complete(self, site: str, fields: Mapping[str, Stored]) -> bool:
         needed = {"A", "B"} | ({"magnitude"} if self.parsed.spec.combine == "dora" else set())
@@ -286,6 +325,36 @@ def _rows_that_differ(own: Tensor, stored: Stored, rows: int = 1024) -> int:
         other += int((~torch.isclose(mine, theirs, rtol=2**-7, atol=1e-6)).any(-1).sum())
     stored.forget()
     return other
+
+
+def _wrong_mask(fields: Mapping[str, Tensor], mask: Sequence[bool] | None, rank: int) -> str | None:
+    """An AdaLoRA rank_pattern that does not speak of these tensors."""
+    if mask is None or "E" not in fields or (len(mask) == rank and sum(mask) == len(fields["E"])):
+        return None
+    return (
+        f"rank_pattern keeps {sum(mask)} of {len(mask)} directions; the file has {len(fields['E'])}, init_r is {rank}"
+    )
+
+
+def _misfit(own: Mapping[str, Tensor], given: Mapping[str, Tensor], names: Mapping[str, str]) -> str | None:
+    """Why a delta with these tensors cannot take the file's: what lacks, what is too many, both shapes; None if it can.
+
+    The file's names are used, and of a kernel's shape only its size: `given` has been flattened.
+    """
+    own = {key: value for key, value in own.items() if key in names}
+    missing = [names[key] for key in own.keys() - given.keys()]
+    extra = [names.get(key, key) for key in given.keys() - own.keys()]
+    wrong = [
+        f"{names[key]} is {list(given[key].shape)}, needs {list(own[key].shape)}"
+        for key in own.keys() & given.keys()
+        if own[key].shape != given[key].shape
+    ]
+    found = [f"the file lacks {' and '.join(sorted(missing))}"] if missing else []
+    found += [f"the file has {' and '.join(sorted(extra))}, which its config does not announce"] if extra else []
+    found += (
+        [f"{'; '.join(sorted(wrong))} (made for a base of another size, or the config was edited)"] if wrong else []
+    )
+    return "; ".join(found) or None
 
 
 MIXED_GROUPS = (

@@ -8,6 +8,7 @@
     stack of E         lora_A.weight (r E, in), lora_B.weight (out, r E)       (E, r, in), (E, out, r): see below
     DoRA               lora_magnitude_vector (out,), for ConvNd (1, out, 1..)  flattened
     lora_bias          lora_B.bias (out,)                                      a change of the bias, times the scale
+    other methods      their own names (methods.py)                            the delta's own
 
 Groups are where the two differ in kind. A grouped convolution's weight is (out, in/g, *k), and our change of it is too:
 all groups share A (r, in/g * k). PEFT's A is an ordinary convolution over *all* input channels, of which group j of B
@@ -33,6 +34,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from veneer.ckpt.methods import tensor_names
 from veneer.core.leaf import Leaf
 from veneer.core.op import op_of
 from veneer.core.select import ends_with
@@ -53,11 +55,14 @@ __all__ = [
 PREFIX = "base_model.model."
 NESTED = ".base_layer"  # in the name of a module: an adapter of one of its parameters, under that of another
 FIELDS = {
+    **tensor_names(),
     "lora_A": "A",
     "lora_B": "B",
     "lora_embedding_A": "A",
     "lora_embedding_B": "B",
     "lora_magnitude_vector": "magnitude",
+    "vera_A": "shared.A",  # of no layer: all of them share it
+    "vera_B": "shared.B",
 }
 WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module")  # torch.compile and FSDP leave these in names
 
@@ -66,7 +71,9 @@ class Key(NamedTuple):
     """What a key of the file speaks of: a module, what of it, and whose adapter where the key says so."""
 
     module: str
-    field: str  # A, B, magnitude, B.bias, base.<parameter>, saved.<parameter>, or "" for a plain parameter's full name
+    field: (
+        str  # A, B, magnitude, ..., B.bias, shared.<name>, base.<parameter>, saved.<parameter>, or "" for a plain one
+    )
     adapter: str | None = None
 
 
@@ -86,6 +93,7 @@ def parse_key(key: str) -> Key | None:
         if parts[i] in FIELDS:
             leaf = rest.pop() if rest and rest[-1] in ("weight", "bias") else "weight"
             field = FIELDS[parts[i]]
+            module = "" if field.startswith("shared.") else module
             return Key(module, field if leaf == "weight" else f"{field}.bias", ".".join(rest) or None)
         if parts[i] == "base_layer":
             return Key(module, f"base.{'.'.join(rest)}")

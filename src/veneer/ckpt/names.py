@@ -28,6 +28,7 @@ class Found:
     adapted: dict[str, dict[str, Stored]] = field(default_factory=dict)  # module -> A, B, magnitude, B.bias
     plain: dict[str, Stored] = field(default_factory=dict)  # full parameter name: saved modules, biases
     base: dict[str, Stored] = field(default_factory=dict)  # parameters of an adapted layer's base
+    shared: dict[str, Stored] = field(default_factory=dict)  # what all layers have in common (VeRA's A and B)
 
 
 def sort_keys(file: TensorFile, name: str) -> Found:
@@ -50,6 +51,8 @@ def sort_keys(file: TensorFile, name: str) -> Found:
             found.plain[key.module] = stored
         elif kind == "saved":
             found.plain[f"{key.module}.{parameter}"] = stored
+        elif kind == "shared":
+            found.shared[parameter] = stored
         elif kind == "base":
             found.base[f"{key.module}.{parameter}"] = stored
         else:
@@ -129,6 +132,7 @@ def renamed(found: Found, forward: Callable[[str], str]) -> Found:
         {forward(site): fields for site, fields in found.adapted.items()},
         {parameter(full): stored for full, stored in found.plain.items()},
         {parameter(full): stored for full, stored in found.base.items()},
+        found.shared,
     )
 
 

@@ -30,12 +30,13 @@ from torch import Tensor, nn
 from veneer.ckpt.atomic import atomic_folder
 from veneer.ckpt.base import Base, base_of, differences
 from veneer.ckpt.config import CONFIG, RECOMPUTED, Parsed, parse, read_config
-from veneer.ckpt.contents import adapted_sites, config_of, contents_of, keep_unknown, whole
+from veneer.ckpt.contents import adapted_sites, config_of, contents_of, keep_words, kept_words, whole
 from veneer.ckpt.fit import Fit, fit
 from veneer.ckpt.hub import WEIGHTS, find
 from veneer.ckpt.tensorfile import TensorFile, save_tensors
+from veneer.core.delta import DELTAS
 from veneer.core.host import plain_modules
-from veneer.core.model import _unwrap, attach, detach, put, sites, spec_of, tensors, unmerged
+from veneer.core.model import _unwrap, adapter_of, attach, detach, put, sites, spec_of, tensors, unmerged
 from veneer.core.spec import LoRA
 from veneer.errors import CheckpointError, TargetError
 
@@ -44,6 +45,7 @@ __all__ = [
     "check_base",
     "config_of",
     "contents_of",
+    "fill",
     "load",
     "refuse_broken",
     "save",
@@ -84,22 +86,25 @@ def load(
     partial: bool = False,
     allow_other_base: bool = False,
     allow_nan: bool = False,
+    allow_unknown: bool = False,
 ) -> Loaded:
     """Attach the adapter in `folder` (or on a hub) to `model` under `name`, and make it the active one.
 
     Raises CheckpointError with all that is wrong, and leaves the model as it was, if the file is damaged, belongs to
-    another base, or fits only in part. The three last flags each lift one of these refusals.
+    another base, fits only in part, or comes from a newer PEFT with options that nobody here knows. `partial` and the
+    last three flags each lift one of these refusals.
     """
     model, path = _unwrap(model), find(folder, name, revision)
-    parsed, file = parse(read_config(path / CONFIG), str(path / CONFIG)), TensorFile(path / WEIGHTS)
+    config, file = read_config(path / CONFIG), TensorFile(path / WEIGHTS)
+    parsed = parse(config, str(path / CONFIG), allow_unknown=allow_unknown)
     base, notes = check_base(base_of(model), parsed, file, allow_other_base)
     fitted = fit(model, parsed, file, name, partial=partial)
     if not allow_nan:
         refuse_broken(fitted.values, str(path / WEIGHTS))
     notes += fitted.notes + [f"{key}={value!r} in {CONFIG} is not known" for key, value in parsed.unknown.items()]
     spec = _attach(model, fitted, name, trainable)
-    if parsed.unknown:
-        keep_unknown(model, name, spec, parsed.unknown)
+    if words := kept_words(parsed):
+        keep_words(model, name, spec, words)
     if notes:
         warnings.warn(f"loading {path}: " + "; ".join(notes), stacklevel=2)
     return Loaded(name, path, spec, fitted.sites, fitted.saved, base, tuple(notes))
@@ -117,7 +122,7 @@ def _attach(model: nn.Module, fitted: Fit, name: str, trainable: bool) -> LoRA:
             continue
         try:
             if adapted_sites(model, name) == set(fitted.sites):
-                put(model, name, values_of(model, fitted, name))
+                fill(model, name, fitted, values_of(model, fitted, name))
                 return spec
         except BaseException:
             detach(model, name)
@@ -136,6 +141,16 @@ def _exactly(model: nn.Module, names: tuple[str, ...]) -> str | tuple[str, ...]:
     """Targets that mean these layers and no others: their names, or a pattern where one name ends in another."""
     more = {n for n in plain_modules(model) if n.endswith(tuple(f".{name}" for name in names))} - set(names)
     return "|".join(re.escape(name) for name in names) if more else names
+
+
+def fill(model: nn.Module, name: str, fitted: Fit, values: Mapping[tuple[str, str], Tensor]) -> None:
+    """Put a file's values into an adapter that is there, the matrices that its layers share among them."""
+    put(model, name, values)
+    if fitted.shared:
+        a, b = (fitted.shared[key].clone() for key in "AB")  # the file's pages may change under us
+        for host in sites(model, name).values():
+            delta: Any = adapter_of(host, name).delta
+            delta.project(a, b)
 
 
 def values_of(model: nn.Module, fitted: Fit, name: str) -> dict[tuple[str, str], Tensor]:
@@ -163,7 +178,8 @@ def _bias_change(host: nn.Module, like: Tensor, fitted: Fit, site: str) -> Tenso
 
 def _dtype(model: nn.Module, fitted: Fit, trainable: bool) -> torch.dtype | None:
     """The file's own type, so that values arrive unchanged; never narrower than the base, or than fp32 to train in."""
-    kept = {t.dtype for (_, key), t in fitted.values.items() if key in ("A", "B")}
+    factors = DELTAS[fitted.spec.delta].saved
+    kept = {t.dtype for (_, key), t in fitted.values.items() if key in factors}
     if not kept or not all(dtype.is_floating_point and dtype.itemsize >= 2 for dtype in kept):
         return None
     plain = (p.dtype for p in model.parameters() if p.is_floating_point() and p.dtype.itemsize >= 2)

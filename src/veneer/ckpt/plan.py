@@ -20,6 +20,7 @@ from veneer.ckpt.base import base_of
 from veneer.ckpt.config import CONFIG, RECOMPUTED, parse, read_config
 from veneer.ckpt.fit import Fit, fit
 from veneer.ckpt.hub import WEIGHTS
+from veneer.ckpt.methods import built, drawn
 from veneer.ckpt.names import Renaming, renamings
 from veneer.ckpt.peft import check_base, refuse_broken
 from veneer.ckpt.rows import Change
@@ -170,7 +171,7 @@ class Plan:
 def _change(fitted: Fit, site: str, weight: float, stored: Stored, expert: int | None) -> Change:
     """The factors in the orientation of the stored matrix (see rows.py)."""
     host, spec = fitted.hosts[site], fitted.spec.at(site)
-    parts = {key: fitted.values[site, key].float() for key in ("A", "B", "magnitude") if (site, key) in fitted.values}
+    parts = _factors(fitted, site)
     if expert is not None:
         parts = {key: value[expert] for key, value in parts.items()}
     a, b, magnitude = parts["A"], parts["B"], parts.get("magnitude")
@@ -180,6 +181,21 @@ def _change(fitted: Fit, site: str, weight: float, stored: Stored, expert: int |
     if _is_transposed(host, stored.shape):
         return Change((spec.scale * a.T).contiguous(), b.T.contiguous(), weight, magnitude, transposed=True)
     return Change(spec.scale * b, a, weight, magnitude)
+
+
+def _factors(fitted: Fit, site: str) -> dict[str, Tensor]:
+    """A, B and perhaps magnitude. Another kind of delta than LoRA's says itself what product of two factors it is."""
+    held = {key: value.float() for (owner, key), value in fitted.values.items() if owner == site}
+    spec = fitted.spec.at(site)
+    if spec.delta == "lora":
+        return {key: held[key] for key in ("A", "B", "magnitude") if key in held}
+    delta: Any = built(site, fitted.hosts[site], spec, "cpu")
+    delta.load_state_dict(held, strict=False)
+    if spec.delta == "vera":
+        fitted.shared = fitted.shared or drawn(fitted.hosts, fitted.spec)
+        delta.project(fitted.shared["A"], fitted.shared["B"])
+    a, b = (factor.detach() for factor in delta.factors())
+    return {"A": a, "B": b * (delta.scale / spec.scale)}
 
 
 def _renamed(name: str, rename: Callable[[str], str]) -> str:

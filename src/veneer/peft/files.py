@@ -27,7 +27,6 @@ from veneer.core.model import (
     detach,
     is_merged,
     parameters,
-    put,
     sites,
     spec_of,
     unmerged,
@@ -140,7 +139,7 @@ def load_into(
     with unmerged(model):
         fitted = fit(model, parse(config, str(path)), file, name)
         _refuse_other_scale(model, name, fitted.spec, str(path))
-        put(model, name, same_start(model, name, store.values_of(model, fitted, name)))
+        store.fill(model, name, fitted, same_start(model, name, store.values_of(model, fitted, name)))
     return nothing_amiss()
 
 
@@ -187,7 +186,8 @@ def hotswap_adapter(
     path = find(model_name_or_path, adapter_name, kwargs.get("revision"))
     fitted = fit(model, parse(read_config(path / CONFIG), str(path)), TensorFile(path / WEIGHTS), adapter_name)
     try:
-        put(model, adapter_name, same_start(model, adapter_name, store.values_of(model, fitted, adapter_name)))
+        values = same_start(model, adapter_name, store.values_of(model, fitted, adapter_name))
+        store.fill(model, adapter_name, fitted, values)
     except CheckpointError:  # other layers, ranks or kinds
         _replace(model, adapter_name, path)
     else:

@@ -20,7 +20,7 @@ from veneer.ckpt.hub import WEIGHTS, find
 from veneer.ckpt.layout import PREFIX
 from veneer.ckpt.tensorfile import TensorFile, save_tensors
 from veneer.core.host import plain_modules
-from veneer.core.model import put, spec_of, tensors, unmerged
+from veneer.core.model import spec_of, tensors, unmerged
 from veneer.errors import CheckpointError, ConfigError
 from veneer.peft.held import LoadResult
 from veneer.peft.live import live_state
@@ -103,7 +103,7 @@ def _put_file(model: nn.Module, name: str, content: Mapping[str, Tensor], config
         path = Path(folder, WEIGHTS)
         save_tensors(path, {key: value.detach() for key, value in content.items()})
         fitted = fit(model, parse(config), TensorFile(path), name)
-        put(model, name, same_start(model, name, store.values_of(model, fitted, name)))
+        store.fill(model, name, fitted, same_start(model, name, store.values_of(model, fitted, name)))
 
 
 def same_start(model: nn.Module, name: str, values: dict[tuple[str, str], Tensor]) -> dict[tuple[str, str], Tensor]:

@@ -20,11 +20,13 @@ class Vera(Delta):
     """dW = diag(b) B diag(d) A (eq. 2) with A and B random, frozen and shared, d and b learned; b starts at zero.
 
     The matrices are drawn once, as large as the largest layer needs, and every layer uses the corner that fits it.
-    They come from `seed` alone, so a file holds vectors only. alpha has no part in the paper's rule and none here.
+    They come from `seed` alone, but a file may bring its own: another version of torch may draw other numbers
+    (options["save_projection"], as PEFT does it). alpha has no part in the paper's rule and none here.
     """
 
     saved: ClassVar[dict[str, str]] = {"d": "vera_lambda_d", "b": "vera_lambda_b"}
-    options: ClassVar[dict[str, object]] = {"seed": 0, "d_initial": 0.1}
+    options: ClassVar[dict[str, object]] = {"seed": 0, "d_initial": 0.1, "save_projection": True}
+    has_rank: ClassVar[bool] = False  # it may well be above a small layer's own
 
     def __init__(self, a: Tensor, b: Tensor, d_initial: float, dropout: float = 0.0) -> None:
         super().__init__(1.0, dropout)
@@ -56,6 +58,11 @@ class Vera(Delta):
     def create(cls, site: Site, init: Callable[[Site], Start], dropout: float) -> Delta:
         (a, b), (out, n) = site.shared, site.shape
         return cls(a[:, :n], b[:out], site.options["d_initial"], dropout)
+
+    def project(self, a: Tensor, b: Tensor) -> None:
+        """Use these random matrices, or the corner of them that fits this layer, instead of the drawn ones."""
+        self.A = a[: self.A.shape[0], : self.A.shape[1]].to(self.A)
+        self.B = b[: self.B.shape[0], : self.B.shape[1]].to(self.B)
 
     def factors(self) -> tuple[Tensor, Tensor]:
         return self.d[:, None] * self.A, self.b[:, None] * self.B
