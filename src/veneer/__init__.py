@@ -29,6 +29,7 @@ _HOME = {
     ),
     "merge": "veneer.core.model",
     **dict.fromkeys(("dequantize", "quantize"), "veneer.quant.model"),
+    "adopt": "veneer.quant.foreign",
     **dict.fromkeys(("combine", "convert", "extract", "resize"), "veneer.core.mixing"),
     "Pool": "veneer.ckpt.pool",
     "swap": "veneer.ckpt.pool",
@@ -47,6 +48,7 @@ __all__ = [
     "__version__",
     "activate",
     "adapters",
+    "adopt",
     "attach",
     "check_alive",
     "combine",
@@ -92,6 +94,7 @@ if TYPE_CHECKING:
     )
     from veneer.core.spec import LoRA
     from veneer.prove import prove
+    from veneer.quant.foreign import adopt
     from veneer.quant.model import dequantize, quantize
     from veneer.train.loop import train
 

@@ -42,7 +42,7 @@ from veneer.core.registry import near
 from veneer.core.select import refined, select, select_saved
 from veneer.core.spec import SCALINGS, LoRA
 from veneer.core.ties import Follower, followers, select_tokens
-from veneer.core.weight import is_packed, is_plain, read_weight, write_weight
+from veneer.core.weight import UNPACK_FIRST, is_packed, is_plain, read_weight, write_weight
 from veneer.errors import CheckpointError, ConfigError, StateError, TargetError
 
 __all__ = [
@@ -315,7 +315,8 @@ def _plan(
             continue
         op = op_of(layer)
         problems += [f"{name}: {problem}" for problem in _against(layer, op, own, init)]
-        weight = next((p for p in own_parameters(layer).values() if p is not None), None)
+        held = (*own_parameters(layer).values(), *layer._buffers.values())  # some packed layers hold buffers only
+        weight = next((t for t in held if t is not None), None)
         device = weight.device if weight is not None else torch.device("cpu")
         options = {**DELTAS[own.delta].options, **own.options}
         plan[name] = Site(name, layer, op, own.rank, own.scale, dtype or _adapter_dtype(weight), device, options)
@@ -737,8 +738,7 @@ def _refuse_packed(state: State, acting: Mapping[str, Any]) -> None:
         raise StateError(
             "these layers hold their weights packed, and merging would round dW away",
             problems=[f"{site}: {kind}" for site, kind in kinds.items()],
-            fix="veneer.dequantize(model, torch.float32) first and merge then, or merge into the full-precision base on "
-            "disk (veneer.merge_to_disk)",
+            fix=UNPACK_FIRST,
         )
 
 

@@ -166,6 +166,7 @@ OPS["torch.nn.modules.linear.Linear"] = LinearOp()
 OPS["transformers.pytorch_utils.Conv1D"] = TransposedLinearOp()
 for _kind in (nn.Conv1d, nn.Conv2d, nn.Conv3d):
     OPS[f"{_kind.__module__}.{_kind.__qualname__}"] = ConvOp()
+OPS["gptqmodel.nn_modules.qlinear.BaseQuantLinear"] = LinearOp()  # GPTQ and AWQ
 OPS["torch.nn.modules.sparse.Embedding"] = EmbeddingOp()
 
 

@@ -8,8 +8,8 @@ Three functions are the whole storage interface. A storage comes in one of two k
 A storage that cannot be written in place says so through `is_packed`, which is asked before anything is merged. The
 rest of the core never asks what a weight is made of.
 
-Types of other packages are not imported to be known: ELSEWHERE names the module of ours that knows them, and it is
-imported when the first such weight is met.
+Types of other packages are not imported to be known: ELSEWHERE names what knows them, and it is
+asked when the first such weight is met.
 """
 
 from __future__ import annotations
@@ -22,18 +22,28 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["ELSEWHERE", "dense", "is_packed", "is_plain", "read_weight", "write_weight"]
+from veneer.errors import StateError, TargetError
 
-ELSEWHERE: dict[str, str] = dict.fromkeys(
-    ("bitsandbytes", "torchao", "gptqmodel", "auto_gptq", "awq"), "veneer.quant.foreign"
-)  # the package a class comes from -> the module that registers its types with the functions below
+__all__ = ["ELSEWHERE", "UNPACK_FIRST", "dense", "is_packed", "is_plain", "read_weight", "write_weight"]
+
+ELSEWHERE = {
+    package: f"veneer.quant.foreign:register_{package}" for package in ("bitsandbytes", "torchao", "gptqmodel")
+}  # the package a class comes from -> what registers its types with the functions below
+UNPACK_FIRST = (
+    "veneer.dequantize(model, torch.float32) first and merge then, or merge into the full-precision base on disk "
+    "(veneer.merge_to_disk)"
+)
 
 
 @singledispatch
 def dense(w: Tensor) -> Tensor:
     """The weight as an ordinary floating-point tensor; the same object when it is one already."""
     known = None if is_plain(w) else _known_now(dense, w)
-    return w if known is None else known(w)
+    if known is not None:
+        return known(w)
+    if _homes(w):
+        raise TargetError(f"a {type(w).__name__} does not say how it unpacks", fix="load the unpacked weights instead")
+    return w
 
 
 @singledispatch
@@ -47,6 +57,11 @@ def read_weight(host: nn.Module) -> Tensor:
 @singledispatch
 def write_weight(host: nn.Module, w: Tensor) -> None:
     """Store `w`, in the layer's own shape, as the frozen weight; values are rounded to what the storage can hold."""
+    if (kind := is_packed(host)) is not None:
+        raise StateError(
+            f"a weight that is packed ({kind}) is not written in place: most of what is written would be rounded away",
+            fix=UNPACK_FIRST,
+        )
     with torch.no_grad():
         raw = host._parameters.get("weight")
         (host.weight if raw is None else raw).copy_(w)
@@ -55,8 +70,11 @@ def write_weight(host: nn.Module, w: Tensor) -> None:
 @singledispatch
 def is_packed(host: nn.Module) -> str | None:
     """What the weight is packed in, where it cannot be written in place without losing what is written."""
-    known = None if is_plain(host._parameters.get("weight")) else _known_now(is_packed, host)
-    return None if known is None else known(host)
+    raw = host._parameters.get("weight")
+    known = None if is_plain(raw) else _known_now(is_packed, host)
+    if known is not None:
+        return known(host)
+    return type(raw).__name__ if _homes(raw) else None
 
 
 def is_plain(w: object) -> bool:
@@ -68,10 +86,16 @@ def is_plain(w: object) -> bool:
 def _known_now(function: Any, thing: object) -> Callable[..., Any] | None:
     """The handler for a type from elsewhere, if importing the module that knows it brought one."""
     before = function.dispatch(type(thing))
-    homes = {ELSEWHERE.get(base.__module__.partition(".")[0]) for base in type(thing).__mro__}
-    if isinstance(thing, nn.Module):  # an ordinary layer around somebody's tensor
-        homes |= {ELSEWHERE.get(type(p).__module__.partition(".")[0]) for p in thing._parameters.values()}
-    for home in homes - {None}:
-        import_module(home)  # type: ignore[arg-type]
+    homes = _homes(thing)
+    if isinstance(thing, nn.Module):  # perhaps an ordinary layer around somebody's tensor
+        homes |= _homes(thing._parameters.get("weight"))
+    for home in homes:
+        module, _, register = home.partition(":")
+        getattr(import_module(module), register)()
     found = function.dispatch(type(thing))
     return None if found is before else found
+
+
+def _homes(thing: object) -> set[str]:
+    packages = {base.__module__.partition(".")[0] for base in type(thing).__mro__}
+    return {ELSEWHERE[package] for package in packages & ELSEWHERE.keys()}

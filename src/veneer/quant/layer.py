@@ -25,15 +25,12 @@ from torch import Tensor, nn
 
 from veneer.core.host import Hosted, adapted_class, original_class
 from veneer.core.op import LinearOp, TransposedLinearOp, op_of
-from veneer.core.weight import is_packed, read_weight, write_weight
-from veneer.errors import StateError
+from veneer.core.weight import is_packed, read_weight
 from veneer.quant import fp8, int8, nf4  # noqa: F401  (each registers its storage)
 from veneer.quant.linear import packed_linear
 from veneer.quant.storage import Parts, Recipe, storage_of
 
-__all__ = ["MERGE_FIX", "Packed", "is_packable", "pack_layer", "packed_class", "put_parts", "unpack_layer"]
-
-MERGE_FIX = "veneer.dequantize(model) first and merge then, or merge into the full-precision base on disk (veneer.merge_to_disk)"
+__all__ = ["Packed", "is_packable", "pack_layer", "packed_class", "put_parts", "unpack_layer"]
 
 
 class PackedType(type):
@@ -210,15 +207,6 @@ def unpack_layer(layer: Any, dtype: torch.dtype, shared: nn.Parameter | None) ->
 @read_weight.register
 def _(host: Packed) -> Tensor:
     return host.dense()
-
-
-@write_weight.register
-def _(host: Packed, w: Tensor) -> None:
-    raise StateError(
-        f"this {original_class(type(host)).__mro__[2].__name__} holds its weight in {host.recipe.kind}, which is not "
-        "written in place: what is merged would be rounded away",
-        fix=MERGE_FIX,
-    )
 
 
 @is_packed.register

@@ -140,7 +140,7 @@ def _chosen(
     found = select(model, LoRA(targets=targets, exclude=exclude))
     found |= _ends(model, embedding, head)
     reasons = {name: reason for name, layer in found.items() if (reason := _reason(model, name, layer))}
-    if reasons and targets not in PRESETS:
+    if reasons and not (isinstance(targets, str) and targets in PRESETS):
         raise TargetError("these layers cannot be packed", problems=[f"{n}: {r}" for n, r in reasons.items()])
     chosen = {name: layer for name, layer in found.items() if name not in reasons}
     return {**chosen, **_sharing(model, chosen)}, reasons
@@ -167,7 +167,7 @@ def _reason(model: nn.Module, name: str, layer: nn.Module) -> str | None:
         return "it is trained whole by an adapter"
     if any(part in name.split(".") for part in getattr(model, "_keep_in_fp32_modules", None) or ()):
         return "the model asks for it to stay in fp32"
-    return is_packable(layer)
+    return None if is_packed(layer) else is_packable(layer)  # what is packed already is an error of its own
 
 
 def _sharing(model: nn.Module, chosen: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
