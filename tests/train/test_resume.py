@@ -385,14 +385,14 @@ def test_a_state_that_would_run_code_is_refused(half: Run) -> None:
 
 def test_a_full_disk_leaves_the_last_checkpoint(run_tiny: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
     whole, *_ = run_tiny(**HARD)
-    save, calls = torch.save, iter(range(100))
+    save, files = resume._File.write, iter(range(100))
 
-    def full(state: Any, path: Any) -> None:
-        if next(calls) == 4:
-            raise OSError(errno.ENOSPC, "No space left on device", str(path))
-        save(state, path)
+    def full(file: Any, data: Any) -> int:
+        if file.tell() == 0 and next(files) == 4:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return save(file, data)
 
-    monkeypatch.setattr(torch, "save", full)
+    monkeypatch.setattr(resume._File, "write", full)
     heard = Heard()
     with pytest.raises(CheckpointError, match="The disk is full"):
         run_tiny(**HARD, heard=heard)

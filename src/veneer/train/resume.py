@@ -15,6 +15,7 @@ state.pt is PyTorch's format but is read with weights_only: it can hold tensors 
 from __future__ import annotations
 
 import contextlib
+import io
 import random
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
@@ -89,7 +90,30 @@ def checkpoint(folder: Path, write_model: Callable[[Path], None], state: Mapping
     """Write the model's files and the state as one folder. What neither writes (the tokenizer) is carried over."""
     with atomic_folder(folder, keep=True) as temp:
         write_model(temp)
-        torch.save(dict(state), temp / STATE)
+        _save(dict(state), temp / STATE)
+
+
+class _File(io.BufferedWriter):
+    """A file that remembers why a write failed: torch's writer says only that it did."""
+
+    failed: OSError | None = None
+
+    def write(self, data: Any) -> int:
+        try:
+            return super().write(data)
+        except OSError as error:
+            self.failed = error
+            raise
+
+
+def _save(state: dict[str, Any], path: Path) -> None:
+    with _File(io.FileIO(path, "wb")) as file:
+        try:
+            torch.save(state, file)
+        except RuntimeError as error:
+            if file.failed is None:
+                raise
+            raise OSError(file.failed.errno, file.failed.strerror, str(path)) from error
 
 
 def read(folder: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
