@@ -154,3 +154,16 @@ def test_files_without_an_index_are_not_guessed_at(tmp_path):
         Shards(tmp_path)
     (tmp_path / "two.safetensors").rename(tmp_path / "model.safetensors")
     assert Shards(tmp_path)["w"].file.path.name == "model.safetensors"
+
+
+@pytest.mark.parametrize("length", [640, 1152])
+def test_a_header_whose_length_looks_like_a_pickle_is_none(length, tmp_path):
+    """The first two bytes of these lengths, 80 02 and 80 04, are those of a pickle of protocol 2 or 4."""
+    tensors = {"w": torch.arange(6.0)}
+    short = len(header_bytes({"w": (torch.float32, (6,))}, {"pad": ""})) - 8
+    save_tensors(tmp_path / "x", tensors, {"pad": "." * (length - short)})
+    assert int.from_bytes((tmp_path / "x").read_bytes()[:8], "little") == length
+    assert torch.equal(next(iter(TensorFile(tmp_path / "x"))).load(), tensors["w"])
+    torch.save(tensors, tmp_path / "pickle", _use_new_zipfile_serialization=False)
+    with pytest.raises(CheckpointError, match="This is a pickle"):
+        TensorFile(tmp_path / "pickle")

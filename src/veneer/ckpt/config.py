@@ -6,6 +6,8 @@
     rank_pattern, alpha_pattern        overrides (same rule: a regular expression for the end of a module's name)
     target_modules, exclude_modules    targets, exclude
     layers_to_transform                layers
+    trainable_token_indices            token_rows
+    ensure_weight_tying                tied ("together"; without it "apart": a file says what each layer holds)
     modules_to_save, bias              the same
 
 (for LORA; methods.py has the words of PEFT's other methods.) Every key falls into one of four sorts: mapped (above),
@@ -64,6 +66,7 @@ TASK_HEADS = {  # modules that PEFT trains whole for a task whether or not modul
 WORDS = """
     r lora_alpha lora_dropout use_rslora use_dora rank_pattern alpha_pattern target_modules exclude_modules bias
     layers_to_transform layers_pattern modules_to_save init_lora_weights lora_bias peft_type target_parameters
+    trainable_token_indices ensure_weight_tying
 """
 MAPPED = frozenset(WORDS.split())
 SILENT = """
@@ -73,16 +76,17 @@ SILENT = """
 HARMLESS = frozenset(SILENT.split())
 
 RETRAIN = "train it again without this option"
-SHARED = frozenset(["target_modules", "exclude_modules", "modules_to_save", "layers_to_transform", "layers_pattern"])
+WORDS_OF_ALL = """
+    target_modules exclude_modules modules_to_save layers_to_transform layers_pattern ensure_weight_tying
+"""
+SHARED = frozenset(WORDS_OF_ALL.split())
 REFUSED = {  # keys that change what the adapter computes
     "alora_invocation_tokens": ("acts only after its invocation tokens (aLoRA)", RETRAIN),
     "arrow_config": ("routes tokens between experts (Arrow)", RETRAIN),
-    "ensure_weight_tying": ("ties the adapters of embedding and head", "save it with ensure_weight_tying=False"),
     "kasa_config": ("cuts singular values off the base (KaSA)", RETRAIN),
     "layer_replication": ("runs blocks of the base several times", "replicate the blocks in the base model itself"),
     "megatron_config": ("is for Megatron's parallel layers", "convert base and adapter to Hugging Face's layout"),
     "monteclora_config": ("adds random perturbations (MonteCLoRA)", RETRAIN),
-    "trainable_token_indices": ("replaces single rows of the embedding", "modules_to_save with the whole embedding"),
     "use_bdlora": ("has block-diagonal factors (BD-LoRA)", RETRAIN),
     "use_qalora": ("pools the inputs of A (QA-LoRA)", RETRAIN),
     "velora_config": ("compresses what A reads (VeLoRA)", RETRAIN),
@@ -213,7 +217,8 @@ def _spec(config: Mapping[str, Any]) -> LoRA:
         combine="dora" if config.get("use_dora") else "add",
         scaling="rslora" if config.get("use_rslora") else "lora",
         init=init if init in RECOMPUTED else "kaiming",
-        tied="apart",  # what a file holds, it says of each layer
+        token_rows=config.get("trainable_token_indices") or (),
+        tied="together" if config.get("ensure_weight_tying") else "apart",
         bias="lora_only" if bias == "none" and config.get("lora_bias") else bias,
         modules_to_save=_names(config.get("modules_to_save")),
         layers=None if layers is None or layers == [] else (layers,) if isinstance(layers, int) else tuple(layers),

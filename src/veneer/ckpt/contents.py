@@ -21,16 +21,19 @@ from torch import Tensor, nn
 
 from veneer.ckpt.base import base_of
 from veneer.ckpt.config import TASK_HEADS, Parsed, Rank, parameters_for, patterns_for, targets_for
-from veneer.ckpt.layout import NESTED, PREFIX, file_rank, to_file
+from veneer.ckpt.layout import NESTED, PREFIX, TOKENS, file_rank, to_file
 from veneer.ckpt.methods import METHODS, Method, method_of, pack, projection, pruned
 from veneer.core.delta import DELTAS, Lora
 from veneer.core.deltas.fused import FusedLora
+from veneer.core.deltas.tokens import TokenRows
 from veneer.core.host import plain_modules
 from veneer.core.leaf import Leaf, own_parameters
 from veneer.core.model import adapter_of, sites, spec_of, tensors
 from veneer.core.op import OPS, op_of
+from veneer.core.select import ends_with
 from veneer.core.spec import LoRA
 from veneer.core.weight import read_weight
+from veneer.errors import CheckpointError
 
 __all__ = ["Contents", "adapted_sites", "config_of", "contents_of", "keep_words", "kept_words", "whole"]
 
@@ -51,8 +54,10 @@ def kept_words(parsed: Parsed) -> dict[str, Any]:
 
 
 def adapted_sites(model: nn.Module, name: str) -> set[str]:
-    """The layers with a low-rank change; those that only got a change of their bias are not among them."""
-    return {site for site, host in sites(model, name).items() if adapter_of(host, name).delta is not None}
+    """The layers with a change of their own: neither those of which only the bias changes, nor those that share their
+    weight with another and show its change."""
+    deltas = {site: adapter_of(host, name).delta for site, host in sites(model, name).items()}
+    return {site for site, delta in deltas.items() if delta is not None and not hasattr(delta, "source")}
 
 
 @dataclass
@@ -64,6 +69,9 @@ class Contents:
     saved: list[str] = field(default_factory=list)
     notes: dict[str, list[str]] = field(default_factory=dict)  # what to know -> the layers that it is about
     kind: str = "LORA"  # the peft_type
+    attentions: list[str] = field(default_factory=list)  # the projections of attentions that are targets as a whole
+    follows: bool = False  # whether a layer shows the change of another one that its weight is tied to
+    rows: dict[str, list[int]] = field(default_factory=dict)  # tables of which only these rows are trained
     masks: dict[str, list[bool]] = field(default_factory=dict)  # AdaLoRA: which directions of each layer are in it
 
 
@@ -73,6 +81,7 @@ def contents_of(model: nn.Module, name: str) -> Contents:
     layers = {site: (host, adapter_of(host, name)) for site, host in hosts.items()}
     out = Contents(kind=method_of(spec, layers))
     (_add_factors if out.kind == "LORA" else _add_tensors)(out, spec, layers)
+    _complete_attentions(model, out)
     for site, (host, adapter) in layers.items():
         if adapter.bias is not None:
             total = whole(own_parameters(host)["bias"]).to(adapter.bias) + whole(adapter.bias)
@@ -91,14 +100,42 @@ Layers = Mapping[str, tuple[Any, Any]]
 def _add_factors(out: Contents, spec: LoRA, layers: Layers) -> None:
     """Every layer as A and B."""
     adapted = {site: pair for site, pair in layers.items() if pair[1].delta is not None}
+    for site in [s for s, (_, adapter) in adapted.items() if isinstance(adapter.delta, TokenRows)]:
+        host, adapter = adapted.pop(site)
+        if not hasattr(adapter.delta, "source"):  # a layer that is tied to the table shows the same rows in PEFT, too
+            _add_rows(out, spec, site, host, adapter.delta)
     uses_dora = any(spec.at(site).combine == "dora" for site in adapted)
+    hosts = {site: host for site, (host, _) in layers.items()}
     for site, (host, adapter) in adapted.items():
         parts = _parts(host, adapter, uses_dora)
-        key = _module_key(site, host, {site: host for site, (host, _) in layers.items()})
+        if (attention := _attention_of(site, hosts)) is not None:
+            rank = _rank_in_file(spec, site, host, adapter.delta, len(parts["A"]))
+            parts["B"] = parts["B"] * _attention_share(out, attention, site, rank)
+        key = _module_key(site, host, hosts)
         out.tensors |= {f"{PREFIX}{key}.{leaf}": value for leaf, value in to_file(host, parts).items()}
+        if attention is not None:
+            continue
+        if hasattr(adapter.delta, "source"):  # PEFT, told to, makes this layer a target by itself
+            out.follows = True
+            continue
         out.ranks[site] = _rank_in_file(spec, site, host, adapter.delta, parts["A"].shape[-2])
         for note in _limits(host, adapter.delta, uses_dora):
             out.notes.setdefault(note, []).append(site)
+
+
+def _add_rows(out: Contents, spec: LoRA, site: str, host: nn.Module, delta: Any) -> None:
+    """The new values of a table's rows, in the order in which they were asked for."""
+    asked = [rows for ending, rows in _asked_rows(spec) if ending is None or ends_with(site, ending)][-1]
+    order = torch.tensor(list(dict.fromkeys(asked)), device=delta.rows.device)
+    table = whole(read_weight(host))
+    change = whole(delta.change)[torch.searchsorted(delta.rows, order)] * delta.scale
+    out.rows[site] = order.tolist()
+    out.tensors[f"{PREFIX}{site}{TOKENS}.trainable_tokens_delta"] = table[order.to(table.device)] + change
+
+
+def _asked_rows(spec: LoRA) -> list[tuple[str | None, Any]]:
+    """(name ending, rows); no ending stands for the input embedding."""
+    return list(spec.token_rows.items()) if isinstance(spec.token_rows, Mapping) else [(None, spec.token_rows)]
 
 
 def _add_tensors(out: Contents, spec: LoRA, layers: Layers) -> None:
@@ -129,8 +166,52 @@ def _saved_by(delta: Any) -> dict[str, Tensor]:
     return {key: whole(value) for key, value in delta.state_dict(keep_vars=True).items() if key in type(delta).saved}
 
 
+def _attention_of(site: str, hosts: Mapping[str, nn.Module]) -> str | None:
+    """The nn.MultiheadAttention whose packed projections PEFT adapts as one target, if this is a part of it.
+
+    PEFT adapts in_proj and out_proj together, under the name of the attention. An in_proj alone is a bare parameter.
+    """
+    owner, _, part = site.rpartition(".")
+    is_out = isinstance(hosts[site], nn.modules.linear.NonDynamicallyQuantizableLinear)
+    is_in = part == "in_proj_weight" and isinstance(hosts[site], Leaf) and f"{owner}.out_proj" in hosts
+    return owner if is_out or is_in else None
+
+
+def _attention_share(out: Contents, attention: str, site: str, rank: Rank) -> float:
+    """What this projection's B must be multiplied by: PEFT has one rank and one alpha for both projections, and it
+    counts the change of out_proj twice (layout.py)."""
+    times = 2 if site.endswith(".out_proj") else 1
+    common = out.ranks.setdefault(attention, Rank(rank.rank, rank.alpha / times))
+    if common.rank != rank.rank:
+        raise CheckpointError(
+            f"PEFT has one rank for both projections of {attention}, and here they differ.",
+            site,
+            "give in_proj_weight and out_proj the same rank",
+        )
+    out.attentions.append(site)
+    return rank.alpha / (times * common.alpha)
+
+
+def _complete_attentions(model: nn.Module, out: Contents) -> None:
+    """An out_proj alone: PEFT expects the input projection's factors too, and zeros are what they are."""
+    for attention in {site.rpartition(".")[0] for site in out.attentions}:
+        key, module = f"{PREFIX}{attention}", model.get_submodule(attention)
+        weight = module._parameters.get("in_proj_weight")
+        if weight is None:
+            note = (
+                "PEFT cannot adapt the out_proj of an attention with separate projections; load this file with veneer"
+            )
+            out.notes.setdefault(note, []).append(f"{attention}.out_proj")
+        elif f"{key}.lora_A.weight" not in out.tensors:
+            like, rank = out.tensors[f"{key}{NESTED}.out_proj.lora_A.weight"], out.ranks[attention].rank
+            out.tensors[f"{key}.lora_A.weight"] = like.new_zeros(rank, weight.shape[1])
+            out.tensors[f"{key}.lora_B.weight"] = like.new_zeros(weight.shape[0], rank)
+
+
 def _module_key(site: str, host: nn.Module, hosts: Mapping[str, nn.Module]) -> str:
     """The layer's name; for a bare parameter its module's, nested as PEFT nests several of one module."""
+    if (attention := _attention_of(site, hosts)) is not None:
+        return attention if isinstance(host, Leaf) else f"{attention}{NESTED}.out_proj"
     if not isinstance(host, Leaf):
         return site
     adapted = {h.name for h in hosts.values() if isinstance(h, Leaf) and h.owner is host.owner}
@@ -161,11 +242,12 @@ def _rank_in_file(spec: LoRA, site: str, host: nn.Module, delta: Any, rank: int)
     PiSSA's pair has twice the rank, a grouped convolution's A as many times as it has groups, and a layer or a kind of
     delta may have a rule of its own; alpha makes up for each.
     """
-    own, shown, is_linear = spec.at(site), file_rank(host, rank), spec.scaling == "lora"
-    if own.scaling == spec.scaling and own.scale == delta.scale:  # by the ratio: no rounding creeps into alpha
+    own, shown = spec.at(site), file_rank(host, rank)
+    is_root = spec.scaling == "rslora"  # a constant is written as lora
+    if own.scaling == spec.scaling != "constant" and own.scale == delta.scale:  # by the ratio: alpha is not rounded
         grown = shown / own.rank
-        return Rank(shown, own.alpha * (grown if is_linear else grown**0.5))
-    return Rank(shown, delta.scale * (shown if is_linear else shown**0.5))
+        return Rank(shown, own.alpha * (grown**0.5 if is_root else grown))
+    return Rank(shown, delta.scale * (shown**0.5 if is_root else shown))
 
 
 def _limits(host: Any, delta: Any, uses_dora: bool) -> Iterator[str]:
@@ -186,10 +268,11 @@ def config_of(model: nn.Module, name: str, spec: LoRA, contents: Contents) -> di
     """The adapter_config.json that belongs to these contents."""
     modules = plain_modules(model)
     saved = _saved_names(spec, contents.saved, modules)
-    kinds = {op_of(host) for site, host in sites(model, name).items() if site in contents.ranks}
+    hosts = {site: host for site, host in sites(model, name).items() if site not in contents.attentions}
+    kinds = {op_of(host) for site, host in hosts.items() if site in contents.ranks}
     base = base_of(model)
     task = _task(model, contents.saved)
-    bare = [site for site, host in sites(model, name).items() if isinstance(host, Leaf)]
+    bare = [site for site, host in hosts.items() if isinstance(host, Leaf)]
     layers = [site for site in contents.ranks if site not in bare]
     parameters = [f"{n}.{p}" for n, module in modules.items() for p in module._parameters] if bare else []
     method = METHODS.get(contents.kind)
@@ -206,12 +289,21 @@ def config_of(model: nn.Module, name: str, spec: LoRA, contents: Contents) -> di
         **(_lora_words(spec, contents) if method is None else _method_words(method, spec, contents)),
         **targets_for(spec, layers, list(modules), saved, excludes=method is None or method.excludes),
         **({"target_parameters": parameters_for(bare, parameters)} if bare else {}),
+        **({"ensure_weight_tying": True} if contents.follows else {}),
+        **({"trainable_token_indices": _token_words(spec, contents)} if contents.rows else {}),
     }
     if "fan_in_fan_out" in config:
         config["fan_in_fan_out"] = OPS["transformers.pytorch_utils.Conv1D"] in kinds
     kept_for, words = _kept.get(model, {}).get(name, (None, {}))
     config |= words if kept_for is spec else {}
     return {key: config[key] for key in sorted(config)}
+
+
+def _token_words(spec: LoRA, contents: Contents) -> list[int] | dict[str, list[int]]:
+    """Bare rows for the input embedding, else the tables by the names that were given."""
+    if not isinstance(spec.token_rows, Mapping):
+        return next(iter(contents.rows.values()))
+    return {ending: list(dict.fromkeys(rows)) for ending, rows in spec.token_rows.items()}
 
 
 def _lora_words(spec: LoRA, contents: Contents) -> dict[str, Any]:

@@ -32,7 +32,9 @@ from veneer.core.leaf import Leaf, leaves_of
 from veneer.core.op import op_for, op_of
 from veneer.core.select import ends_with
 from veneer.core.spec import LoRA
-from veneer.errors import CheckpointError
+from veneer.core.ties import select_tokens
+from veneer.core.weight import dense
+from veneer.errors import CheckpointError, TargetError
 
 __all__ = ["Fit", "Read", "fit"]
 
@@ -54,6 +56,11 @@ class Fit:
     bias_changes: dict[str, Tensor]  # module -> what is added to the bias (lora_bias, scaled)
     notes: list[str]
     shared: dict[str, Tensor] = field(default_factory=dict)  # VeRA's A and B, where the file brings them
+    tables: dict[str, LoRA] = field(default_factory=dict)  # sites of which single rows are trained, what holds for each
+
+    def at(self, site: str) -> LoRA:
+        """What holds for one site."""
+        return self.tables.get(site) or self.spec.at(site)
 
 
 def fit(
@@ -88,11 +95,20 @@ class _Matching:
     gaps: list[str] = field(default_factory=list)  # what `partial` forgives
     hosts: dict[str, nn.Module] = field(init=False)  # all that may carry an adapter: modules, and parameters by name
 
+    tables: dict[str, tuple[nn.Module, LoRA]] = field(init=False)  # of which single rows are trained
+    attentions: dict[str, str] = field(default_factory=dict)  # projection -> the attention that the file names
+
     def __post_init__(self) -> None:
-        self.hosts = dict(self.modules)
+        self.hosts, self.tables = dict(self.modules), {}
+        try:
+            self.tables = select_tokens(self.model, self.parsed.spec)
+        except TargetError as error:
+            self.problems += [str(error)]
 
     def run(self) -> Fit:
+        self._name_projections()
         self._name_parameters()
+        self._drop_mirrors()
         sites = self._sites()
         saved, biases, whole = self._plain(sites)
         spec, factors = self._factors(sites)
@@ -107,7 +123,25 @@ class _Matching:
         }
         hosts = {site: self.hosts[site] for site in sites}
         shared = {name: stored.load() for name, stored in self.found.shared.items()}
-        return Fit(spec, tuple(sites), hosts, tuple(saved), values, biases, changes, self.notes, shared)
+        tables = {site: own for site, (_, own) in self.tables.items()}
+        return Fit(spec, tuple(sites), hosts, tuple(saved), values, biases, changes, self.notes, shared, tables)
+
+    def _name_projections(self) -> None:
+        """An nn.MultiheadAttention that is a target: PEFT's keys name it for in_proj, and nest out_proj in it."""
+        for key in list(self.found.adapted):
+            outer = key.removesuffix(f"{NESTED}.out_proj")
+            module = self.modules.get(outer)
+            if not isinstance(module, nn.MultiheadAttention) or not self._is_target(outer):
+                continue
+            site = f"{outer}.out_proj" if outer != key else f"{outer}.in_proj_weight"
+            if outer == key:
+                self.hosts[site] = leaves_of(module).get("in_proj_weight") or Leaf(module, "in_proj_weight")
+            self.attentions[site] = outer
+            self.found.adapted[site] = self.found.adapted.pop(key)
+
+    def _is_target(self, name: str) -> bool:
+        rule = selects(self.parsed.raw)
+        return rule(name) or rule(self.name_of.backward(name))
 
     def _name_parameters(self) -> None:
         """Adapters of bare parameters bear the name of the module that holds them; give each its parameter's name."""
@@ -122,6 +156,21 @@ class _Matching:
                 site = f"{owner}.{names[place]}"
                 self.hosts[site] = leaves_of(module).get(names[place]) or Leaf(module, names[place])
                 self.found.adapted[site] = self.found.adapted.pop(key)
+
+    def _drop_mirrors(self) -> None:
+        """With ensure_weight_tying the file holds one change twice: for the target, and turned for what is tied."""
+        wanted = self._wanted() if self.parsed.spec.tied == "together" else None
+        owners = {id(w): s for s in wanted or () if (w := self.modules[s]._parameters.get("weight")) is not None}
+        for site in [s for s in self.found.adapted if s in self.modules and s not in (wanted or {s})]:
+            source = owners.get(id(self.modules[site]._parameters.get("weight")))
+            if source not in self.found.adapted:
+                continue
+            (a, b), (a0, b0) = ((self.found.adapted[s][key].load() for key in "AB") for s in (site, source))
+            if (a.shape == b0.mT.shape and torch.equal(a, b0.mT) and torch.equal(b, a0.mT)) or (
+                a.shape == a0.shape and torch.equal(a, a0) and torch.equal(b, b0)
+            ):
+                del self.found.adapted[site]
+                self.found.base.pop(f"{site}.weight", None)
 
     def _targets_parameter(self, name: str) -> bool:
         rule = selects_parameters(self.parsed.raw)
@@ -143,22 +192,27 @@ class _Matching:
     def _wanted(self) -> set[str] | None:
         """What PEFT would have adapted; None where the config leaves it to the model's kind."""
         targets, bare = (self.parsed.raw.get(f"target_{kind}") for kind in ("modules", "parameters"))
-        if (not targets and not bare) or (isinstance(targets, str) and targets.lower() == "all-linear"):
+        by_kind = not targets and not bare and not self.tables
+        if by_kind or (isinstance(targets, str) and targets.lower() == "all-linear"):
             return None
-        rule, back = selects(self.parsed.raw), self.name_of.backward
-        wanted = {n for n, m in self.modules.items() if op_for(type(m)) is not None and (rule(n) or rule(back(n)))}
+        wanted = {n for n, m in self.modules.items() if op_for(type(m)) is not None and self._is_target(n)}
+        wanted |= self.attentions.keys()
         if bare:
             names = (f"{n}.{p}" for n, m in self.modules.items() for p in m._parameters)
             wanted |= {name for name in names if self._targets_parameter(name)}
-        return wanted
+        return wanted | self.tables.keys()
 
     def _factors(self, sites: Iterable[str]) -> tuple[LoRA, dict[tuple[str, str], Tensor]]:
         """A, B and magnitude of each layer as our matrices, and the spec with the ranks that these have."""
         if self.parsed.kind in METHODS:
             return self.parsed.spec, self._other_factors(sites)
         spec, values, shrunk = self.parsed.spec, {}, {}
+        spec = self._at_attentions(spec)
         for site in sites:
             own, host, fields = spec.at(site), self.hosts[site], self.found.adapted[site]
+            if site in self.tables or "rows" in fields:
+                values |= self._rows(site, fields)
+                continue
             if not self._is_complete(site, fields):
                 continue
             shapes = {key: stored.shape for key, stored in fields.items()}
@@ -178,6 +232,16 @@ class _Matching:
                 shrunk["^" + re.escape(site)] = _shrink(own, pair.shrunk)
         self._note_padding(sites)
         return dataclasses.replace(spec, overrides={**shrunk, **spec.overrides}) if shrunk else spec, values
+
+    def _at_attentions(self, spec: LoRA) -> LoRA:
+        """What the config says of an attention holds for its projections; of out_proj's change PEFT takes the double
+        (layout.py)."""
+        own = {site: spec.at(attention) for site, attention in self.attentions.items()}
+        exact = {
+            "^" + re.escape(site): {"rank": found.rank, "alpha": found.alpha * (2 if site.endswith(".out_proj") else 1)}
+            for site, found in own.items()
+        }
+        return dataclasses.replace(spec, overrides={**exact, **spec.overrides}) if exact else spec
 
     def _other_factors(self, sites: Iterable[str]) -> dict[tuple[str, str], Tensor]:
         """What another method than LoRA has of each layer, as its delta has it."""
@@ -211,6 +275,25 @@ class _Matching:
                 self.problems.append(f"the file lacks vera_{name}, and its config says that it has it")
             elif any(h < w for h, w in zip(have[name], need, strict=True)):
                 self.problems.append(f"vera_{name} is {list(have[name])}, needs {list(need)}")
+
+    def _rows(self, site: str, fields: Mapping[str, Stored]) -> dict[tuple[str, str], Tensor]:
+        """PEFT keeps the new values of a table's rows, in the order of its config; here is their change, in order."""
+        extra = sorted(fields.keys() - {"rows"})
+        own = self.read(f"{site}.weight") if self.read is not None else self.modules[site]._parameters.get("weight")
+        if site not in self.tables or extra or own is None or "rows" not in fields:
+            why = f"its adapter holds {', '.join(extra) or 'rows'}, which does not fit trainable_token_indices"
+            self.problems.append(f"{site}: {why}" if own is not None else f"{site}: its own rows cannot be read")
+            return {}
+        rows = torch.tensor(self.tables[site][1].options["rows"])
+        given = fields["rows"].load()
+        if given.shape != (len(rows), own.shape[-1]) or int(rows.max()) >= len(own):
+            want = f"{len(rows)} rows of {own.shape[-1]} for tokens below {len(own)}"
+            why = f"trainable_tokens_delta is {list(given.shape)}, needs {want} (or resize the embeddings first)"
+            self.problems.append(f"{site}: {why}")
+            return {}
+        order = rows.argsort()
+        kept = dense(own.detach())[rows[order].to(own.device)]
+        return {(site, "change"): given[order].to(torch.promote_types(given.dtype, torch.float32)) - kept.to("cpu")}
 
     def _is_complete(self, site: str, fields: Mapping[str, Stored]) -> bool:
         needed = {"A", "B"} | ({"magnitude"} if self.parsed.spec.combine == "dora" else set())

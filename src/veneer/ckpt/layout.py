@@ -7,6 +7,7 @@
     ConvNd, g groups   lora_A.weight (R, in, *k), lora_B.weight (out, R/g, 1..)  see below
     stack of E         lora_A.weight (r E, in), lora_B.weight (out, r E)       (E, r, in), (E, out, r): see below
     DoRA               lora_magnitude_vector (out,), for ConvNd (1, out, 1..)  flattened
+    rows of a table    token_adapter.trainable_tokens_delta (rows, dim)        a change: minus the table's own rows
     lora_bias          lora_B.bias (out,)                                      a change of the bias, times the scale
     other methods      their own names (methods.py)                            the delta's own
 
@@ -23,6 +24,10 @@ Bare parameters (PEFT's target_parameters: stacks of experts) have no layer of t
 that holds them, and of several in one module the first is nested deepest: `experts.base_layer.lora_A` belongs to the
 first parameter, `experts.lora_A` to the last. The experts run fastest in B's columns and slowest in A's rows. Where the
 module says that its stacks are transposed (E, in, out), A and B change places; so they did everywhere before PEFT 0.19.
+
+An nn.MultiheadAttention is one target in PEFT: `attn.lora_A` is of the packed input projection, and that of the output
+projection is nested, `attn.base_layer.out_proj.lora_A`. PEFT merges both before each call, and out_proj twice: by the
+attention and by the layer's own merge. So what is in the file counts double there, and in training with PEFT did.
 """
 
 from __future__ import annotations
@@ -42,6 +47,7 @@ from veneer.core.select import ends_with
 __all__ = [
     "NESTED",
     "PREFIX",
+    "TOKENS",
     "Key",
     "file_rank",
     "from_file",
@@ -61,9 +67,11 @@ FIELDS = {
     "lora_embedding_A": "A",
     "lora_embedding_B": "B",
     "lora_magnitude_vector": "magnitude",
+    "trainable_tokens_delta": "rows",
     "vera_A": "shared.A",  # of no layer: all of them share it
     "vera_B": "shared.B",
 }
+TOKENS = ".token_adapter"  # in the name of a table of which single rows are trained
 WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module")  # torch.compile and FSDP leave these in names
 
 
@@ -93,7 +101,7 @@ def parse_key(key: str) -> Key | None:
         if parts[i] in FIELDS:
             leaf = rest.pop() if rest and rest[-1] in ("weight", "bias") else "weight"
             field = FIELDS[parts[i]]
-            module = "" if field.startswith("shared.") else module
+            module = "" if field.startswith("shared.") else module.removesuffix(TOKENS)
             return Key(module, field if leaf == "weight" else f"{field}.bias", ".".join(rest) or None)
         if parts[i] == "base_layer":
             return Key(module, f"base.{'.'.join(rest)}")

@@ -134,7 +134,8 @@ def _attach(model: nn.Module, fitted: Fit, name: str, trainable: bool) -> LoRA:
 def _specs(model: nn.Module, fitted: Fit) -> Iterator[LoRA]:
     """The config's own words; and, where our rules read them differently from PEFT's, the layers' full names."""
     yield fitted.spec
-    yield dataclasses.replace(fitted.spec, targets=_exactly(model, fitted.sites), exclude=(), layers=None)
+    sites = tuple(site for site in fitted.sites if site not in fitted.tables)
+    yield dataclasses.replace(fitted.spec, targets=_exactly(model, sites), exclude=(), layers=None)
 
 
 def _exactly(model: nn.Module, names: tuple[str, ...]) -> str | tuple[str, ...]:

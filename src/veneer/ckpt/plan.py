@@ -135,7 +135,7 @@ class Plan:
         names: dict[int, list[str]] = {}
         for name, parameter in self.parameters.items():
             names.setdefault(id(parameter), []).append(name)
-        shared = [group for group in names.values() if len(group) > 1 and any(name in self.edits for name in group)]
+        shared = [group for group in names.values() if len(group) > 1 and any(self._is_own(name) for name in group)]
         if shared and not self.untie:
             raise CheckpointError(
                 "An adapter changes a weight that another layer shares (tied embeddings).",
@@ -146,6 +146,12 @@ class Plan:
         for group in shared:
             source = next((self.place[name] for name in group if name in self.place), None)
             self.untied |= {name: source for name in group if source is not None and name not in self.place}
+
+    def _is_own(self, parameter: str) -> bool:
+        """Whether an edit is meant for this layer and not for those that share its weight, as trained tokens are."""
+        edit = self.edits.get(parameter, Edit())
+        tokens = all(fitted.at(site).delta == "tokens" for fitted, site, _ in edit.deltas)
+        return bool(edit.whole or edit.added or not tokens)
 
     def _check(self) -> None:
         problems = []
@@ -170,7 +176,7 @@ class Plan:
 
 def _change(fitted: Fit, site: str, weight: float, stored: Stored, expert: int | None) -> Change:
     """The factors in the orientation of the stored matrix (see rows.py)."""
-    host, spec = fitted.hosts[site], fitted.spec.at(site)
+    host, spec = fitted.hosts[site], fitted.at(site)
     parts = _factors(fitted, site)
     if expert is not None:
         parts = {key: value[expert] for key, value in parts.items()}
@@ -186,7 +192,7 @@ def _change(fitted: Fit, site: str, weight: float, stored: Stored, expert: int |
 def _factors(fitted: Fit, site: str) -> dict[str, Tensor]:
     """A, B and perhaps magnitude. Another kind of delta than LoRA's says itself what product of two factors it is."""
     held = {key: value.float() for (owner, key), value in fitted.values.items() if owner == site}
-    spec = fitted.spec.at(site)
+    spec = fitted.at(site)
     if spec.delta == "lora":
         return {key: held[key] for key in ("A", "B", "magnitude") if key in held}
     delta: Any = built(site, fitted.hosts[site], spec, "cpu")

@@ -153,7 +153,7 @@ class TensorFile:
 
 
 def _read_header(path: Path, first: bytes, size: int, read: Callable[[int], bytes]) -> tuple[dict[str, Any], int]:
-    if first[:2] in (b"PK", b"\x80\x02", b"\x80\x04"):
+    if first[:2] in (b"PK", b"\x80\x02", b"\x80\x04") and any(first[2:]):  # not a header of 640 or 1152 bytes
         raise CheckpointError(
             "This is a pickle, and loading a pickle can run any code.", str(path), "ask its author for safetensors"
         )
