@@ -117,6 +117,7 @@ PRODUCT = [
     for kind, delta, *rest in itertools.product(LAYERS, DELTAS, COMBINES, INITS, SCALINGS, DTYPES)
     if (DELTAS[delta].takes_init or rest[1] == "kaiming")
     and (rest[1] not in NEEDS or kind in ("linear", "linear-no-bias", "hf-conv1d"))
+    and (rest[2] != "constant" or rest[3] == "fp32")  # a number instead of a formula: no type can round it otherwise
 ]
 
 

@@ -21,6 +21,7 @@ __all__ = ["SCALINGS", "LoRA"]
 SCALINGS: Registry[Callable[[float, int], float]] = Registry("scaling")
 SCALINGS["lora"] = lambda alpha, rank: alpha / rank  # arXiv:2106.09685, section 4.1
 SCALINGS["rslora"] = lambda alpha, rank: alpha / math.sqrt(rank)  # arXiv:2312.03732, theorem 3.2
+SCALINGS["constant"] = lambda alpha, rank: alpha  # the scale itself, whatever the rank
 
 BIASES = ("none", "lora_only", "all")
 TIES = ("refuse", "together", "apart")
@@ -38,13 +39,14 @@ def at_end(pattern: str) -> re.Pattern[str]:
 class LoRA:
     """A low-rank adapter as one value.
 
-    rank, alpha     dW = s B A with A (rank, in), B (out, rank), s = alpha / rank (or alpha / sqrt(rank): `scaling`)
+    rank, alpha     dW = s B A with A (rank, in), B (out, rank) and s = alpha / rank
     targets         a preset ("minimal": q and v, "attention": q, k, v and o, "all-linear": all but the head), a
                     regular expression for whole module names, or a list of name endings
     exclude         name endings, or one regular expression, for layers to leave alone
     layers          indices of the blocks to adapt, negative ones counted from the end; None for all
     dropout         share of the inputs of A that is zeroed in training
-    delta, combine, init, scaling     names from the registries of the same name
+    delta, combine, init     names from the registries of the same name
+    scaling         "lora" (above), "rslora" (s = alpha / sqrt(rank)) or "constant" (s = alpha)
     bias            "none", "lora_only" (adapted layers) or "all": which biases get a trained change of their own
     modules_to_save name endings of modules that are trained whole, in a copy that belongs to the adapter
     token_rows      tokens whose rows of the input embedding are trained, and nothing else of it; or name ending ->

@@ -117,7 +117,7 @@ def _distance(a: Delta, b: Delta) -> float:
 
 
 def _close(delta: Delta) -> float:
-    return CLOSE.get(next(delta.parameters()).dtype, CLOSE[torch.float32])
+    return CLOSE.get(delta.factors()[0].dtype, CLOSE[torch.float32])  # a mirror has no parameters of its own
 
 
 def _equal(a: Tensor, b: Tensor, around: Tensor | None = None) -> bool:

@@ -16,7 +16,7 @@ from typing import Any
 
 from veneer.train.parse import flag, mapping, names, number, one_of, overrides, whole
 
-__all__ = ["ALIASES", "DEFERRED", "NOT_NEEDED"]
+__all__ = ["ALIASES", "DEFERRED", "NOT_NEEDED", "VARIANTS"]
 
 Alias = Callable[[Any], dict[str, Any]]
 
@@ -95,6 +95,15 @@ def _fp16(value: Any) -> dict[str, Any]:
 
 ASSISTANT, ALL, COMPLETIONS, LAST = ({"loss_on": word} for word in ("assistant", "all", "completions", "last"))
 
+VARIANTS: Mapping[str, dict[str, Any]] = {  # what people call a method, as our settings
+    "dora": {"combine": "dora"},
+    "rslora": {"scaling": "rslora"},
+    **{name: {"init": name} for name in ("pissa", "olora")},
+    **{name: {"delta": name} for name in ("adalora", "vera", "loha", "lokr", "lora_fa", "lora_xs")},
+    **{name: {"delta": name.replace("-", "_")} for name in ("lora-fa", "lora-xs")},
+    "lora+": {"lora_plus_ratio": 16},
+}
+
 ALIASES: dict[str, Alias] = {
     **dict.fromkeys(
         ["base_model", "model_name_or_path", "checkpoint_dir", "base", "pretrained_model_name_or_path", "name_or_path"],
@@ -124,14 +133,10 @@ ALIASES: dict[str, Alias] = {
     **dict.fromkeys(["use_rslora", "peft_use_rslora"], switch({"scaling": "rslora"}, {"scaling": "lora"})),
     "pissa_init": switch({"init": "pissa"}, {"init": "kaiming"}),
     "init_lora_weights": _init_lora_weights,
-    "variant": words(
-        lora={"delta": "lora", "combine": "add"},
-        dora={"combine": "dora"},
-        rslora={"scaling": "rslora"},
-        pissa={"init": "pissa"},
-        olora={"init": "olora"},
-        **{"lora+": {"lora_plus_ratio": 16}},
-    ),
+    "variant": words(lora={"delta": "lora", "combine": "add"}, **VARIANTS),
+    "trainable_token_indices": renamed("token_rows"),
+    "ensure_weight_tying": switch({"tied": "together"}, {"tied": "apart"}),
+    **dict.fromkeys(["optim", "optimizer_type"], renamed("optimizer")),
     **dict.fromkeys(["loraplus_lr_ratio", "lora_plus"], renamed("lora_plus_ratio")),
     **dict.fromkeys(
         ["finetuning_type", "fine_tune_type"],

@@ -51,9 +51,9 @@ from veneer.train.base import recomputing
 from veneer.train.companions import write_companions
 from veneer.train.finish import finish, show
 from veneer.train.memory import back_off
-from veneer.train.method import ADAPTER, allocator_of, write_model
+from veneer.train.method import ADAPTER, allocator_of, optimizer_of, write_model
 from veneer.train.monitor import Meter, Movement, Watchdog, memory_bytes, not_finite
-from veneer.train.optim import Masters, adamw, set_rate
+from veneer.train.optim import Masters, Projection, set_rate
 from veneer.train.prepare import Job, prepare
 from veneer.train.resume import STATE, Progress, apply, capture, checkpoint, read, same_random, values_of
 from veneer.train.run import Run
@@ -93,6 +93,7 @@ def train(
             run.update(status="stopped")
         else:
             finish(job, run, loop.progress, loop.before, tell)
+        loop.masters.release()
     return run
 
 
@@ -102,9 +103,9 @@ class Loop:
     def __init__(self, job: Job, run: Run, tell: Tell, stop: Stop) -> None:
         self.job, self.run, self.tell, self.stop = job, run, tell, stop
         self.settings = settings = job.settings
-        ratio = settings.lora_plus_ratio if settings.method == "lora" else 1.0
-        self.masters = Masters(job.trained)
-        self.optimizer = adamw(self.masters.values, lora_plus_ratio=ratio, weight_decay=settings.weight_decay)
+        self.masters = Masters(job.trained, flat=settings.method == "lora")
+        self.optimizer = optimizer_of(self.masters, settings)
+        self.projection = Projection(job.model, ADAPTER) if settings.optimizer == "lora_fa" else None
         self.loader = Loader(job.train, settings.global_batch, seed=settings.seed)
         self.source = self.loader.steps(job.steps)
         self.warm = warmup_steps(settings.warmup, job.steps)
@@ -177,7 +178,9 @@ class Loop:
         """One optimiser step over one global batch."""
         step = next(self.source)
         loss = self.fitting(lambda rows: self.gradients(step.samples, rows))
-        norm = float(self.masters.gradient_norms().norm())
+        if self.projection is not None:
+            self.projection.apply()
+        norm = self.masters.norm()
         if reason := self.watchdog.verdict(loss, norm):
             return self.restart(reason, step)
         if self.allocator is not None:
@@ -233,7 +236,10 @@ class Loop:
     def log_movement(self) -> None:
         found: dict[str, Any] = self.movement.now()
         if self.allocator is not None:
-            found["ranks"] = self.allocator.ranks()
+            found["ranks"] = ranks = self.allocator.ranks()
+            if self.progress.step == self.job.steps:
+                kept = f"{sum(ranks.values())} of {self.allocator.start} ranks are left"
+                self.tell("note", text=f"{kept}, {min(ranks.values())} to {max(ranks.values())} a layer")
         if found:
             self.run.log_metrics({"step": self.progress.step, **found})
 

@@ -16,16 +16,19 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
+from veneer.core.deltas.adalora import AdaLora
 from veneer.core.model import attach, parameters
 from veneer.core.select import block_index
 from veneer.core.spec import LoRA
 from veneer.errors import ConfigError
 from veneer.train.allocate import RankAllocator
 from veneer.train.base import quiet
+from veneer.train.optim import Masters, adamw
 
-__all__ = ["ADAPTER", "allocator_of", "lora_of", "place", "write_model"]
+__all__ = ["ADAPTER", "allocator_of", "lora_of", "optimizer_of", "place", "write_model"]
 
 ADAPTER = "default"
 
@@ -56,25 +59,44 @@ def lora_of(settings: Any, heads: Sequence[str] = ()) -> LoRA:
         scaling=settings.scaling,
         bias=settings.bias,
         modules_to_save=tuple(dict.fromkeys([*settings.modules_to_save, *heads])),
+        token_rows=settings.token_rows,
+        tied=settings.tied,
         layers=_blocks(settings.layers),
         overrides=settings.overrides,
+        options=settings.options,
     )
 
 
 def allocator_of(model: nn.Module, settings: Any, steps: int) -> RankAllocator | None:
-    """AdaLoRA's budget for this run: all ranks for the first tenth of the steps, two thirds of them for the last three
-    tenths (the shares of PEFT's examples: 12 ranks at first, 8 in the end). None for other deltas."""
+    """AdaLoRA's budget for this run, as its options say. By default all ranks for the first tenth of the steps and two
+    thirds of them for the last three tenths (the shares of PEFT's examples: 12 ranks at first, 8 in the end). None for
+    other deltas."""
     if settings.method != "lora" or settings.delta != "adalora":
         return None
+    own = {**AdaLora.options, **settings.options}
     return RankAllocator(
         model,
         ADAPTER,
-        target_rank=max(1.0, settings.r * 2 / 3),
+        target_rank=own["target_rank"] or max(1.0, settings.r * 2 / 3),
         total_steps=steps,
-        warmup=steps // 10,
-        final=steps * 3 // 10,
-        every=max(1, steps // 100),
+        warmup=_steps(own["warmup"], steps),
+        final=_steps(own["final"], steps),
+        every=own["every"] or max(1, steps // 100),
+        beta1=own["beta1"],
+        beta2=own["beta2"],
+        orthogonality=own["orthogonality"],
     )
+
+
+def _steps(share: float, steps: int) -> int:
+    """A share of all steps below 1, else a number of steps."""
+    return int(share * steps) if share < 1 else int(share)
+
+
+def optimizer_of(masters: Masters, settings: Any) -> torch.optim.Optimizer:
+    """The optimiser that the settings name."""
+    ratio = settings.lora_plus_ratio if settings.method == "lora" else 1.0
+    return adamw(masters, lora_plus_ratio=ratio, weight_decay=settings.weight_decay, kind=settings.optimizer)
 
 
 def _blocks(layers: int | tuple[int, ...] | None) -> tuple[int, ...] | None:

@@ -26,11 +26,13 @@ __all__ = [
     "number",
     "one_of",
     "optional",
+    "options",
     "overrides",
     "paths",
     "share_rows_or_path",
     "targets",
     "text",
+    "token_rows",
     "whole",
 ]
 
@@ -193,6 +195,42 @@ def mapping(value: Any) -> dict[str, Any]:
     return {str(name): inner for name, inner in value.items()}
 
 
+def options(value: Any) -> dict[str, Any]:
+    """A mapping whose values are numbers, words, lists or yes and no, also where they were written as text.
+
+    >>> options("factor=8,decompose_both=true,target_rank=4.5")
+    {'factor': 8, 'decompose_both': True, 'target_rank': 4.5}
+    """
+    return {name: _value(inner) if isinstance(inner, str) else inner for name, inner in mapping(value).items()}
+
+
+def _value(word: str) -> Any:
+    """What a word stands for: a number, true or false, or itself."""
+    try:
+        return json.loads(word.lower() if word.lower() in ("true", "false") else word)
+    except json.JSONDecodeError:
+        return word
+
+
+def token_rows(value: Any) -> tuple[int, ...] | dict[str, tuple[int, ...]]:
+    """Numbers of tokens: a list, or ranges in a string; or the same for each of several tables, by name.
+
+    >>> token_rows("32000-32002,7"), token_rows({"lm_head": [3]})
+    ((7, 32000, 32001, 32002), {'lm_head': (3,)})
+    """
+    if isinstance(value, Mapping):
+        return {str(name): _rows(inner) for name, inner in value.items()}
+    return () if value in NOTHING else _rows(value)
+
+
+def _rows(value: Any) -> tuple[int, ...]:
+    if isinstance(value, str):
+        return tuple(sorted({i for part in value.split(",") for i in _range(part.strip(), "token numbers")}))
+    if isinstance(value, Iterable):
+        return tuple(sorted({whole()(number) for number in value}))
+    return (whole()(value),)
+
+
 def overrides(value: Any) -> dict[str, dict[str, Any]]:
     """Pattern -> what differs there. A bare number is a rank.
 
@@ -244,10 +282,10 @@ def folder(value: Any) -> str:
     return text(value)
 
 
-def _range(part: str) -> range:
+def _range(part: str, what: str = "layer numbers") -> range:
     found = re.fullmatch(r"(\d+)(?:\s*(?:-|\.\.)\s*(\d+))?", part)
     if not found:
-        raise ValueError(f"expected layer numbers like 0-7,12, got {part!r}")
+        raise ValueError(f"expected {what} like 0-7,12, got {part!r}")
     first, last = int(found[1]), int(found[2] or found[1])
     if last < first:
         raise ValueError(f"the range {part!r} runs backwards")

@@ -7,7 +7,7 @@ cannot exist in one of them and not in another. Two rules keep it honest:
     a key that somebody sets is either used by the run or refused      (`only_for`, and proof P0 at the end of a run)
     a value always knows where it came from                            default < file < call < flag; rule: worked out
 
-There are at most 40 keys that decide what a run produces; the few in the group "run" only say where and how it is kept.
+There are at most 44 keys that decide what a run produces; the few in the group "run" only say where and how it is kept.
 This module imports nothing heavy: `veneer --help` reads it.
 """
 
@@ -23,7 +23,7 @@ from typing import Any, Literal, NamedTuple
 from veneer.core.registry import near
 from veneer.errors import ConfigError
 from veneer.train import parse
-from veneer.train.aliases import ALIASES, DEFERRED, NOT_NEEDED
+from veneer.train.aliases import ALIASES, DEFERRED, NOT_NEEDED, VARIANTS
 from veneer.train.parse import Reader, number, one_of, optional, whole
 
 __all__ = ["KEYS", "Key", "Origin", "Reads", "Resolved", "Settings", "explain", "resolve"]
@@ -83,6 +83,11 @@ TASKS = {
     **dict.fromkeys(["text2text", "seq_2_seq_lm"], "seq2seq"),
 }
 
+OPTIMIZERS = {
+    **dict.fromkeys(["adamw_torch", "adamw_torch_fused", "adamw_hf", "adam", "adamw_apex_fused"], "adamw"),
+    **dict.fromkeys(["adamw_8bit", "adamw_bnb_8bit", "paged_adamw_8bit", "adam8bit", "adamw_torch_8bit"], "adamw8bit"),
+}
+
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
@@ -126,13 +131,26 @@ class Settings:
         (), "names", parse.names,
         "Modules trained in full and saved with the adapter. A new classification head is added by itself.",
     )  # fmt: skip
+    token_rows: tuple[int, ...] | dict[str, tuple[int, ...]] = of_adapter(  # noqa: RUF009 - see above
+        (), "text", parse.token_rows,
+        "Tokens whose rows of the embedding are trained too, and nothing else of it: 32000-32007, or [32000, 32001].",
+    )  # fmt: skip
+    tied: str = choice(
+        "refuse", "refuse together apart",
+        "A target whose weight another layer shares (embedding, head): refuse it, adapt both together, or it apart.",
+        group="method", only_for=LORA,
+    )  # fmt: skip
     layers: int | tuple[int, ...] | None = key(
         None, "text", parse.layers,
         "Which layers: a number for the last so many, or a list such as 0-7,12.",
         rule="all of them; with method freeze the last 2", group="method", only_for={"method": ("lora", "freeze")},
     )  # fmt: skip
     delta: str = of_adapter(
-        "lora", "text", parse.text, "What is learned per layer: lora, or another of the core's deltas."
+        "lora", "text", parse.text,
+        "What is learned per layer: lora, adalora, vera, lora_fa, lora_xs, loha, lokr, block.",
+    )  # fmt: skip
+    options: dict[str, Any] = of_adapter(  # noqa: RUF009 - the field is made with a factory
+        {}, "mapping", parse.options, "What only this delta or init knows: factor=8 (lokr), target_rank=4 (adalora)."
     )
     combine: str = choice(
         "add", "add dora", "How dW joins W: added, or as DoRA's magnitude and direction.", group="method", only_for=LORA
@@ -142,8 +160,8 @@ class Settings:
     )
     scaling: str = choice(
         "lora",
-        "lora rslora",
-        "What dW is scaled by: alpha / r (lora) or alpha / sqrt(r) (rslora).",
+        "lora rslora constant",
+        "What dW is scaled by: alpha / r (lora), alpha / sqrt(r) (rslora) or alpha itself (constant).",
         group="method",
         only_for=LORA,
     )
@@ -187,6 +205,11 @@ class Settings:
     lr: float | str = of_training(
         "auto", "number", parse.auto_or(number(1e-12, 10)), "Peak learning rate.",
         rule="from the size of the model, the method and the rank; the reason is printed",
+    )  # fmt: skip
+    optimizer: str = choice(
+        "adamw", "adamw adamw8bit lora_fa",
+        "AdamW; with moments of one byte (adamw8bit); or on the best gradient for delta lora_fa's frozen A (lora_fa).",
+        also=OPTIMIZERS, group="training",
     )  # fmt: skip
     lora_plus_ratio: float = key(
         1.0, "number", number(0.01, 1000), "LoRA+: how many times faster B learns than A (16 is usual).",
@@ -254,6 +277,7 @@ def _keys() -> dict[str, Key]:
 
 
 KEYS: dict[str, Key] = _keys()
+TAKE_MAPPINGS = ("rank_pattern", "alpha_pattern", "token_rows", "trainable_token_indices")
 FOLLOWED = {"grad_accum": "global_batch", "scale": "alpha"}  # deferred keys -> what they become
 
 
@@ -372,6 +396,10 @@ def explain(name: str) -> str:
 
 def _canonical(name: str, value: Any, origin: Origin, problems: list[str], notices: list[str]) -> dict[str, Any]:
     """Our keys and checked values for one foreign or own key. Problems and notices are added to the lists."""
+    if name == "method" and str(value).lower() in VARIANTS:
+        found = {"method": "lora", **VARIANTS[str(value).lower()]}
+        notices.append(_notice(name, value, found))
+        return found
     if name in NOT_NEEDED:
         notices.append(f"{name!r} is not needed: {NOT_NEEDED[name]}")
         return {}
@@ -451,6 +479,8 @@ def _contradictions(settings: Settings, given: dict[str, Given]) -> list[str]:
             found.append(f"{_at(origin)}{name} has no effect with {now}; it is for {meant}. Leave it out")
     if settings.method == "freeze" and not isinstance(settings.layers, (int, type(None))):
         found.append("layers: with method freeze say how many of the last layers train, as a number")
+    if settings.optimizer == "lora_fa" and settings.delta != "lora_fa":
+        found.append(f"optimizer lora_fa is for delta lora_fa, whose A is frozen, not for {settings.delta}")
     if settings.global_batch is not None and settings.global_batch < settings.batch_size and "batch_size" in given:
         found.append(f"global_batch {settings.global_batch} is smaller than batch_size {settings.batch_size}")
     for name in ("patience", "eval_every"):
@@ -462,7 +492,9 @@ def _contradictions(settings: Settings, given: dict[str, Given]) -> list[str]:
 def _rules(found: Resolved) -> Resolved:
     """The values that follow from other settings alone. Those that need the model or the data are settled later."""
     settings = found.settings
-    if settings.alpha is None and settings.method == "lora":
+    if settings.alpha is None and settings.method == "lora" and settings.scaling == "constant":
+        found = found.settled("alpha", 2.0, "2, the scale that twice the rank gives elsewhere")
+    elif settings.alpha is None and settings.method == "lora":
         found = found.settled("alpha", 2.0 * settings.r, f"2 x r = {2 * settings.r}")
     if settings.global_batch is None:
         found = found.settled("global_batch", settings.batch_size, "one batch per step")
@@ -489,7 +521,7 @@ def _from_mapping(given: Mapping[str, Any] | None, how: str) -> list[Row]:
 
 def _flat(name: str, value: Any, origin: Origin) -> list[Row]:
     """A nested section as dotted keys, unless the key takes a mapping."""
-    takes_mapping = (name in KEYS and KEYS[name].kind == "mapping") or name in ("rank_pattern", "alpha_pattern")
+    takes_mapping = (name in KEYS and KEYS[name].kind == "mapping") or name in TAKE_MAPPINGS
     if takes_mapping or not isinstance(value, Mapping):
         return [(name, value, origin)]
     return [row for inner, each in value.items() for row in _flat(f"{name}.{inner}", each, origin)]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float
@@ -25,6 +25,15 @@ class AdaLora(Delta):
     """
 
     saved: ClassVar[dict[str, str]] = {"A": "lora_A", "B": "lora_B", "E": "lora_E"}
+    options: ClassVar[dict[str, Any]] = {  # how `veneer.train.allocate` is to share the ranks out; None: by rule
+        "target_rank": None,
+        "warmup": 0.1,
+        "final": 0.3,
+        "every": None,
+        "beta1": 0.85,
+        "beta2": 0.85,
+        "orthogonality": 0.5,
+    }
 
     def __init__(self, a: Tensor, b: Tensor, scale: float, dropout: float = 0.0) -> None:
         super().__init__(scale, dropout)
