@@ -253,6 +253,30 @@ def test_prefetched_adapters_wait_and_are_read_once(tmp_path: Path, monkeypatch:
     assert torch.equal(answers(pool, "e"), wanted["e"])
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("room", [None, LoRA(rank=4, alpha=4, targets=TARGETS)], ids=["as itself", "room"])
+@pytest.mark.parametrize("hold", ["disk", "cpu", "pinned"])
+def test_on_a_gpu_copies_run_beside_the_model_and_answers_are_the_same(
+    tmp_path: Path, hold: str, room: LoRA | None
+) -> None:
+    names, net, plain, x = list("abcdef"), Net().cuda(), Net().cuda(), inputs().cuda()
+    saved(tmp_path, names)
+    pool = Pool(net, capacity=2, room=room)
+    for name in names:
+        veneer.load(plain, tmp_path, name)
+        pool.add(name, tmp_path, hold=hold)
+    for name in "abcdefbdfaceab":
+        pool.prefetch(*names)
+        veneer.activate(plain, name)
+        with pool.active(name) as model, torch.no_grad():
+            got, wanted = model(x), plain(x)
+        assert torch.equal(got, wanted) if room is None else torch.allclose(got, wanted, atol=1e-5)
+        pool.cancel(*names)
+    held = pool._held["a"].kept if hold != "disk" else None  # type: ignore[union-attr]
+    assert held is None or all(v.is_pinned() == (hold == "pinned") for v in held.values.values())
+
+
 # ---------------------------------------------------------------- what goes wrong
 
 

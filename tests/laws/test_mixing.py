@@ -119,10 +119,40 @@ def test_ties_follows_its_definition() -> None:
         for i, j in itertools.product(range(wanted.shape[0]), range(wanted.shape[1])):
             values = [float(t[i, j]) for t in trimmed]
             votes = values if sign == "total" else [(v > 0) - (v < 0) for v in values]
+            votes = votes if sum(votes) else values  # an even election goes by the total
             elected = (sum(votes) > 0) - (sum(votes) < 0)
             agreeing = [w * v for v, w in zip(values, (1.0, 2.0), strict=True) if v and (v > 0) - (v < 0) == elected]
             wanted[i, j] = sum(agreeing) / max(len(agreeing), 1)
         torch.testing.assert_close(change(net, "one", name), wanted, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("method", ["ties", "dare_ties"])
+@pytest.mark.parametrize("sign", ["total", "frequency"])
+def test_a_negated_adapter_votes_with_its_sign_turned(method: str, sign: str) -> None:
+    """{a: 1, b: -1} is {a: 1, minus_b: 1} under every election."""
+    net = pair(bias="none", modules_to_save=())
+    combine(net, {"b": -1.0}, "minus_b", "cat")
+    combine(net, {"a": 1.0, "b": -1.0}, "one", method, density=0.6, sign=sign, rank=12)
+    combine(net, {"a": 1.0, "minus_b": 1.0}, "two", method, density=0.6, sign=sign, rank=12)
+    torch.testing.assert_close(change(net, "one", "one"), change(net, "one", "two"), rtol=1e-3, atol=1e-4)
+
+
+def test_task_arithmetic_moves_along_the_difference_of_two() -> None:
+    """base + (b - a), the analogy of arXiv:2212.04089: exact with cat, best of its rank with svd."""
+    net = pair(bias="none", modules_to_save=())
+    combine(net, {"b": 1.0, "a": -1.0}, "moved", "cat")
+    torch.testing.assert_close(output(net, "moved"), output(net, {"b": 1.0, "a": -1.0}), rtol=1e-4, atol=1e-5)
+    report = combine(net, {"b": 1.0, "a": -1.0}, "cut", "svd", rank=6)
+    assert max(report.errors.values()) < 1e-5
+
+
+def test_mixing_draws_from_no_generator_of_the_caller() -> None:
+    net = pair()
+    torch.manual_seed(5)
+    wanted = torch.rand(3)
+    torch.manual_seed(5)
+    combine(net, {"a": 1.0}, "d", "dare_linear", density=0.5)
+    assert torch.equal(torch.rand(3), wanted)
 
 
 def test_dare_keeps_the_expectation_and_repeats_by_seed() -> None:
@@ -194,8 +224,18 @@ def test_impossible_mixes_are_refused_and_change_nothing() -> None:
             combine(net, *arguments)
     with pytest.raises(ConfigError, match="density"):
         combine(net, {"a": 1.0}, "c", "ties", density=0)
+    with pytest.raises(ConfigError, match="rank=0 must be"):
+        combine(net, {"a": 1.0}, "c", "svd", rank=0)
+    for energy in (0.0, 1.5):
+        with pytest.raises(ConfigError, match="share of"):
+            resize(net, "a", "c", energy=energy)
     with pytest.raises(StateError, match="no adapter named 'x'"):
         combine(net, {"x": 1.0}, "c")
     with pytest.raises(StateError, match="already"):
         combine(net, {"a": 1.0}, "b", "svd")
     assert net.state_dict().keys() == before.keys() and veneer.adapters(net) == ("a", "b")
+    next(iter(parameters(net, "b").values())).data[0] = float("nan")
+    with pytest.raises(ConfigError, match="'b' holds NaN"):
+        combine(net, {"a": 1.0, "b": 1.0}, "c", "svd")
+    with pytest.raises(StateError, match="holds NaN"):
+        convert(net, "b", "c")

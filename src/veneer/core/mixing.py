@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -30,7 +30,7 @@ from veneer.core.combine import Add
 from veneer.core.delta import DenseDelta, wide
 from veneer.core.host import Adapter
 from veneer.core.model import _state as state_of
-from veneer.core.model import adapter_of, attach, detach, put, sites, spec_of
+from veneer.core.model import adapter_of, attach, detach, parameters, put, sites, spec_of
 from veneer.core.op import op_of
 from veneer.core.registry import Registry
 from veneer.core.select import select
@@ -160,9 +160,10 @@ def _drop(d: Tensor, density: float) -> Tensor:
 
 
 def _elect(stack: Stack, weights: Sequence[float], sign: str) -> Tensor:
-    """The mean over those changes whose sign at an entry is the elected one."""
+    """The mean over those changes whose sign at an entry is the elected one; the total decides where votes are even."""
     signs = stack.sign()
-    elected = (stack if sign == "total" else signs).sum(0).sign()
+    votes, total = signs.sum(0).sign(), stack.sum(0).sign()
+    elected = total if sign == "total" else torch.where(votes == 0, total, votes)
     agree = (signs == elected) & (signs != 0)
     weighted = stack * torch.tensor(weights, dtype=stack.dtype, device=stack.device).view(-1, *[1] * (stack.ndim - 1))
     return (weighted * agree).sum(0) / agree.sum(0).clamp_min(1)
@@ -214,20 +215,23 @@ def combine(
     dare's random choice. Modules trained whole and biases are summed as changes, too. The active adapters stay.
     """
     rule = METHODS[method]
+    _check_cut(rank, None)
     _check(model, weights, density, sign, method)
-    generator_state = torch.random.get_rng_state()
-    torch.manual_seed(seed)
-    try:
-        found: dict[str, tuple[Factors, float]] = {}
-        for site, layer in _together(model, weights).items():
+    layers = _together(model, weights)
+    found: dict[str, tuple[Factors, float]] = {}
+    with torch.random.fork_rng(devices=_gpus(layers.values())):
+        torch.manual_seed(seed)
+        for site, layer in layers.items():
             here = [(adapter_of(layer, n), w) for n, w in weights.items() if n in layer.slots]  # type: ignore[operator]
             here = [(adapter, w) for adapter, w in here if adapter.delta is not None]
             if here:
                 limit = rank or max(adapter.delta.rank for adapter, _ in here)  # type: ignore[union-attr]
                 found[site] = _mix_layer(layer, here, rule, method, limit, density, sign)
-    finally:
-        torch.random.set_rng_state(generator_state)
     return _place(model, into, found, weights)
+
+
+def _gpus(layers: Iterable[nn.Module]) -> list[torch.device]:
+    return list({p.device for layer in layers for p in layer.parameters() if p.device.type == "cuda"})
 
 
 def _mix_layer(
@@ -240,8 +244,8 @@ def _mix_layer(
     sign: str,
 ) -> tuple[Factors, float]:
     if rule is not None:
-        changes, weights = [_dense(layer, adapter) for adapter, _ in here], [w for _, w in here]
-        return cut(rule(changes, weights, density, sign), rank)
+        changes = [math.copysign(1, w) * _dense(layer, adapter) for adapter, w in here]  # what is negated votes so
+        return cut(rule(changes, [abs(w) for _, w in here], density, sign), rank)
     total = _sum(layer, here)
     if method == "cat":
         return (total, 0.0) if isinstance(total, tuple) else cut(total)
@@ -260,6 +264,8 @@ def _check(model: nn.Module, weights: Mapping[str, float], density: float, sign:
         spec_of(model, name)
         if not math.isfinite(weight):
             problems.append(f"the weight of {name!r} is {weight}")
+        if broken := _broken(model, name):
+            problems.append(f"{name!r} holds NaN or infinite values ({broken[0]})")
         dense = [s for s, layer in sites(model, name).items() if not _is_thin(adapter_of(layer, name))]
         if method == "cat" and dense and len(weights) > 1:
             problems.append(
@@ -267,6 +273,18 @@ def _check(model: nn.Module, weights: Mapping[str, float], density: float, sign:
             )
     if problems:
         raise ConfigError("these adapters cannot be mixed so", problems=problems)
+
+
+def _check_cut(rank: int | None, energy: float | None) -> None:
+    problems = [] if rank is None or rank >= 1 else [f"rank={rank} must be at least 1"]
+    if energy is not None and not 0 < energy <= 1:
+        problems.append(f"energy={energy} is the share of |dW|^2 to keep: above 0 and at most 1")
+    if problems:
+        raise ConfigError("no adapter can be cut so", problems=problems)
+
+
+def _broken(model: nn.Module, name: str) -> list[str]:
+    return [key for key, p in parameters(model, name).items() if not bool(torch.isfinite(p).all())]
 
 
 def _is_thin(adapter: Adapter) -> bool:
@@ -356,6 +374,9 @@ def convert(model: nn.Module, name: str, into: str, *, rank: int | None = None, 
 
     Exact where dW is a product of thin factors and neither rank nor energy asks for less.
     """
+    _check_cut(rank, energy)
+    if broken := _broken(model, name):
+        raise StateError(f"{name!r} holds NaN or infinite values", problems=broken)
     found = {}
     for site, layer in sites(model, name).items():
         adapter = adapter_of(layer, name)
@@ -387,6 +408,7 @@ def extract(
     It is attached to `base` under `name`. What differs but is not in the targeted layers (norms, embeddings, biases)
     is listed in the result, because a low-rank adapter does not hold it.
     """
+    _check_cut(rank, energy)
     layers = select(base, LoRA(rank=1, targets=targets))
     others = dict(tuned.named_modules())
     problems = [f"{n}: not in the tuned model" for n in layers if n not in others]

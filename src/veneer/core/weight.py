@@ -38,7 +38,9 @@ UNPACK_FIRST = (
 @singledispatch
 def dense(w: Tensor) -> Tensor:
     """The weight as an ordinary floating-point tensor; the same object when it is one already."""
-    known = None if is_plain(w) else _known_now(dense, w)
+    if is_plain(w):  # first, for a compiler cannot follow the questions below
+        return w
+    known = _known_now(dense, w)
     if known is not None:
         return known(w)
     if _homes(w):

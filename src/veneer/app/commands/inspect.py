@@ -128,7 +128,7 @@ def _print_one(
             lines.append(f"{sign} {said}: {names}")
     for line in [*lines, ""]:
         console.print(line, markup=False, soft_wrap=True)
-    console.print(_layers_table(layers) if every else _kinds_table(layers, signs))
+    console.print(_layers_table(layers, signs) if every else _kinds_table(layers, signs))
 
 
 def _said_of_base(match: dict[str, Any], signs: Signs) -> str:
@@ -160,8 +160,18 @@ def _kind_row(name: str, layers: Sequence[Layer], signs: Signs) -> list[object]:
     ]
 
 
-def _layers_table(layers: Sequence[Layer]) -> Any:
-    columns = ["layer", ">out x in", ">rank", ">|dW|", ">largest", ">used rank", ">stable rank", ">for 90 %"]
+def _layers_table(layers: Sequence[Layer], signs: Signs) -> Any:
+    columns = [
+        "layer",
+        ">out x in",
+        ">rank",
+        ">|dW|",
+        ">largest",
+        "spectrum",
+        ">used rank",
+        ">stable rank",
+        ">for 90 %",
+    ]
     rows = [
         [
             layer.site,
@@ -169,6 +179,7 @@ def _layers_table(layers: Sequence[Layer]) -> Any:
             layer.rank,
             number(layer.norm),
             number(layer.spectral_norm),
+            spark(layer.values, 16, signs),
             number(layer.effective_rank, 1),
             number(layer.stable_rank, 1),
             layer.energy_rank_90,
