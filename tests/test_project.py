@@ -252,6 +252,8 @@ def test_everything_imported_is_declared() -> None:
     wrong = []
     for file in SOURCE.rglob("*.py"):
         for name, at_once in third_party(file):
+            if name == "triton" and file.name == "cuda.py":
+                continue  # torch's builds for GPUs bring it, and these files are imported where there is one
             if name not in always and (at_once or name not in extra):
                 wrong.append(f"{file.relative_to(ROOT)}: {name}")
     assert not wrong, "\n".join(wrong)

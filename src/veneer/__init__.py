@@ -30,6 +30,7 @@ _HOME = {
     "merge": "veneer.core.model",
     **dict.fromkeys(("dequantize", "quantize"), "veneer.quant.model"),
     "adopt": "veneer.quant.foreign",
+    **dict.fromkeys(("fuse", "unfuse"), "veneer.kernels.fuse"),
     **dict.fromkeys(("combine", "convert", "extract", "resize"), "veneer.core.mixing"),
     "Pool": "veneer.ckpt.pool",
     "swap": "veneer.ckpt.pool",
@@ -58,6 +59,7 @@ __all__ = [
     "disabled",
     "estimate_memory",
     "extract",
+    "fuse",
     "load",
     "merge",
     "merge_to_disk",
@@ -70,6 +72,7 @@ __all__ = [
     "summary",
     "swap",
     "train",
+    "unfuse",
     "unmerge",
 ]
 
@@ -93,6 +96,7 @@ if TYPE_CHECKING:
         unmerge,
     )
     from veneer.core.spec import LoRA
+    from veneer.kernels.fuse import fuse, unfuse
     from veneer.prove import prove
     from veneer.quant.foreign import adopt
     from veneer.quant.model import dequantize, quantize
@@ -100,6 +104,8 @@ if TYPE_CHECKING:
 
 
 def __getattr__(name: str) -> Any:
+    if name == "peft":  # a part of the library with names of its own, not one of these
+        return import_module("veneer.peft")
     if name not in _HOME:
         raise AttributeError(f"module 'veneer' has no attribute {name!r}")
     value = getattr(import_module(_HOME[name]), name)

@@ -6,8 +6,9 @@ far (11.7 GiB where everything else fits in less). None of it is needed at once:
     hidden (tokens, dim) --trained tokens only--> chunks of ROWS --head--> logits --> loss and d loss / d hidden
 
 The gradient is taken while a chunk's logits are there, so the backward pass only scales what is stored: dim numbers a
-token instead of a vocabulary's worth. The head runs through its own forward, chunk by chunk: an adapted head, one that
-is trained whole or one stored in 4 bits needs no word here, and its parameters get their gradients.
+token instead of a vocabulary's worth. A linear head, adapted or not, goes the way of kernels/loss.py, which needs no
+second array of that size; any other runs through its own forward, chunk by chunk, and its parameters get their
+gradients.
 
 Not every model's logits are `head(hidden)`: some scale or cap them. `head_split` therefore tries it out once, on a few
 tokens, and where the two differ the plain way is used and the reason said.
@@ -25,6 +26,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from veneer.data.types import IGNORE
+from veneer.kernels.group import Bare, Group, lay_bare
+from veneer.kernels.loss import head_loss
 
 __all__ = ["HeadSplit", "chunked_cross_entropy", "evaluating", "head_split", "plain_cross_entropy"]
 
@@ -52,6 +55,9 @@ def chunked_cross_entropy(
     hidden, labels = hidden.flatten(0, -2)[counted], labels.flatten()[counted]  # ignored rows never meet the head
     if not torch.is_grad_enabled():
         return _sum(hidden, labels, head, rows)
+    bare = lay_bare(head, hidden.dtype)
+    if isinstance(bare, Bare) and not torch.is_autocast_enabled(hidden.device.type):
+        return head_loss(hidden, labels, Group((bare,)), rows)
     trained = [p for p in head.parameters() if p.requires_grad]
     return _Chunked.apply(hidden, labels, head, rows, *trained)
 

@@ -1,0 +1,507 @@
+"""A decoder block as a few autograd functions, each of which keeps what its backward pass cannot do without.
+
+    Front   x -> norm -> q, k, v, rotated          keeps x
+            attention, whichever the model has     keeps q, k, v and its output
+    Tail    x, attention -> o + x -> norm -> gate, up -> down + x
+
+    recompute  kept for each token, in numbers                     computed again in the backward pass
+    none       x, q, k, v, attention, middle, gate, up             -
+    gate_up    x, q, k, v, attention, middle                       gate and up
+    middle     x, middle                                           and q, k, v and the attention
+    input      x                                                   and o; never down, whose output nobody needs
+
+Norms, the activation's product and rotations are always formed again: each is one pass over memory. Everywhere the
+gradient that flows past a norm is added in the pass that goes back through it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from veneer.kernels.group import Bare, Factors, Group, Thin, factors_of
+from veneer.kernels.pieces import Pair, kernels_for
+
+__all__ = ["LEVELS", "Attend", "Block", "Norm", "Unit", "norm", "rotated", "run_block", "run_mlp"]
+
+THIN = 64  # ranks up to this are added inside other kernels
+LEVELS = ("none", "gate_up", "middle", "input")
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+class Norm(NamedTuple):
+    """An RMSNorm with a frozen gain."""
+
+    weight: Tensor
+    eps: float
+    offset: float = 0.0  # Gemma's gain is w + 1
+
+    def forward(self, x: Tensor, rstd: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return kernels_for(x).rms_norm(x, self.weight, self.eps, self.offset, rstd)
+
+    def back(self, g: Tensor, x: Tensor, rstd: Tensor, plus: Tensor | None = None) -> Tensor:
+        return kernels_for(x).rms_norm_back(g, x, rstd, self.weight, self.offset, plus)
+
+
+@dataclass(slots=True)
+class Unit:
+    """A gated unit: gate and up as two layers, or as one layer that gives both."""
+
+    entry: Group
+    down: Group
+    act: str
+
+    @property
+    def is_lean(self) -> bool:
+        """Whether the adapters' share can be added inside the activation: thin enough for a tile, and no dropout."""
+        layers = (*self.entry.layers, *self.down.layers)
+        return all(not layer.dropout and layer.rank <= THIN for layer in layers)
+
+
+@dataclass(slots=True)
+class Block:
+    """All of a decoder block, as it is at this call."""
+
+    first: Norm
+    qkv: Group
+    heads: tuple[int, int]  # of q; of k and v
+    head_dim: int
+    turns: bool  # whether q and k are rotated right here, with nothing in between
+    out: Group
+    second: Norm
+    unit: Unit
+    attend: Attend
+    random: bool  # whether anything draws random numbers
+
+    @property
+    def adds_in_turning(self) -> bool:
+        """Whether the adapters' share of q and k can be added as they are rotated."""
+        layers = self.qkv.layers
+        return self.turns and len(layers) == 3 and all(layer.rank <= THIN for layer in layers)
+
+
+def rows_of(x: Tensor) -> Tensor:
+    return x.reshape(-1, x.shape[-1])
+
+
+# ------------------------------------------------------------------ norms and rotations by themselves
+
+
+class NormFunction(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, norm: Norm) -> Tensor:
+        y, rstd = norm.forward(rows_of(x))
+        ctx.save_for_backward(x, rstd)
+        ctx.norm = norm
+        return y.view(x.shape)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        x, rstd = ctx.saved_tensors
+        return ctx.norm.back(rows_of(g), rows_of(x), rstd).view(x.shape), None
+
+
+def norm(x: Tensor, spec: Norm) -> Tensor:
+    """RMSNorm that keeps its input as it is, where autograd would keep it in fp32."""
+    return NormFunction.apply(x, spec)  # type: ignore[return-value]
+
+
+class Rotation(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        return kernels_for(x).rotate(x, rows_of(cos), rows_of(sin), torch.empty_like(x))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        cos, sin = ctx.saved_tensors
+        out = torch.empty(g.shape, dtype=g.dtype, device=g.device)
+        return kernels_for(g).rotate(g, rows_of(cos), rows_of(sin), out, back=True), None, None
+
+
+def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary positions on (batch, tokens, heads, d)."""
+    return Rotation.apply(x, cos, sin)  # type: ignore[return-value]
+
+
+# ------------------------------------------------------------------ the gated unit
+
+
+class UnitKept(NamedTuple):
+    """What a gated unit keeps besides its input."""
+
+    gate_up: tuple[Tensor, ...] | None
+    entry: Thin
+    down: Thin
+
+
+def unit_gates(unit: Unit, x: Tensor, entry: Thin, factors: Factors) -> tuple[Tensor, ...]:
+    """gate and up, in a lean unit without the adapters' share; slices of one tensor where one layer gives both."""
+    ys = unit.entry.outputs(x, None if unit.is_lean else entry.h, factors.bs)
+    return tuple(ys) if len(ys) == 2 else tuple(ys[0].chunk(2, dim=-1))
+
+
+def gate_pairs(unit: Unit, entry: Thin, factors: Factors) -> tuple[Pair, Pair]:
+    """What the adapters add to gate and to up: h and B of each."""
+    h, bs = entry.h, factors.bs
+    if h is None:
+        return None, None
+    if len(bs) == 1:
+        assert bs[0] is not None
+        return tuple((h, b) for b in bs[0].chunk(2))  # type: ignore[return-value]
+    return tuple(b if b is None else (h[:, span], b) for b, span in zip(bs, unit.entry.spans, strict=True))  # type: ignore[return-value]
+
+
+def unit_forward(
+    unit: Unit, x: Tensor, factors: tuple[Factors, Factors], plus: Tensor | None, want: bool = True
+) -> tuple[Tensor | None, UnitKept]:
+    """down(act(gate(x)) * up(x)) + plus; without the result where only what is kept is wanted."""
+    entry = unit.entry.thin(x, factors[0].a)
+    gate, up = unit_gates(unit, x, entry, factors[0])
+    if unit.is_lean:
+        product = kernels_for(x).thin_glu(gate, up, unit.act, *gate_pairs(unit, entry, factors[0]))
+    else:
+        product = kernels_for(x).glu(gate, up, unit.act)
+    down = unit.down.thin(product, factors[1].a)
+    y = _through(unit.down.layers[0], product, down, factors[1], plus) if want else None
+    return y, UnitKept((gate, up), entry, down)
+
+
+def _through(layer: Bare, x: Tensor, thin: Thin, factors: Factors, plus: Tensor | None) -> Tensor:
+    args = (x, thin.h, factors.bs[0])
+    return layer.forward(*args) if plus is None else layer.onto(plus, *args)
+
+
+def unit_back(
+    unit: Unit, g: Tensor, x: Tensor, kept: UnitKept, factors: tuple[Factors, Factors]
+) -> tuple[Tensor, list[Tensor | None]]:
+    """The gradients of x and of the factors of gate, up and down."""
+    gate, up = kept.gate_up or unit_gates(unit, x, kept.entry, factors[0])
+    d = unit.down.thin_gradients([g], factors[1])
+    if unit.is_lean:
+        return _lean_back(unit, g, x, d, (gate, up), kept, factors)
+    d_product = unit.down.input_gradient([g], d, kept.down, factors[1])
+    gs = _room_for_gates(unit, d_product)
+    d_gate, d_up = gs if len(gs) == 2 else gs[0].chunk(2, dim=-1)
+    product = kernels_for(g).glu_back(d_product, gate, up, unit.act, d_gate, d_up)
+    d_down = unit.down.factor_gradients(product, [g], d, kept.down)
+    del product, d_product, gate, up
+    dx, d_entry = unit.entry.back(x, gs, kept.entry, factors[0])
+    assert dx is not None
+    return dx, [*d_entry, *d_down]
+
+
+def _lean_back(
+    unit: Unit, g: Tensor, x: Tensor, d: Tensor | None, gate_up: tuple[Tensor, ...], kept: UnitKept,
+    factors: tuple[Factors, Factors],
+) -> tuple[Tensor, list[Tensor | None]]:  # fmt: skip
+    """The same where no adapter drops out: what they add to anything as wide as the unit is formed where it is used."""
+    entry, down = factors
+    d_product = unit.down.layers[0].back(g, None)
+    gs = _room_for_gates(unit, d_product)
+    d_gate, d_up = gs if len(gs) == 2 else gs[0].chunk(2, dim=-1)
+    da, *dbs = kernels_for(g).thin_glu_back(
+        d_product, *gate_up, unit.act, d_gate, d_up, *gate_pairs(unit, kept.entry, entry),
+        None if d is None or down.a is None else (d, down.a),
+    )  # fmt: skip
+    d_down = [] if da is None else [*unit.down.split_a(da), *unit.down.b_gradients([g], kept.down)]
+    del d_product, gate_up
+    d_thin = unit.entry.thin_gradients(gs, entry)
+    dx = unit.entry.input_gradient(gs, d_thin, kept.entry, entry)
+    d_entry = [] if d_thin is None else unit.entry.a_gradients(x, d_thin, kept.entry)
+    if len(unit.entry.layers) == 1 and dbs[0] is not None:
+        dbs = [torch.cat(dbs)]
+    for layer, db in zip(unit.entry.layers, dbs, strict=False):
+        d_entry += [] if db is None else layer.split_b(db)
+    return dx, [*d_entry, *d_down]
+
+
+def _room_for_gates(unit: Unit, d_product: Tensor) -> list[Tensor]:
+    """Where the gradients of gate and up go: the product's own takes the gate's."""
+    if len(unit.entry.layers) == 2:
+        return [d_product, torch.empty_like(d_product)]
+    return [d_product.new_empty(len(d_product), 2 * d_product.shape[1])]
+
+
+class Mlp(torch.autograd.Function):
+    """A gated unit by itself: for blocks of another build."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, unit: Unit, again: bool, *tensors: Tensor) -> Tensor:
+        rows, factors = rows_of(x), tuple(factors_of([unit.entry, unit.down], x.dtype))
+        y, kept = unit_forward(unit, rows, factors, None)
+        ctx.unit, ctx.keep = unit, Keep(ctx)
+        ctx.keep.put(x, factors, kept._replace(gate_up=None) if again else kept)
+        assert y is not None
+        return y.view(*x.shape[:-1], y.shape[-1])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        x, factors, kept = ctx.keep.take()
+        dx, d_tensors = unit_back(ctx.unit, rows_of(g), rows_of(x), kept, factors)
+        return dx.view(x.shape), None, None, *d_tensors
+
+
+def run_mlp(x: Tensor, unit: Unit, again: bool) -> Tensor:
+    return Mlp.apply(x, unit, again, *unit.entry.tensors(), *unit.down.tensors())  # type: ignore[return-value]
+
+
+# ------------------------------------------------------------------ what is kept
+
+
+class Keep:
+    """Nested tuples of tensors, kept by autograd as the flat list that it knows."""
+
+    def __init__(self, ctx: Any) -> None:
+        self.ctx, self.shape = ctx, None
+
+    def put(self, *kept: Any) -> None:
+        flat: list[Tensor] = []
+        self.shape = _flattened(kept, flat)
+        self.ctx.save_for_backward(*flat)
+
+    def take(self) -> Any:
+        return _rebuilt(self.shape, self.ctx.saved_tensors)
+
+
+def _flattened(value: Any, flat: list[Tensor]) -> Any:
+    """The shape of `value`, with the place in the list for each tensor."""
+    if isinstance(value, Tensor):
+        flat.append(value)
+        return len(flat) - 1
+    if isinstance(value, tuple):
+        parts = [_flattened(part, flat) for part in value]
+        return type(value)(*parts) if hasattr(value, "_fields") else tuple(parts)
+    return value
+
+
+def _rebuilt(shape: Any, flat: Sequence[Tensor]) -> Any:
+    if isinstance(shape, int):
+        return flat[shape]
+    if isinstance(shape, tuple):
+        parts = [_rebuilt(part, flat) for part in shape]
+        return type(shape)(*parts) if hasattr(shape, "_fields") else tuple(parts)
+    return shape
+
+
+# ------------------------------------------------------------------ the first half
+
+
+class Front(torch.autograd.Function):
+    """x -> q, k, v as (batch, tokens, heads, d), and x once more: what flows back beside the norm comes in here."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, cos: Tensor, sin: Tensor, block: Block, *tensors: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        rows, (factors,) = rows_of(x), factors_of([block.qkv], x.dtype)
+        normed, rstd = block.first.forward(rows)
+        thin = block.qkv.thin(normed, factors.a)
+        inside = block.adds_in_turning
+        bs = [None, None, factors.bs[2]] if inside else factors.bs
+        ys = [y.view(*x.shape[:2], -1, block.head_dim) for y in block.qkv.outputs(normed, thin.h, bs)]
+        q, k, v = ys if len(ys) == 3 else ys[0].split([block.heads[0], block.heads[1], block.heads[1]], dim=2)
+        if block.turns:
+            owns = (None, None)
+            if inside and thin.h is not None:
+                pairs = zip(factors.bs[:2], block.qkv.spans[:2], strict=True)
+                owns = tuple(b if b is None else (thin.h[:, span], b) for b, span in pairs)
+            for t, own in zip((q, k), owns, strict=True):
+                kernels_for(t).rotate(t, rows_of(cos), rows_of(sin), t, thin=own)
+        ctx.block, ctx.keep = block, Keep(ctx)
+        ctx.keep.put(x, rstd, cos, sin, factors, thin)
+        return q, k, v, x.view_as(x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, gq: Tensor, gk: Tensor, gv: Tensor, g: Tensor
+    ) -> tuple[Tensor | None, ...]:
+        block: Block = ctx.block
+        x, rstd, cos, sin, factors, thin = ctx.keep.take()
+        gs = _projected_gradients(block, (gq, gk, gv), cos, sin)
+        rows = rows_of(x)
+        normed, _ = block.first.forward(rows, rstd)
+        d_normed, d_tensors = block.qkv.back(normed, gs, thin, factors, need_x=ctx.needs_input_grad[0])
+        dx = None
+        if d_normed is not None:
+            dx = block.first.back(d_normed, rows, rstd, rows_of(g)).view(x.shape)
+        return dx, None, None, None, *d_tensors
+
+
+def _projected_gradients(block: Block, gs: Sequence[Tensor], cos: Tensor, sin: Tensor) -> list[Tensor]:
+    """Of the projections' outputs, as rows: turned back, and side by side where one layer made all three."""
+    batch, tokens = gs[0].shape[:2]
+    many, few = block.heads
+    if len(block.qkv.layers) == 1:
+        whole = gs[0].new_empty(batch, tokens, many + 2 * few, block.head_dim)
+        rooms = list(whole.split([many, few, few], dim=2))
+    else:
+        whole = None
+        rooms = [g.new_empty(g.shape) if block.turns and i < 2 else g for i, g in enumerate(gs)]
+    for i, (g, room) in enumerate(zip(gs, rooms, strict=True)):
+        if block.turns and i < 2:
+            kernels_for(g).rotate(g, rows_of(cos), rows_of(sin), room, back=True)
+        elif room is not g:
+            room.copy_(g)
+    return [g.reshape(batch * tokens, -1) for g in (rooms if whole is None else [whole])]
+
+
+# ------------------------------------------------------------------ the second half
+
+
+class TailKept(NamedTuple):
+    middle: Tensor | None
+    rstd: Tensor
+    out: Thin
+    unit: UnitKept
+
+
+class TailFactors(NamedTuple):
+    out: Factors
+    unit: tuple[Factors, Factors]
+
+    @staticmethod
+    def of(block: Block, dtype: torch.dtype) -> TailFactors:
+        out, entry, down = factors_of([block.out, block.unit.entry, block.unit.down], dtype)
+        return TailFactors(out, (entry, down))
+
+
+def tail_tensors(block: Block) -> list[Tensor]:
+    return [*block.out.tensors(), *block.unit.entry.tensors(), *block.unit.down.tensors()]
+
+
+def tail_forward(
+    block: Block, x: Tensor | None, o: Tensor, factors: TailFactors, middle: Tensor | None = None, want: bool = True
+) -> tuple[Tensor | None, TailKept]:
+    """From the attention's output to the block's; without that where only what is kept is wanted."""
+    out = block.out.thin(o, factors.out.a)
+    if middle is None:
+        middle = _through(block.out.layers[0], o, out, factors.out, x)
+    normed, rstd = block.second.forward(middle)
+    y, unit = unit_forward(block.unit, normed, factors.unit, middle, want)
+    return y, TailKept(middle, rstd, out, unit)
+
+
+def tail_back(
+    block: Block, g: Tensor, o: Tensor, kept: TailKept, factors: TailFactors
+) -> tuple[Tensor, Tensor, list[Tensor | None]]:
+    """The gradients of x, of o, and of the factors."""
+    assert kept.middle is not None
+    normed, _ = block.second.forward(kept.middle, kept.rstd)
+    d_normed, d_unit = unit_back(block.unit, g, normed, kept.unit, factors.unit)
+    del normed
+    d_middle = block.second.back(d_normed, kept.middle, kept.rstd, g)
+    d_o, d_out = block.out.back(o, [d_middle], kept.out, factors.out)
+    assert d_o is not None
+    return d_middle, d_o, [*d_out, *d_unit]
+
+
+class Tail(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, o: Tensor, block: Block, again: bool, *tensors: Tensor) -> Tensor:
+        factors = TailFactors.of(block, x.dtype)
+        y, kept = tail_forward(block, rows_of(x), rows_of(o), factors)
+        if again:
+            kept = kept._replace(unit=kept.unit._replace(gate_up=None))
+        ctx.block, ctx.keep = block, Keep(ctx)
+        ctx.keep.put(o, kept, factors)
+        assert y is not None
+        return y.view(x.shape)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        o, kept, factors = ctx.keep.take()
+        dx, d_o, d_tensors = tail_back(ctx.block, rows_of(g), rows_of(o), kept, factors)
+        return dx.view(g.shape), d_o.view(o.shape), None, None, *d_tensors
+
+
+# ------------------------------------------------------------------ the whole block, from its input
+
+
+class Whole(torch.autograd.Function):
+    """The block as one function that keeps its input, and its middle where asked to."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, cos: Tensor, sin: Tensor, block: Block, keeps_middle: bool, *tensors: Tensor
+    ) -> Tensor:
+        ctx.random = RandomState.now(x) if block.random else None
+        q, k, v, _ = Front.forward(Unkept(), x, cos, sin, block)
+        y, kept = tail_forward(block, rows_of(x), rows_of(block.attend(q, k, v)), TailFactors.of(block, x.dtype))
+        ctx.block, ctx.keep = block, Keep(ctx)
+        ctx.keep.put(x, cos, sin, kept.middle if keeps_middle else None, *tensors)
+        assert y is not None
+        return y.view(x.shape)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        block: Block = ctx.block
+        x, cos, sin, middle, *tensors = ctx.keep.take()
+        count = len(block.qkv.tensors())
+        first = [t.detach().requires_grad_(t.requires_grad) for t in tensors[:count]]
+        with RandomState.again(ctx.random, x):
+            with torch.enable_grad():
+                again = x.detach().requires_grad_()
+                q, k, v, beside = Front.apply(again, cos, sin, block, *first)  # type: ignore[misc]
+                o = block.attend(q, k, v)
+            factors = TailFactors.of(block, x.dtype)
+            rows = rows_of(o.detach())
+            _, kept = tail_forward(block, rows_of(x), rows, factors, middle, want=False)
+        d_beside, d_o, d_last = tail_back(block, rows_of(g), rows, kept, factors)
+        del kept, rows
+        inputs = [again, *(t for t in first if t.requires_grad)]
+        found = iter(torch.autograd.grad([o, beside], inputs, [d_o.view(o.shape), d_beside.view(x.shape)]))
+        dx = next(found)
+        d_first = [next(found) if t.requires_grad else None for t in first]
+        return dx, None, None, None, None, *d_first, *d_last
+
+
+class Unkept:
+    """Stands in for autograd's context where nothing is kept."""
+
+    def save_for_backward(self, *tensors: Tensor) -> None: ...
+
+
+class RandomState(NamedTuple):
+    """Where the random numbers of a forward pass began, so that a second one draws the same."""
+
+    cpu: Tensor
+    gpu: Tensor | None
+
+    @staticmethod
+    def now(x: Tensor) -> RandomState:
+        return RandomState(torch.get_rng_state(), torch.cuda.get_rng_state(x.device) if x.is_cuda else None)
+
+    @staticmethod
+    @contextmanager
+    def again(state: RandomState | None, x: Tensor) -> Any:
+        if state is None:
+            yield
+            return
+        with torch.random.fork_rng([x.device] if x.is_cuda else []):
+            torch.set_rng_state(state.cpu)
+            if state.gpu is not None:
+                torch.cuda.set_rng_state(state.gpu, x.device)
+            yield
+
+
+def run_block(x: Tensor, cos: Tensor, sin: Tensor, block: Block, level: str) -> Tensor:
+    """The block's output, keeping what `level` says."""
+    first, last = block.qkv.tensors(), tail_tensors(block)
+    if level in ("middle", "input"):
+        return Whole.apply(x, cos, sin, block, level == "middle", *first, *last)  # type: ignore[return-value]
+    q, k, v, beside = Front.apply(x, cos, sin, block, *first)  # type: ignore[misc]
+    o = block.attend(q, k, v)
+    return Tail.apply(beside, o, block, level == "gate_up", *last)  # type: ignore[return-value]

@@ -1,0 +1,477 @@
+"""The pieces of pieces.py for a GPU: each reads its inputs once and writes its result once.
+
+All arithmetic is in fp32, rounded where a tensor is written. Rows may lie apart (slices of a fused projection), so
+every kernel takes the distance between rows; the last axis is contiguous.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+import triton  # pyright: ignore[reportMissingImports]
+import triton.language as tl  # pyright: ignore[reportMissingImports]
+from torch import Tensor
+from triton.language.extra import libdevice  # pyright: ignore[reportMissingImports]
+
+from veneer.kernels.pieces import Pair
+
+__all__ = [
+    "add_product",
+    "glu",
+    "glu_back",
+    "rms_norm",
+    "rms_norm_back",
+    "rotate",
+    "thin_glu",
+    "thin_glu_back",
+    "token_losses_",
+]
+
+ACTS = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3}
+WIDE = 1024  # columns of a gated unit that one program does
+GLU_TILE = (32, 128, 4)  # rows, columns and warps of a program that adds adapters and multiplies
+BACK_TILE = (64, 64, 4)  # rows, columns and warps of a program that goes back through a gated unit
+CHUNK = 8192  # logits that one program holds at a time
+
+
+def _on(x: Tensor) -> AbstractContextManager[object]:
+    """Triton launches on the current device, which may be another one than x's."""
+    return nullcontext() if x.device.index == torch.cuda.current_device() else torch.cuda.device(x.device)
+
+
+# ------------------------------------------------------------------ norms
+
+
+@triton.jit
+def _rms_norm(x, w, y, rstd, x_row, n, eps, OFFSET: tl.constexpr, KNOWN: tl.constexpr, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    at = tl.arange(0, BLOCK)
+    inside = at < n
+    raw = tl.load(x + row * x_row + at, mask=inside, other=0.0)
+    wide = raw.to(tl.float32)
+    if KNOWN:
+        r = tl.load(rstd + row)
+    else:
+        r = tl.rsqrt(tl.sum(wide * wide, 0) / n + eps)
+        tl.store(rstd + row, r)
+    gain = tl.load(w + at, mask=inside, other=0.0).to(tl.float32)
+    if OFFSET == 0.0:  # noqa: SIM108
+        out = (wide * r).to(raw.dtype).to(tl.float32) * gain
+    else:
+        out = wide * r * (gain + OFFSET)
+    tl.store(y + row * n + at, out.to(raw.dtype), mask=inside)
+
+
+def rms_norm(
+    x: Tensor, w: Tensor, eps: float, offset: float = 0.0, rstd: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    t, n = x.shape
+    y, known = torch.empty((t, n), dtype=x.dtype, device=x.device), rstd is not None
+    rstd = rstd if rstd is not None else torch.empty(t, dtype=torch.float32, device=x.device)
+    if t:
+        block = triton.next_power_of_2(n)
+        with _on(x):
+            _rms_norm[(t,)](x, w, y, rstd, x.stride(0), n, eps, offset, known, block, num_warps=_warps(block))
+    return y, rstd
+
+
+@triton.jit
+def _rms_norm_back(g, x, rstd, w, plus, dx, n, OFFSET: tl.constexpr, PLUS: tl.constexpr, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    at = tl.arange(0, BLOCK)
+    inside = at < n
+    r = tl.load(rstd + row)
+    raw = tl.load(x + row * n + at, mask=inside, other=0.0)
+    normed = raw.to(tl.float32) * r
+    gain = tl.load(w + at, mask=inside, other=0.0).to(tl.float32) + OFFSET
+    wg = tl.load(g + row * n + at, mask=inside, other=0.0).to(tl.float32) * gain
+    out = r * (wg - normed * (tl.sum(wg * normed, 0) / n))
+    if PLUS:
+        out += tl.load(plus + row * n + at, mask=inside, other=0.0).to(tl.float32)
+    tl.store(dx + row * n + at, out.to(raw.dtype), mask=inside)
+
+
+def rms_norm_back(
+    g: Tensor, x: Tensor, rstd: Tensor, w: Tensor, offset: float = 0.0, plus: Tensor | None = None
+) -> Tensor:
+    t, n = x.shape
+    g, x = g.contiguous(), x.contiguous()
+    plus = plus.contiguous() if plus is not None else None
+    dx = torch.empty_like(x)
+    if t:
+        block = triton.next_power_of_2(n)
+        with _on(x):
+            _rms_norm_back[(t,)](
+                g, x, rstd, w, plus if plus is not None else x, dx, n, offset, plus is not None, block,
+                num_warps=_warps(block),
+            )  # fmt: skip
+    return dx
+
+
+def _warps(block: int) -> int:
+    return min(16, max(1, block // 512))
+
+
+# ------------------------------------------------------------------ gated units
+
+
+@triton.jit
+def _tanh(x):
+    return 2 * tl.sigmoid(2 * x) - 1
+
+
+@triton.jit
+def _act(x, ACT: tl.constexpr):
+    if ACT == 0:
+        return x * tl.sigmoid(x)
+    elif ACT == 1:
+        return 0.5 * x * (1 + libdevice.erf(x * 0.7071067811865476))
+    elif ACT == 2:
+        return 0.5 * x * (1 + _tanh(0.7978845608028654 * (x + 0.044715 * x * x * x)))
+    else:
+        return tl.maximum(x, 0.0)
+
+
+@triton.jit
+def _slope(x, ACT: tl.constexpr):
+    if ACT == 0:
+        s = tl.sigmoid(x)
+        return s * (1 + x * (1 - s))
+    elif ACT == 1:
+        return 0.5 * (1 + libdevice.erf(x * 0.7071067811865476)) + x * 0.3989422804014327 * tl.exp(-0.5 * x * x)
+    elif ACT == 2:
+        t = _tanh(0.7978845608028654 * (x + 0.044715 * x * x * x))
+        return 0.5 * (1 + t) + 0.5 * x * (1 - t * t) * 0.7978845608028654 * (1 + 0.134145 * x * x)
+    else:
+        return tl.where(x > 0, 1.0, 0.0)
+
+
+@triton.jit
+def _glu(gate, up, y, gate_row, up_row, n, ACT: tl.constexpr, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < n
+    raw = tl.load(gate + row * gate_row + at, mask=inside, other=0.0)
+    u = tl.load(up + row * up_row + at, mask=inside, other=0.0).to(tl.float32)
+    a = _act(raw.to(tl.float32), ACT).to(raw.dtype).to(tl.float32)  # rounded here, as the plain model does
+    tl.store(y + row * n + at, (a * u).to(raw.dtype), mask=inside)
+
+
+def glu(gate: Tensor, up: Tensor, act: str) -> Tensor:
+    t, n = gate.shape
+    y = torch.empty((t, n), dtype=gate.dtype, device=gate.device)
+    if t:
+        with _on(gate):
+            _glu[(t, triton.cdiv(n, WIDE))](gate, up, y, gate.stride(0), up.stride(0), n, ACTS[act], WIDE, num_warps=4)
+    return y
+
+
+@triton.jit
+def _glu_back(
+    g,
+    gate,
+    up,
+    d_gate,
+    d_up,
+    y,
+    g_row,
+    gate_row,
+    up_row,
+    d_gate_row,
+    d_up_row,
+    n,
+    ACT: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < n
+    raw = tl.load(gate + row * gate_row + at, mask=inside, other=0.0)
+    x = raw.to(tl.float32)
+    u = tl.load(up + row * up_row + at, mask=inside, other=0.0).to(tl.float32)
+    d = tl.load(g + row * g_row + at, mask=inside, other=0.0).to(tl.float32)
+    a = _act(x, ACT)
+    tl.store(y + row * n + at, (a.to(raw.dtype).to(tl.float32) * u).to(raw.dtype), mask=inside)
+    tl.store(d_up + row * d_up_row + at, (d * a).to(raw.dtype), mask=inside)
+    tl.store(d_gate + row * d_gate_row + at, (d * u * _slope(x, ACT)).to(raw.dtype), mask=inside)
+
+
+def glu_back(g: Tensor, gate: Tensor, up: Tensor, act: str, d_gate: Tensor, d_up: Tensor) -> Tensor:
+    t, n = gate.shape
+    y = torch.empty((t, n), dtype=gate.dtype, device=gate.device)
+    if t:
+        with _on(gate):
+            _glu_back[(t, triton.cdiv(n, WIDE))](
+                g, gate, up, d_gate, d_up, y, g.stride(0), gate.stride(0), up.stride(0), d_gate.stride(0),
+                d_up.stride(0), n, ACTS[act], WIDE, num_warps=4,
+            )  # fmt: skip
+    return y
+
+
+@triton.jit
+def _thin(h, b, rows, columns, t, n, r, h_row, b_row, b_column, R: tl.constexpr, EXACT: tl.constexpr):
+    """A tile of h B^T, with B's rows b_row and its columns b_column apart."""
+    at = tl.arange(0, R)
+    left = tl.load(h + rows[:, None] * h_row + at[None, :], mask=(rows[:, None] < t) & (at[None, :] < r), other=0.0)
+    right = tl.load(
+        b + columns[None, :] * b_row + at[:, None] * b_column,
+        mask=(columns[None, :] < n) & (at[:, None] < r),
+        other=0.0,
+    )
+    return tl.dot(left, right, input_precision="ieee" if EXACT else "tf32"), left
+
+
+@triton.jit
+def _thin_glu(
+    gate, up, y, hg, bg, hu, bu, t, n, rg, ru, gate_row, up_row, hg_row, bg_row, hu_row, bu_row,
+    ACT: tl.constexpr, RG: tl.constexpr, RU: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    EXACT: tl.constexpr,
+):  # fmt: skip
+    rows = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+    columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    inside = (rows[:, None] < t) & (columns[None, :] < n)
+    raw = tl.load(gate + rows[:, None] * gate_row + columns[None, :], mask=inside, other=0.0)
+    x = raw.to(tl.float32)
+    u = tl.load(up + rows[:, None] * up_row + columns[None, :], mask=inside, other=0.0).to(tl.float32)
+    if RG:
+        own, _ = _thin(hg, bg, rows, columns, t, n, rg, hg_row, bg_row, 1, RG, EXACT)
+        x += own
+    if RU:
+        own, _ = _thin(hu, bu, rows, columns, t, n, ru, hu_row, bu_row, 1, RU, EXACT)
+        u += own
+    a = _act(x, ACT)
+    tl.store(y + rows[:, None] * n + columns[None, :], (a * u).to(raw.dtype), mask=inside)
+
+
+def thin_glu(gate: Tensor, up: Tensor, act: str, gate_thin: Pair, up_thin: Pair) -> Tensor:
+    t, n = gate.shape
+    y = torch.empty((t, n), dtype=gate.dtype, device=gate.device)
+    (hg, bg, rg, wide_g), (hu, bu, ru, wide_u) = _padded(gate_thin, gate), _padded(up_thin, gate)
+    if t:
+        with _on(gate):
+            _thin_glu[(triton.cdiv(t, GLU_TILE[0]), triton.cdiv(n, GLU_TILE[1]))](
+                gate, up, y, hg, bg, hu, bu, t, n, rg, ru, gate.stride(0), up.stride(0), hg.stride(0), bg.stride(0),
+                hu.stride(0), bu.stride(0), ACTS[act], wide_g, wide_u, *GLU_TILE[:2], gate.dtype == torch.float32,
+                num_warps=GLU_TILE[2],
+            )  # fmt: skip
+    return y
+
+
+def _padded(thin: Pair, like: Tensor) -> tuple[Tensor, Tensor, int, int]:
+    """h, B, their rank, and the rank that a tile has; 0 where there is no adapter."""
+    if thin is None:
+        return like, like, 0, 0
+    rank = thin[0].shape[1]
+    return *thin, rank, max(16, triton.next_power_of_2(rank))
+
+
+@triton.jit
+def _thin_glu_back(
+    g, gate, up, d_gate, d_up, hg, bg, hu, bu, d, a, into_a, into_g, into_u, t, n, rg, ru, rd, steps,
+    g_row, gate_row, up_row, d_gate_row, d_up_row, hg_row, bg_row, hu_row, bu_row, d_row, a_row,
+    ACT: tl.constexpr, RG: tl.constexpr, RU: tl.constexpr, RD: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, EXACT: tl.constexpr,
+):  # fmt: skip
+    columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    part = tl.program_id(1)
+    precision: tl.constexpr = "ieee" if EXACT else "tf32"
+    sum_a = tl.zeros((RD if RD else 16, COLUMNS), tl.float32)
+    sum_g = tl.zeros((RG if RG else 16, COLUMNS), tl.float32)
+    sum_u = tl.zeros((RU if RU else 16, COLUMNS), tl.float32)
+    for step in range(0, steps):
+        rows = ((part * steps + step) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+        inside = (rows[:, None] < t) & (columns[None, :] < n)
+        raw = tl.load(gate + rows[:, None] * gate_row + columns[None, :], mask=inside, other=0.0)
+        x = raw.to(tl.float32)
+        u = tl.load(up + rows[:, None] * up_row + columns[None, :], mask=inside, other=0.0).to(tl.float32)
+        w = tl.load(g + rows[:, None] * g_row + columns[None, :], mask=inside, other=0.0).to(tl.float32)
+        if RG:
+            own, left_g = _thin(hg, bg, rows, columns, t, n, rg, hg_row, bg_row, 1, RG, EXACT)
+            x += own
+        if RU:
+            own, left_u = _thin(hu, bu, rows, columns, t, n, ru, hu_row, bu_row, 1, RU, EXACT)
+            u += own
+        if RD:
+            own, left_d = _thin(d, a, rows, columns, t, n, rd, d_row, 1, a_row, RD, EXACT)
+            w += own
+        active = _act(x, ACT)
+        dg = (w * u * _slope(x, ACT)).to(raw.dtype)
+        du = (w * active).to(raw.dtype)
+        tl.store(d_gate + rows[:, None] * d_gate_row + columns[None, :], dg, mask=inside)
+        tl.store(d_up + rows[:, None] * d_up_row + columns[None, :], du, mask=inside)
+        if RD:
+            sum_a = tl.dot(tl.trans(left_d), (active * u).to(raw.dtype), sum_a, input_precision=precision)
+        if RG:
+            sum_g = tl.dot(tl.trans(left_g), dg, sum_g, input_precision=precision)
+        if RU:
+            sum_u = tl.dot(tl.trans(left_u), du, sum_u, input_precision=precision)
+    if RD:
+        _keep(into_a, sum_a, part, columns, rd, n, RD)
+    if RG:
+        _keep(into_g, sum_g, part, columns, rg, n, RG)
+    if RU:
+        _keep(into_u, sum_u, part, columns, ru, n, RU)
+
+
+@triton.jit
+def _keep(into, total, part, columns, r, n, R: tl.constexpr):
+    """One part's sum; parts are added up afterwards, always in the same order."""
+    at = tl.arange(0, R)[:, None]
+    tl.store(into + (part * r + at) * n + columns[None, :], total, mask=(at < r) & (columns[None, :] < n))
+
+
+def thin_glu_back(
+    g: Tensor, gate: Tensor, up: Tensor, act: str, d_gate: Tensor, d_up: Tensor,
+    gate_thin: Pair, up_thin: Pair, down: Pair,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
+    t, n = gate.shape
+    rows, columns, warps = BACK_TILE
+    parts = max(1, min(triton.cdiv(t, rows), 1056 // triton.cdiv(n, columns)))  # eight programs for each multiprocessor
+    steps = triton.cdiv(triton.cdiv(t, rows), parts)
+    (hg, bg, rg, wide_g), (hu, bu, ru, wide_u), (d, a, rd, wide_d) = (
+        _padded(thin, gate) for thin in (gate_thin, up_thin, down)
+    )
+    sums = [torch.empty((parts, r, n), dtype=torch.float32, device=g.device) if r else g for r in (rd, rg, ru)]
+    with _on(g):
+        _thin_glu_back[(triton.cdiv(n, columns), parts)](
+            g, gate, up, d_gate, d_up, hg, bg, hu, bu, d, a, *sums, t, n, rg, ru, rd, steps,
+            *(each.stride(0) for each in (g, gate, up, d_gate, d_up, hg, bg, hu, bu, d, a)),
+            ACTS[act], wide_g, wide_u, wide_d, rows, columns, gate.dtype == torch.float32, num_warps=warps,
+        )  # fmt: skip
+    da, dg, du = (s.sum(0) if r else None for s, r in zip(sums, (rd, rg, ru), strict=True))
+    return da, dg if dg is None else dg.T, du if du is None else du.T
+
+
+# ------------------------------------------------------------------ rotary positions
+
+
+@triton.jit
+def _rotate(
+    x, cos, sin, y, h, b, x_batch, x_row, x_head, y_batch, y_row, y_head, h_row, b_row, t, rows, positions, n, half, r,
+    BACK: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, R: tl.constexpr, EXACT: tl.constexpr,
+):  # fmt: skip
+    places = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+    head = tl.program_id(1).to(tl.int64)
+    at = tl.arange(0, BLOCK)
+    inside = (places[:, None] < t) & (at[None, :] < half)
+    angle = (places % positions)[:, None] * 2 * half + at[None, :]
+    c1 = tl.load(cos + angle, mask=inside, other=0.0).to(tl.float32)
+    c2 = tl.load(cos + angle + half, mask=inside, other=0.0).to(tl.float32)
+    s1 = tl.load(sin + angle, mask=inside, other=0.0).to(tl.float32)
+    s2 = tl.load(sin + angle + half, mask=inside, other=0.0).to(tl.float32)
+    batch, row = (places // rows)[:, None], (places % rows)[:, None]
+    here = x + batch * x_batch + row * x_row + head * x_head + at[None, :]
+    there = y + batch * y_batch + row * y_row + head * y_head + at[None, :]
+    raw = tl.load(here, mask=inside, other=0.0)
+    first = raw.to(tl.float32)
+    second = tl.load(here + half, mask=inside, other=0.0).to(tl.float32)
+    if R:
+        channel = head * 2 * half + at
+        end = head * 2 * half + half
+        own, _ = _thin(h, b, places, channel, t, end, r, h_row, b_row, 1, R, EXACT)
+        first += own
+        own, _ = _thin(h, b, places, channel + half, t, end + half, r, h_row, b_row, 1, R, EXACT)
+        second += own
+    if BACK:
+        tl.store(there, (first * c1 + second * s2).to(raw.dtype), mask=inside)
+        tl.store(there + half, (second * c2 - first * s1).to(raw.dtype), mask=inside)
+    else:
+        tl.store(there, (first * c1 - second * s1).to(raw.dtype), mask=inside)
+        tl.store(there + half, (second * c2 + first * s2).to(raw.dtype), mask=inside)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor, back: bool = False, thin: Pair = None) -> Tensor:
+    batch, rows, heads, d = x.shape
+    if x.stride(-1) != 1:
+        x = x.contiguous()
+    h, b, r, wide = _padded(thin, x)
+    if batch * rows:
+        with _on(x):
+            _rotate[(triton.cdiv(batch * rows, 32), heads)](
+                x, cos, sin, out, h, b, *x.stride()[:3], *out.stride()[:3], h.stride(0), b.stride(0), batch * rows,
+                rows, cos.shape[0], heads * d, d // 2, r, back, 32, max(16, triton.next_power_of_2(d // 2)), wide,
+                x.dtype == torch.float32, num_warps=4,
+            )  # fmt: skip
+    return out
+
+
+# ------------------------------------------------------------------ thin products
+
+
+@triton.jit
+def _add_product(
+    c,
+    h,
+    b,
+    y,
+    t,
+    n,
+    r,
+    c_row,
+    h_row,
+    b_row,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    R: tl.constexpr,
+    EXACT: tl.constexpr,
+):
+    rows = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+    columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    thin = tl.arange(0, R)
+    left = tl.load(h + rows[:, None] * h_row + thin[None, :], mask=(rows[:, None] < t) & (thin[None, :] < r), other=0.0)
+    right = tl.load(
+        b + columns[None, :] * b_row + thin[:, None], mask=(columns[None, :] < n) & (thin[:, None] < r), other=0.0
+    )
+    inside = (rows[:, None] < t) & (columns[None, :] < n)
+    old = tl.load(c + rows[:, None] * c_row + columns[None, :], mask=inside, other=0.0)
+    product = tl.dot(left, right, input_precision="ieee" if EXACT else "tf32")
+    tl.store(y + rows[:, None] * n + columns[None, :], (old.to(tl.float32) + product).to(old.dtype), mask=inside)
+
+
+def add_product(c: Tensor, h: Tensor, b: Tensor) -> Tensor:
+    (t, n), r = c.shape, h.shape[1]
+    if r > 128:
+        return torch.addmm(c, h, b.T)
+    y = torch.empty((t, n), dtype=c.dtype, device=c.device)
+    if t:
+        with _on(c):
+            _add_product[(triton.cdiv(t, 64), triton.cdiv(n, 128))](
+                c, h, b, y, t, n, r, c.stride(0), h.stride(0), b.stride(0), 64, 128,
+                max(16, triton.next_power_of_2(r)), c.dtype == torch.float32, num_warps=4,
+            )  # fmt: skip
+    return y
+
+
+# ------------------------------------------------------------------ the loss
+
+
+@triton.jit
+def _token_losses(logits, labels, losses, row_size, v: tl.constexpr, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    at = tl.arange(0, BLOCK)
+    here = logits + row * row_size
+    label = tl.load(labels + row)
+    wanted = tl.load(here + label).to(tl.float32)
+    largest = float("-inf")
+    total = 0.0
+    for start in range(0, v, BLOCK):
+        z = tl.load(here + start + at, mask=start + at < v, other=float("-inf")).to(tl.float32)
+        more = tl.maximum(largest, tl.max(z, 0))
+        total = total * tl.exp(largest - more) + tl.sum(tl.exp(z - more), 0)
+        largest = more
+    tl.store(losses + row, largest + tl.log(total) - wanted)
+    for start in range(0, v, BLOCK):
+        raw = tl.load(here + start + at, mask=start + at < v, other=float("-inf"))
+        d = tl.exp(raw.to(tl.float32) - largest) / total
+        d = tl.where(start + at == label, d - 1.0, d)
+        tl.store(here + start + at, d.to(raw.dtype), mask=start + at < v)
+
+
+def token_losses_(logits: Tensor, labels: Tensor) -> Tensor:
+    t, v = logits.shape
+    losses = torch.empty(t, dtype=torch.float32, device=logits.device)
+    if t:
+        with _on(logits):
+            _token_losses[(t,)](logits, labels, losses, logits.stride(0), v, CHUNK, num_warps=16)
+    return losses

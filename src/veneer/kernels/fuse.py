@@ -1,0 +1,311 @@
+"""The fast path of a whole model: its blocks, gated units and norms run as the functions of block.py.
+
+    veneer.fuse(model)               what was replaced, and what was not, and why
+    veneer.fuse(model, "input")      the same, keeping block inputs only and computing the rest again
+    veneer.unfuse(model)             every module its own class back
+
+Instances change their class, as adapters do it in core/host.py; no class or function of transformers is touched, names
+and keys stay, and whatever cannot run so - another build, a hook, an adapter that is no plain LoRA, evaluation, a
+cache - runs by the module's own forward. What that means is settled by experiment: each kind of block that is taken is
+run both ways on a few tokens, forwards and backwards, and left alone where the two differ.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections import Counter
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from veneer.core.host import plain_modules
+from veneer.errors import ConfigError, StateError
+from veneer.kernels.block import LEVELS, Block, norm, run_block, run_mlp
+from veneer.kernels.parts import (
+    BlockParts,
+    block_parts,
+    mlp_parts,
+    norm_parts,
+)
+
+__all__ = ["Fused", "fuse", "is_fused", "set_recompute", "unfuse"]
+
+TOKENS = 7  # that a block is tried on
+
+
+# ------------------------------------------------------------------ what fuse did
+
+
+@dataclass
+class Fused:
+    """What runs fused, by kind, and what does not, with the reason."""
+
+    replaced: Counter[str] = field(default_factory=Counter)
+    skipped: dict[str, str] = field(default_factory=dict)  # module -> why
+    recompute: str = "none"
+
+    def __str__(self) -> str:
+        counts = ", ".join(f"{n} {kind}" for kind, n in self.replaced.items()) or "nothing"
+        lines = [f"fused: {counts} (recompute {self.recompute})"]
+        reasons = Counter(self.skipped.values())
+        for why, count in reasons.items():
+            first = next(name for name, reason in self.skipped.items() if reason == why)
+            lines.append(f"plain: {first}{f' and {count - 1} more' if count > 1 else ''}: {why}")
+        return "\n".join(lines)
+
+
+# ------------------------------------------------------------------ classes
+
+
+class FusedModule(nn.Module):
+    """What fused modules share. `fused` lies in the instance's dict: the parts, and what is kept."""
+
+    fused: FusedState
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return _rebuild, type(self).__bases__, self.__dict__
+
+    def plain(self, why: str, *args: Any, **kwargs: Any) -> Any:
+        """By the module's own forward; the reason is said once for each."""
+        say_once(self.fused, why)
+        return super().forward(*args, **kwargs)
+
+
+@dataclass
+class FusedState:
+    parts: Any
+    recompute: str = "none"
+    name: str = ""
+
+
+_said: set[tuple[str, str]] = set()
+
+
+def say_once(state: FusedState, why: str) -> None:
+    kind = type(state.parts).__name__
+    if (kind, why) not in _said:
+        _said.add((kind, why))
+        warnings.warn(f"{state.name or 'a fused module'} and its like run plainly, and slower: {why}", stacklevel=4)
+
+
+def _is_resting(x: Tensor) -> bool:
+    """Nothing to gain: no gradients are wanted."""
+    return not torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.is_autocast_enabled(x.device.type)
+
+
+class FusedBlock(FusedModule):
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if args or _is_resting(hidden_states) or kwargs.get("past_key_values") is not None:
+            return super().forward(hidden_states, *args, **kwargs)
+        block = _block_now(self.fused.parts, hidden_states, kwargs)
+        if isinstance(block, str):
+            return self.plain(block, hidden_states, **kwargs)
+        cos, sin = kwargs["position_embeddings"]
+        return run_block(hidden_states, cos, sin, block, self.fused.recompute)
+
+
+PASSED_ON = ("past_key_values", "use_cache", "position_embeddings", "attention_mask", "position_ids")
+
+
+def _block_now(parts: BlockParts, x: Tensor, kwargs: dict[str, Any]) -> Block | str:
+    """The block as it is at this call: adapters, dropout and hooks may have changed since the last."""
+    positions = kwargs.get("position_embeddings")
+    if not isinstance(positions, tuple) or positions[0].shape[-1] != parts.attention.head_dim:
+        return "its positions do not rotate whole heads"
+    first, second, unit = parts.first.now(x.dtype), parts.second.now(x.dtype), parts.mlp.now(x.dtype)
+    attention = parts.attention.now(x.dtype)
+    for part in (first, second, unit, attention):
+        if isinstance(part, str):
+            return part
+    if any(drop.p and drop.training for drop in parts.drops):
+        return "it drops out of its residual stream"
+    options = {key: value for key, value in kwargs.items() if key not in PASSED_ON}
+    qkv, out = attention
+    attend = parts.attention.attend(*positions, kwargs.get("attention_mask"), options)
+    dropout = parts.attention.module.attention_dropout if parts.attention.module.training else 0.0
+    groups = (qkv, out, unit.entry, unit.down)
+    is_random = bool(dropout) or any(layer.dropout for group in groups for layer in group.layers)
+    turns = parts.attention.head_norms is None
+    return Block(
+        first, qkv, parts.attention.heads, parts.attention.head_dim, turns, out, second, unit, attend, is_random
+    )
+
+
+class FusedMlp(FusedModule):
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if args or kwargs or _is_resting(x):
+            return super().forward(x, *args, **kwargs)
+        unit = self.fused.parts.now(x.dtype)
+        if isinstance(unit, str):
+            return self.plain(unit, x)
+        return run_mlp(x, unit, self.fused.recompute != "none")
+
+
+class FusedNorm(FusedModule):
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if args or kwargs or _is_resting(x) or not x.requires_grad:
+            return super().forward(x, *args, **kwargs)
+        spec = self.fused.parts.now(x.dtype)
+        return self.plain(spec, x) if isinstance(spec, str) else norm(x, spec)
+
+
+@cache
+def fused_class(kind: type, base: type) -> type:
+    return type(f"Fused{base.__name__}", (kind, base), {"__module__": kind.__module__})
+
+
+def _rebuild(kind: type, base: type) -> Any:
+    made = fused_class(kind, base)
+    return made.__new__(made)
+
+
+# ------------------------------------------------------------------ fuse
+
+
+def fuse(model: nn.Module, recompute: str = "none", *, verbose: bool = True) -> Fused:
+    """Run what can run fused so, in place. `recompute` says what is kept for the backward pass: none (all that it
+    needs), gate_up, middle, or input (see kernels/block.py). Prints, and returns, what was done."""
+    if recompute not in LEVELS:
+        raise ConfigError(f"recompute={recompute!r} is none of {', '.join(LEVELS)}")
+    if is_fused(model):
+        raise StateError("this model is fused already", fix="veneer.unfuse(model) first, or set_recompute(model, ...)")
+    report = Fused(recompute=recompute)
+    modules = plain_modules(model)
+    taken: set[int] = set()
+    for name, module in modules.items():
+        if _looks_like_block(module) and _take(module, name, FusedBlock, block_parts(module), recompute, report):
+            taken |= {id(inside) for inside in module.modules()}
+    for name, module in modules.items():
+        if id(module) not in taken and hasattr(module, "down_proj") and not isinstance(module, nn.ModuleList):
+            _take(module, name, FusedMlp, mlp_parts(module), recompute, report)
+    for name, module in modules.items():
+        if _looks_like_norm(module) and (id(module) not in taken or name.endswith(("q_norm", "k_norm"))):
+            _take(module, name, FusedNorm, norm_parts(module), recompute, report)
+    if not report.replaced and not report.skipped:
+        report.skipped[type(model).__name__] = "no part of it is of a build that is known"
+    if verbose:
+        print(report)
+    return report
+
+
+def _looks_like_block(module: nn.Module) -> bool:
+    return hasattr(module, "self_attn") and hasattr(module, "mlp")
+
+
+def _looks_like_norm(module: nn.Module) -> bool:
+    return "RMSNorm" in type(module).__name__ or isinstance(module, nn.RMSNorm)
+
+
+def _take(module: nn.Module, name: str, kind: type, parts: Any, recompute: str, report: Fused) -> bool:
+    """Change the module's class, if its parts are known and it proves to be what they say."""
+    if isinstance(parts, str):
+        report.skipped[name] = parts
+        return False
+    before = type(module)
+    module.__class__ = fused_class(kind, before)
+    module.__dict__["fused"] = FusedState(parts, recompute, name)
+    if kind is FusedBlock and (why := _differs(module)) is not None:
+        _restore(module)
+        report.skipped[name] = why
+        return False
+    report.replaced[{FusedBlock: "blocks", FusedMlp: "gated units", FusedNorm: "norms"}[kind]] += 1
+    return True
+
+
+def _restore(module: nn.Module) -> None:
+    module.__class__ = type(module).__bases__[1]
+    del module.__dict__["fused"]
+
+
+def unfuse(model: nn.Module) -> nn.Module:
+    """Give every fused module its own class back."""
+    for module in model.modules():
+        if isinstance(module, FusedModule):
+            _restore(module)
+    return model
+
+
+def is_fused(model: nn.Module) -> bool:
+    return any(isinstance(module, FusedModule) for module in model.modules())
+
+
+def set_recompute(model: nn.Module, recompute: str) -> None:
+    """What fused blocks keep from now on."""
+    if recompute not in LEVELS:
+        raise ConfigError(f"recompute={recompute!r} is none of {', '.join(LEVELS)}")
+    for module in model.modules():
+        if isinstance(module, FusedModule):
+            module.fused.recompute = recompute
+
+
+# ------------------------------------------------------------------ the experiment
+
+
+def _differs(block: nn.Module) -> str | None:
+    """Run the block both ways on a few tokens. None where they agree; else what is wrong."""
+    parts: BlockParts = block.fused.parts  # type: ignore[union-attr]
+    weight = parts.first.module._parameters["weight"]
+    assert weight is not None
+    if weight.is_meta:
+        return None
+    x = _trial(len(weight), weight)
+    angle = torch.linspace(0, 1, TOKENS * parts.attention.head_dim // 2, device=weight.device).view(1, TOKENS, -1)
+    angle = torch.cat([angle, angle], -1)
+    positions = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
+    with _at_rest(block), torch.random.fork_rng([x.device] if x.is_cuda else []):
+        fused = _outcome(block, x, positions)
+        if isinstance(fused, str):
+            return fused
+        plain = _outcome(_Plainly(block), x, positions)
+    if isinstance(plain, str):
+        return plain
+    near = 1e-3 if x.dtype in (torch.float32, torch.float64) else 5e-2
+    for mine, own in zip(fused, plain, strict=True):
+        off = float((mine - own).float().norm() / own.float().norm().clamp_min(1e-30))
+        if not off <= near:
+            return f"its own forward gives something else (off by {off:.1%})"
+    return None
+
+
+class _Plainly:
+    """The same block by its own forward."""
+
+    def __init__(self, block: nn.Module) -> None:
+        self.block = block
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return super(FusedModule, self.block).forward(*args, **kwargs)  # type: ignore[misc]
+
+
+def _trial(width: int, like: Tensor) -> Tensor:
+    values = torch.sin(torch.arange(TOKENS * width, device=like.device) * math.sqrt(2))
+    return values.view(1, TOKENS, width).to(like.dtype)
+
+
+@contextmanager
+def _at_rest(block: nn.Module) -> Any:
+    """Without dropout, and every module's mode as it was afterwards."""
+    modes = {module: module.training for module in block.modules()}
+    block.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
+def _outcome(block: Any, x: Tensor, positions: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor] | str:
+    with torch.enable_grad():
+        x = x.clone().requires_grad_()
+        try:
+            y = block(x, position_embeddings=positions, attention_mask=None, position_ids=None)
+            y = y[0] if isinstance(y, tuple) else y
+            (d,) = torch.autograd.grad(y, x, torch.cos(y.detach()))
+        except (TypeError, ValueError, RuntimeError, AttributeError, KeyError) as error:
+            return f"it does not run by itself ({type(error).__name__}: {error})"
+    return y.detach(), d

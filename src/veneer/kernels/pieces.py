@@ -1,0 +1,205 @@
+"""What lies between the matrix products of a decoder block, each piece as one pass over memory.
+
+    piece          computes                                                  keeps for its backward
+    rms_norm       x / sqrt(mean x^2 + eps) * (w + offset)                   x and one number a row
+    glu            act(gate) * up                                            gate and up; the product is rebuilt
+    rotate         rotary positions                                          nothing: back is the other way round
+    add_product    c + h B^T for a thin B                                    nothing
+    token_losses_  cross entropy of logits, which become their gradient      nothing
+
+These functions are the specification. On a GPU the kernels of cuda.py do the same without intermediate tensors in
+memory; they are held to this file by tests. VENEER_KERNELS=plain keeps a GPU on these.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from functools import cache
+from importlib.util import find_spec
+from types import ModuleType
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor
+
+__all__ = [
+    "ACTIVATIONS",
+    "Pair",
+    "add_product",
+    "glu",
+    "glu_back",
+    "kernels_for",
+    "rms_norm",
+    "rms_norm_back",
+    "rotate",
+    "thin_glu",
+    "thin_glu_back",
+    "token_losses_",
+]
+
+Pair = tuple[Tensor, Tensor] | None
+"""h (tokens, r) and B (out, r) of an adapter, where there is one."""
+
+ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu")
+
+
+def kernels_for(x: Tensor) -> Any:
+    """The module whose functions run for `x`: this one, or its twin for GPUs."""
+    return _gpu() if x.is_cuda and x.dtype in (torch.bfloat16, torch.float16, torch.float32) else _plain()
+
+
+def _plain() -> ModuleType:
+    return sys.modules[__name__]
+
+
+@cache
+def _gpu() -> ModuleType:
+    if os.environ.get("VENEER_KERNELS") == "plain" or find_spec("triton") is None:
+        return _plain()
+    from veneer.kernels import cuda
+
+    return cuda
+
+
+def _wide(t: Tensor) -> Tensor:
+    return t.to(torch.promote_types(t.dtype, torch.float32))
+
+
+# ------------------------------------------------------------------ norms
+
+
+def rms_norm(
+    x: Float[Tensor, "t n"], w: Float[Tensor, " n"], eps: float, offset: float = 0.0, rstd: Tensor | None = None
+) -> tuple[Float[Tensor, "t n"], Float[Tensor, " t"]]:
+    """The normed rows and 1 / their size; `rstd` where that is known already."""
+    wide = _wide(x)
+    if rstd is None:
+        rstd = torch.rsqrt(wide.square().mean(-1) + eps)
+    normed = wide * rstd[:, None]
+    if offset:  # Gemma multiplies before it rounds, Llama after
+        return (normed * (_wide(w) + offset)).to(x.dtype), rstd
+    return normed.to(x.dtype) * w, rstd
+
+
+def rms_norm_back(
+    g: Float[Tensor, "t n"],
+    x: Float[Tensor, "t n"],
+    rstd: Float[Tensor, " t"],
+    w: Float[Tensor, " n"],
+    offset: float = 0.0,
+    plus: Float[Tensor, "t n"] | None = None,
+) -> Float[Tensor, "t n"]:
+    """The gradient of x, and `plus` on top: what flows past the norm beside it."""
+    normed = _wide(x) * rstd[:, None]
+    wg = _wide(g) * (_wide(w) + offset)
+    dx = rstd[:, None] * (wg - normed * (wg * normed).mean(-1, keepdim=True))
+    return (dx if plus is None else dx + _wide(plus)).to(x.dtype)
+
+
+# ------------------------------------------------------------------ gated units
+
+
+def _activate(x: Tensor, act: str) -> Tensor:
+    if act == "gelu_tanh":
+        return F.gelu(x, approximate="tanh")
+    return {"silu": F.silu, "gelu": F.gelu, "relu": F.relu}[act](x)
+
+
+def glu(gate: Float[Tensor, "t m"], up: Float[Tensor, "t m"], act: str) -> Float[Tensor, "t m"]:
+    return _activate(gate, act) * up
+
+
+def glu_back(
+    g: Float[Tensor, "t m"],
+    gate: Float[Tensor, "t m"],
+    up: Float[Tensor, "t m"],
+    act: str,
+    d_gate: Tensor,
+    d_up: Tensor,
+) -> Float[Tensor, "t m"]:
+    """Writes the two gradients where they are wanted and returns act(gate) * up, rebuilt. `d_gate` may be `g`."""
+    wide = _wide(gate).detach().requires_grad_()
+    with torch.enable_grad():
+        y = _activate(wide, act)
+    y_gate, product = torch.autograd.grad(y, wide, _wide(g) * _wide(up))[0], (y.detach() * up).to(gate.dtype)
+    d_up.copy_(_wide(g) * y.detach())
+    d_gate.copy_(y_gate)
+    return product
+
+
+def thin_glu(gate: Tensor, up: Tensor, act: str, gate_thin: Pair, up_thin: Pair) -> Tensor:
+    """`glu` of gate + h B^T and up + h B^T: the adapters' share is added where it is used, and never written."""
+    return glu(_with(gate, gate_thin), _with(up, up_thin), act)
+
+
+def thin_glu_back(
+    g: Tensor, gate: Tensor, up: Tensor, act: str, d_gate: Tensor, d_up: Tensor,
+    gate_thin: Pair, up_thin: Pair, down: Pair,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
+    """`glu_back` of the same, with g + d A for the gradient that arrives; `down` is (d, A). Instead of the product it
+    returns what that is needed for: d^T product (r, m), and h^T d_gate and h^T d_up, transposed to (m, r)."""
+    g = g if down is None else torch.addmm(g, down[0], down[1])
+    product = glu_back(g, _with(gate, gate_thin), _with(up, up_thin), act, d_gate, d_up)
+    da = None if down is None else down[0].T @ product
+    return da, *(None if t is None else d.T @ t[0] for t, d in ((gate_thin, d_gate), (up_thin, d_up)))
+
+
+def _with(y: Tensor, thin: Pair) -> Tensor:
+    return y if thin is None else torch.addmm(y, thin[0], thin[1].T)
+
+
+# ------------------------------------------------------------------ rotary positions
+
+
+def rotate(
+    x: Float[Tensor, "batch p heads d"],
+    cos: Float[Tensor, "rows d"],
+    sin: Float[Tensor, "rows d"],
+    out: Float[Tensor, "batch p heads d"],
+    back: bool = False,
+    thin: Pair = None,
+) -> Tensor:
+    """x cos + turned(x) sin, with `turned` (a, b) -> (-b, a) on halves; `back` is the transpose. `out` may be x.
+
+    cos and sin hold a row for each position, or for each position of each row of the batch. `thin`: of x + h B^T.
+    """
+    if thin is not None:
+        x = x + (thin[0] @ thin[1].T).view(x.shape)
+    shape = (-1, x.shape[1], 1, x.shape[-1])
+    half = x.shape[-1] // 2
+    (c1, c2), (s1, s2) = (_wide(t).view(shape).split(half, -1) for t in (cos, sin))
+    a, b = _wide(x[..., :half]), _wide(x[..., half:])
+    if back:
+        first, second = a * c1 + b * s2, b * c2 - a * s1
+    else:
+        first, second = a * c1 - b * s1, b * c2 + a * s2
+    out[..., :half] = first.to(x.dtype)
+    out[..., half:] = second.to(x.dtype)
+    return out
+
+
+# ------------------------------------------------------------------ thin products
+
+
+def add_product(
+    c: Float[Tensor, "t out"], h: Float[Tensor, "t r"], b: Float[Tensor, "out r"]
+) -> Float[Tensor, "t out"]:
+    """c + h B^T in fresh memory."""
+    return torch.addmm(c, h, b.T)
+
+
+# ------------------------------------------------------------------ the loss
+
+
+def token_losses_(logits: Float[Tensor, "t v"], labels: Int[Tensor, " t"]) -> Float[Tensor, " t"]:
+    """Each row's cross entropy. The logits' memory then holds the gradient of the sum of these."""
+    wide = _wide(logits)
+    size = torch.logsumexp(wide, -1, keepdim=True)
+    losses = size[:, 0] - wide.gather(1, labels[:, None])[:, 0]
+    d = (wide - size).exp()
+    d.scatter_add_(1, labels[:, None], -torch.ones_like(d[:, :1]))
+    logits.copy_(d)
+    return losses

@@ -1,0 +1,376 @@
+"""The law of the fast path: fused and plain models have one loss and one gradient, over
+
+    builds x what is kept x targets x bias x dropout (the same masks) x how adapters act x dtype x how rows are given
+
+All adapter parameters are moved first. A module that cannot run fused runs plainly, and says so.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import pickle
+import warnings
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    GemmaConfig,
+    GPT2Config,
+    LlamaConfig,
+    MistralConfig,
+    Phi3Config,
+    PhiConfig,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+import veneer
+from veneer import LoRA
+from veneer.core.model import parameters
+from veneer.errors import ConfigError, StateError
+from veneer.kernels.block import LEVELS
+from veneer.kernels.fuse import FusedModule, fuse, is_fused, set_recompute, unfuse
+from veneer.tasks.cross_entropy import chunked_cross_entropy
+
+SIZES: dict[str, Any] = {
+    "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "vocab_size": 97, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+DROPS = ("resid_pdrop", "embd_pdrop", "attn_pdrop")
+BUILDS: dict[str, Callable[[], Any]] = {
+    "llama": lambda: LlamaConfig(**SIZES),
+    "llama-biased": lambda: LlamaConfig(**SIZES, attention_bias=True, mlp_bias=True),
+    "mistral": lambda: MistralConfig(**SIZES, sliding_window=5),
+    "qwen2": lambda: Qwen2Config(**SIZES),
+    "qwen3": lambda: Qwen3Config(**SIZES, head_dim=8),
+    "gemma": lambda: GemmaConfig(**SIZES, head_dim=16),
+    "gemma2": lambda: Gemma2Config(**SIZES, head_dim=16),
+    "phi3": lambda: Phi3Config(**SIZES),
+    "phi": lambda: PhiConfig(**SIZES),
+    "gpt2": lambda: GPT2Config(
+        n_embd=32, n_layer=2, n_head=4, vocab_size=97, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0
+    ),
+}
+WHOLE = ("llama", "llama-biased", "mistral", "qwen2", "qwen3", "gemma", "phi3")  # builds whose blocks are taken
+NEAR = 2e-5  # transformers norms in fp32 even where the model is in fp64
+
+
+def model_of(build: str, dtype: torch.dtype = torch.float64, **spec: Any) -> nn.Module:
+    torch.manual_seed(0)
+    attention = "eager" if build == "gemma2" else "sdpa"
+    model = AutoModelForCausalLM.from_config(BUILDS[build](), attn_implementation=attention).to(dtype)
+    for p in model.parameters():
+        if p.ndim == 1:  # biases start at zero and gains at one; what is forgotten must show
+            nn.init.normal_(p, 0.5, 0.3)
+    veneer.attach(model, LoRA(rank=4, alpha=6, **({"targets": "all-linear"} | spec)))
+    return spread(model)
+
+
+def spread(model: nn.Module) -> nn.Module:
+    torch.manual_seed(1)
+    for p in parameters(model).values():
+        nn.init.normal_(p, std=0.2)
+    return model.train()
+
+
+def outcome(model: nn.Module, rows: int = 2, **inputs: Any) -> dict[str, Tensor]:
+    """The loss and all gradients, from a fixed place in the random numbers."""
+    torch.manual_seed(2)
+    for p in model.parameters():
+        p.grad = None
+    ids = torch.randint(3, 97, (rows, 11))
+    torch.manual_seed(3)
+    hidden = model.base_model(input_ids=ids, use_cache=False, **inputs)[0]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        head = model.get_output_embeddings()  # type: ignore[operator]
+    loss = chunked_cross_entropy(hidden[:, :-1], ids[:, 1:], head, rows=7)
+    loss.backward()
+    return {"loss": loss.detach(), **{n: p.grad for n, p in model.named_parameters() if p.grad is not None}}
+
+
+def agree(got: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
+    assert got.keys() == wanted.keys()
+    assert len(wanted) > 1
+    for name, value in wanted.items():
+        off = (got[name].double() - value.double()).norm() / value.double().norm().clamp_min(1e-12)
+        assert off <= NEAR, f"{name} is off by {off:.2g}"
+
+
+@pytest.fixture(autouse=True)
+def may_say_so() -> Any:
+    """What runs plainly says so; the tests here that are about it look."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*run plainly")
+        yield
+
+
+@pytest.mark.parametrize("build", BUILDS)
+@pytest.mark.parametrize("level", LEVELS)
+def test_fused_and_plain_are_one(build: str, level: str) -> None:
+    model = model_of(build)
+    wanted = outcome(model)
+    report = fuse(model, level, verbose=False)
+    assert (report.replaced["blocks"] == 2) == (build in WHOLE)
+    agree(outcome(model), wanted)
+
+
+@pytest.mark.parametrize("build", WHOLE)
+@pytest.mark.parametrize("level", ["none", "input"])
+def test_in_half_precision_fused_is_as_near_the_truth_as_plain(build: str, level: str) -> None:
+    model = model_of(build, torch.bfloat16)
+    exact = outcome(copy.deepcopy(model).double())
+    plain = distance(outcome(model), exact)
+    fuse(model, level, verbose=False)
+    fused = distance(outcome(model), exact)
+    assert fused <= 1.2 * plain + 1e-3
+
+
+def distance(got: dict[str, Tensor], wanted: dict[str, Tensor]) -> float:
+    """Of all gradients together, relative to their size."""
+    assert got.keys() == wanted.keys()
+    off = sum(float((got[n].double() - w).square().sum()) for n, w in wanted.items())
+    return (off / sum(float(w.double().square().sum()) for w in wanted.values())) ** 0.5
+
+
+TARGETS = {
+    "all": "all-linear",
+    "queries": ["q_proj", "v_proj"],
+    "one side": ["gate_proj", "k_proj"],
+    "last": ["down_proj", "o_proj"],
+    "one block": r".*layers\.1\..*up_proj",
+}
+
+
+def adapters_plain(model: nn.Module) -> Any:
+    return nullcontext()
+
+
+def adapters_two(model: nn.Module) -> Any:
+    veneer.attach(model, LoRA(rank=3, alpha=9, targets=["q_proj", "up_proj", "down_proj"]), name="second")
+    spread(model)
+    veneer.activate(model, {"default": 0.7, "second": -1.3})
+    return nullcontext()
+
+
+def adapters_routed(model: nn.Module) -> Any:
+    veneer.attach(model, LoRA(rank=3, alpha=9, targets=["q_proj", "up_proj"]), name="second")
+    spread(model)
+    return veneer.routed(model, ["second", "default"])
+
+
+def adapters_frozen_base(model: nn.Module) -> Any:
+    """One adapter trained, one beside it as it is."""
+    adapters_two(model)
+    for name, p in model.named_parameters():
+        p.requires_grad_(".second." in name)
+    return nullcontext()
+
+
+ACTING = {
+    "one": adapters_plain,
+    "two": adapters_two,
+    "routed": adapters_routed,
+    "one of two trained": adapters_frozen_base,
+}
+PRODUCT = list(itertools.product(TARGETS, [0.0, 0.3], ACTING, LEVELS))
+
+
+@pytest.mark.parametrize("targets,dropout,acting,level", PRODUCT, ids=["-".join(map(str, p)) for p in PRODUCT])
+def test_the_law_over_adapters(targets: str, dropout: float, acting: str, level: str) -> None:
+    model = model_of("llama-biased", targets=TARGETS[targets], dropout=dropout)
+    with ACTING[acting](model):
+        wanted = outcome(model)
+        fuse(model, level, verbose=False)
+        agree(outcome(model), wanted)
+
+
+SPECS: dict[str, dict[str, Any]] = {
+    "dora": {"combine": "dora"},
+    "pissa": {"init": "pissa"},
+    "vera": {"delta": "vera"},
+    "lora bias": {"bias": "lora_only"},
+    "rslora": {"scaling": "rslora"},
+    "trained norms": {"modules_to_save": ["input_layernorm", "norm"]},
+    "trained head": {"modules_to_save": ["lm_head"]},
+    "adapted head": {"targets": ["lm_head", "q_proj", "down_proj"]},
+    "adapted embedding": {"targets": ["embed_tokens", "v_proj"]},
+}
+
+
+@pytest.mark.parametrize("spec", SPECS)
+@pytest.mark.parametrize("level", LEVELS)
+def test_the_law_over_kinds_of_adapters(spec: str, level: str) -> None:
+    model = model_of("llama", **SPECS[spec])
+    wanted = outcome(model)
+    fuse(model, level, verbose=False)
+    agree(outcome(model), wanted)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_padded_packed_and_single_rows(level: str, attention: str) -> None:
+    model = model_of("llama")
+    model.set_attn_implementation(attention)  # type: ignore[operator]
+    padded = torch.ones(2, 11, dtype=torch.long)
+    padded[0, 6:] = 0
+    packed = torch.tensor([[*range(4), *range(7)], [*range(11)]])
+    ways: list[dict[str, Any]] = [{"rows": 1}, {"attention_mask": padded}, {"position_ids": packed}]
+    wanted = [outcome(model, **way) for way in ways]
+    fuse(model, level, verbose=False)
+    for way, value in zip(ways, wanted, strict=True):
+        agree(outcome(model, **way), value)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_attention_that_drops_out_draws_the_same_masks(level: str) -> None:
+    model = model_of("llama", dropout=0.2)
+    model.set_attn_implementation("eager")  # type: ignore[operator]
+    for module in model.modules():
+        if hasattr(module, "attention_dropout"):
+            module.attention_dropout = 0.3
+    wanted = outcome(model)
+    fuse(model, level, verbose=False)
+    agree(outcome(model), wanted)
+
+
+# ------------------------------------------------------------------ around it
+
+
+def test_generation_and_evaluation_run_as_before() -> None:
+    model = model_of("llama").eval()
+    ids = torch.randint(3, 97, (2, 5))
+    with torch.no_grad():
+        wanted = model(input_ids=ids).logits
+        written = model.generate(ids, max_new_tokens=4, do_sample=False)  # type: ignore[operator]
+        fuse(model, verbose=False)
+        assert torch.equal(model(input_ids=ids).logits, wanted)
+        assert torch.equal(model.generate(ids, max_new_tokens=4, do_sample=False), written)  # type: ignore[operator]
+
+
+def test_unfuse_gives_every_class_back() -> None:
+    model = model_of("qwen3")
+    before = {name: (type(m), set(vars(m))) for name, m in model.named_modules()}
+    keys = list(model.state_dict())
+    fuse(model, verbose=False)
+    assert is_fused(model)
+    assert list(model.state_dict()) == keys
+    with pytest.raises(StateError, match="fused already"):
+        fuse(model)
+    unfuse(model)
+    assert {name: (type(m), set(vars(m))) for name, m in model.named_modules()} == before
+
+
+def test_classes_of_the_library_stay_as_they_are() -> None:
+    from transformers.models.llama import modeling_llama as library
+
+    before = {name: dict(vars(kind)) for name, kind in vars(library).items() if isinstance(kind, type)}
+    fuse(model_of("llama"), verbose=False)
+    assert all(dict(vars(getattr(library, name))) == held for name, held in before.items())
+
+
+def test_adapters_may_come_and_go_on_a_fused_model() -> None:
+    model = model_of("llama")
+    wanted = outcome(model)
+    veneer.detach(model)
+    fuse(model, verbose=False)
+    veneer.attach(model, LoRA(rank=4, alpha=6, targets="all-linear"))
+    agree(outcome(spread(model)), wanted)
+
+
+def test_a_fused_model_is_copied_and_pickled_fused() -> None:
+    model = model_of("llama")
+    wanted = outcome(model)
+    fuse(model, verbose=False)
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert is_fused(twin)
+        agree(outcome(twin), wanted)
+        assert all(p.grad is not None for p in parameters(twin).values())
+
+
+def test_transformers_own_checkpointing_goes_around_a_fused_block() -> None:
+    model = model_of("llama")
+    wanted = outcome(model)
+    fuse(model, verbose=False)
+    model.activation_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+    agree(outcome(model), wanted)
+
+
+def test_a_hook_is_not_passed_by() -> None:
+    model = model_of("llama")
+    seen: list[int] = []
+    model.model.layers[0].mlp.up_proj.register_forward_hook(lambda *_: seen.append(0))  # type: ignore[union-attr]
+    wanted = outcome(model)
+    fuse(model, verbose=False)
+    seen.clear()
+    with pytest.warns(UserWarning, match=r"layers\.0.*run plainly, and slower: a hook hangs on it"):
+        from veneer.kernels import fuse as home
+
+        home._said.clear()
+        agree(outcome(model), wanted)
+    assert seen
+
+
+class Odd(nn.Module):
+    """Looks like a block of Llama and does something else."""
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        for name, child in block.named_children():
+            setattr(self, name, child)
+
+    def forward(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
+        own = self.self_attn(self.input_layernorm(hidden_states), **kwargs)[0]
+        return hidden_states + 0.5 * own + self.mlp(self.post_attention_layernorm(hidden_states))
+
+
+def test_a_block_that_only_looks_the_part_is_left_alone_and_named() -> None:
+    model = model_of("llama")
+    model.model.layers[1] = Odd(model.model.layers[1])  # type: ignore[union-attr, operator, index]
+    wanted = outcome(model)
+    report = fuse(model, verbose=False)
+    assert report.replaced["blocks"] == 1
+    assert "gives something else" in report.skipped["model.layers.1"]
+    assert "plain: model.layers.1: its own forward gives something else" in str(report)
+    agree(outcome(model), wanted)
+
+
+def test_a_model_of_no_known_build_is_said_to_run_plainly(capsys: pytest.CaptureFixture[str]) -> None:
+    report = fuse(nn.Sequential(nn.Linear(2, 2)))
+    assert not report.replaced
+    assert "plain: Sequential: no part of it is of a build that is known" in capsys.readouterr().out
+
+
+def test_an_unknown_level_names_the_known_ones() -> None:
+    with pytest.raises(ConfigError, match="none, gate_up, middle, input"):
+        fuse(model_of("llama"), "half")
+    with pytest.raises(ConfigError, match="none, gate_up, middle, input"):
+        set_recompute(model_of("llama"), "half")
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_what_is_kept_is_what_the_level_says(level: str) -> None:
+    """In numbers for each token of a block, against what block.py's table says, with a little for the thin products."""
+    model = model_of("llama", torch.float32)
+    fuse(model, level, verbose=False)
+    held: dict[int, int] = {}
+
+    def count(t: Tensor) -> Tensor:
+        if t.untyped_storage().data_ptr() not in known:
+            held[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        return t
+
+    known = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    with torch.autograd.graph.saved_tensors_hooks(count, lambda t: t):
+        model.base_model(input_ids=torch.randint(3, 97, (2, 512)), use_cache=False)
+    wanted = {"none": 32 * 2 + 32 + 16 * 2 + 32 + 96, "gate_up": 32 * 2 + 32 + 16 * 2 + 32, "middle": 64, "input": 32}
+    per_token = sum(held.values()) / 4 / 1024 / 2
+    assert per_token <= wanted[level] + 32 / 2 + 60  # the last norm's input, positions, h and factors
+    assert not [m for m in model.modules() if isinstance(m, FusedModule) and m.fused.recompute != level]
