@@ -1,135 +1,162 @@
-"""Adapter, whole model or last layers: which wins on a small encoder, and from how many rows.
+"""What a training step of each method costs: time and memory of every delta with every combine rule, beside PEFT's.
 
-    python benchmarks/methods.py                           a small grid, for a CPU (about half an hour)
-    python benchmarks/methods.py --full --jobs 12          every cell, two seeds, for a GPU (about five minutes)
+    python benchmarks/methods.py [--layers 2] [--width 1024] [--tokens 256] [--dtype float32] [--device cpu]
 
-all-MiniLM-L6-v2 (22.7 M parameters) learns the sentiment of film reviews from 40 to 4,000 rows; the figure is the
-accuracy on 1,000 others, at the best of five rates for each method. It is what `veneer.advise.recommend` knows of small
-models and small data, beside what has been written about them. Raw rows go to benchmarks/results/methods.json.
+A step is a forward and a backward pass of a Llama of the given shape with rank 16 on all seven linears. All candidates
+run in one process, in turn, round after round; a ratio is the median of the ratios within a round. Columns:
+
+    step        time of a step, that of plain LoRA (ours) = 1                              DoRA: at most 1.25
+    peft        the same for PEFT's, with PEFT's plain LoRA = 1
+    peft/ours   PEFT's time over ours
+    saved       MiB kept for the backward pass, parameters not counted
+    peak        MiB at the highest point of a step, above what lay there before it
 """
 
 from __future__ import annotations
 
+import argparse
+import copy
 import json
-import math
+import statistics
+import sys
 import time
-from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-RESULTS = Path(__file__).parent / "results" / "methods.json"
-RATES = {
-    "lora r8": [2e-4, 5e-4, 1e-3, 2e-3, 4e-3],
-    "lora r32": [2e-4, 5e-4, 1e-3, 2e-3, 4e-3],
-    "full": [2e-5, 5e-5, 1e-4, 2e-4, 4e-4],
-    "freeze 2": [5e-5, 1e-4, 2e-4, 5e-4, 1e-3],
-    "head": [5e-4, 1e-3, 2e-3, 5e-3, 1e-2],
-}
-ROWS = {40: 8, 200: 6, 1000: 4, 4000: 2}  # rows -> epochs
-BATCH = 16
+import torch
+from beside import METHODS, Common, ours, theirs
+from torch import Tensor, nn
+
+from core import TARGETS, Peak, llama, ratio
+from veneer.core.combine import COMBINES
+
+KINDS = {name: method for name, method in METHODS.items() if method.kind == "delta"}
+MIB = 2**20
 
 
-def place(model: Any, method: str) -> dict[str, Any]:
-    from veneer.core.model import attach, parameters
-    from veneer.core.spec import LoRA
-
-    if method.startswith("lora"):
-        rank = int(method.split("r")[-1])
-        attach(model, LoRA(rank=rank, alpha=2 * rank, modules_to_save=["classifier"]))
-        return parameters(model, "default")
-    model.requires_grad_(method == "full")
-    model.classifier.requires_grad_(True)
-    if method == "freeze 2":
-        for block in model.bert.encoder.layer[-2:]:
-            block.requires_grad_(True)
-    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+def candidates(base: nn.Module) -> dict[str, nn.Module]:
+    """Models that share the base's parameters: only the adapters are their own."""
+    common, found = Common(16, 32, tuple(TARGETS)), {}
+    for name, method in KINDS.items():
+        for rule in COMBINES:
+            model = _twin(base)
+            ours(model, replace(method, fields=method.fields | {"combine": rule}), common)
+            found[f"{name} {rule}"] = model
+        if method.config is not None:
+            found[f"peft {name} add"] = theirs(_twin(base), method, common)[0]
+    found["peft lora dora"] = theirs(_twin(base), METHODS["dora"], common)[0]
+    return found
 
 
-def train(base: Any, method: str, rate: float, count: int, seed: int, rows: Any, val: Any, device: str) -> float:
-    """Accuracy after the run."""
-    import copy
-
-    import torch
-    import torch.nn.functional as F
-
-    from veneer.train.optim import adamw, set_rate
-
-    torch.manual_seed(seed)
-    model = copy.deepcopy(base)
-    model.classifier.reset_parameters()
-    trained = place(model, method)
-    optimizer = adamw(trained, lora_plus_ratio=1.0, weight_decay=0.0)
-    chosen = torch.randperm(len(rows[1]))[:count]
-    order = torch.cat([chosen[torch.randperm(count)] for _ in range(ROWS[count])])
-    steps = math.ceil(len(order) / BATCH)
-    for step in range(steps):
-        some = order[step * BATCH : (step + 1) * BATCH].to(device)
-        set_rate(optimizer, rate * min(1, (step + 1) / 5) * 0.5 * (1 + math.cos(math.pi * step / steps)))
-        F.cross_entropy(logits(model, rows[0], some), rows[1][some]).backward()
-        torch.nn.utils.clip_grad_norm_(list(trained.values()), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-    model.eval()
-    with torch.no_grad():
-        parts = torch.arange(len(val[1]), device=device).split(250)
-        right = sum(int((logits(model, val[0], part).argmax(-1) == val[1][part]).sum()) for part in parts)
-    return right / len(val[1])
+def _twin(base: nn.Module) -> nn.Module:
+    return copy.deepcopy(base, {id(p): p for p in base.parameters()})
 
 
-def logits(model: Any, encoded: dict[str, Any], some: Any) -> Any:
-    longest = int(encoded["attention_mask"][some].sum(1).max())
-    return model(**{name: value[some, :longest] for name, value in encoded.items()}).logits.float()
+def step(model: nn.Module, x: Tensor) -> Callable[[], None]:
+    def call() -> None:
+        model(inputs_embeds=x).logits.float().square().mean().backward()
+        if x.is_cuda:
+            torch.cuda.synchronize()
+
+    return call
 
 
-def read(folder: str, path: Path, device: str) -> tuple[dict[str, Any], Any]:
-    import torch
-    from transformers import AutoTokenizer
+def in_turn(calls: dict[str, Callable[[], None]], count: int, clock: Callable[[], float]) -> dict[str, list[float]]:
+    """Seconds of each call, one after the other, `count` times after a round that is not counted.
 
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    encoded = tokenizer([r["text"] for r in rows], padding=True, truncation=True, max_length=96, return_tensors="pt")
-    labels = torch.tensor([int(r["label"] == "positive") for r in rows], device=device)
-    return {name: encoded[name].to(device) for name in ("input_ids", "attention_mask")}, labels
+    On a CPU with one thread the clock is CPU time, which other programs do not move.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    for i in range(count + 1):
+        for name, call in calls.items():
+            start = clock()
+            call()
+            if i:
+                seconds[name].append(clock() - start)
+    return seconds
 
 
-def work(jobs: Any, results: Any, folder: str, data: str, until: float) -> None:
-    import torch
-    import transformers
+def saved_mib(model: nn.Module, x: Tensor) -> float:
+    held, own = {}, {p.untyped_storage().data_ptr() for p in (*model.parameters(), *model.buffers())}
 
-    torch.set_num_threads(1)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    loaded = transformers.AutoModelForSequenceClassification.from_pretrained(folder, num_labels=2, dtype=torch.float32)
-    base = loaded.to(device).train()
-    rows, val = (read(folder, Path(data) / f"{split}.jsonl", device) for split in ("train", "val"))
-    while (job := jobs.get()) is not None and time.time() < until:
-        results.put((*job, train(base, *job, rows, val, device)))
-    results.put(None)
+    def pack(t: Tensor) -> Tensor:
+        storage = t.untyped_storage()
+        if storage.data_ptr() not in own:
+            held[storage.data_ptr()] = storage.nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        loss = model(inputs_embeds=x).logits.float().square().mean()
+    total = sum(held.values()) / MIB
+    del loss
+    return total
+
+
+def peak_mib(model: nn.Module, x: Tensor) -> float:
+    if not x.is_cuda:
+        with Peak() as peak:
+            step(model, x)()
+        return peak.peak / MIB
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    step(model, x)()
+    return (torch.cuda.max_memory_allocated() - before) / MIB
+
+
+def measure(args: argparse.Namespace) -> dict[str, dict[str, float]]:
+    dtype = getattr(torch, args.dtype)
+    base = llama(args.layers, args.width).to(args.device, dtype).requires_grad_(False)
+    x = torch.randn(1, args.tokens, args.width, device=args.device, dtype=dtype, requires_grad=True)
+    models = {name: model.to(args.device).train() for name, model in candidates(base).items()}
+    clock = time.perf_counter if x.is_cuda else time.process_time
+    seconds = in_turn({name: step(model, x) for name, model in models.items()}, args.count, clock)
+    found = {}
+    for name, model in models.items():
+        found[name] = {"ms": 1e3 * statistics.median(seconds[name])}
+        found[name]["step"] = ratio(seconds[name], seconds["peft lora add" if "peft" in name else "lora add"])
+        if f"peft {name}" in seconds:
+            found[name]["peft/ours"] = ratio(seconds[f"peft {name}"], seconds[name])
+        found[name] |= {"saved MiB": saved_mib(model, x), "peak MiB": peak_mib(model, x)}
+    return found
+
+
+def show(found: dict[str, dict[str, float]]) -> None:
+    print(f"{'':16}{'step':>8}{'peft':>8}{'peft/ours':>11}{'saved':>10}{'peft':>8}{'peak':>10}{'peft':>8}")
+    for name, own in found.items():
+        if name.startswith("peft"):
+            continue
+        peer = found.get(f"peft {name}", {})
+        cells = [own["step"], peer.get("step"), own.get("peft/ours"), own["saved MiB"], peer.get("saved MiB")]
+        cells += [own["peak MiB"], peer.get("peak MiB")]
+        widths = (8, 8, 11, 10, 8, 10, 8)
+        print(
+            f"{name:16}",
+            *(f"{'' if c is None else f'{c:.2f}':>{w}}" for c, w in zip(cells, widths, strict=True)),
+            sep="",
+        )
 
 
 def main() -> None:
-    import sweep  # beside this file
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--layers", type=int, default=2)
+    parser.add_argument("--width", type=int, default=1024)
+    parser.add_argument("--tokens", type=int, default=256)
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--count", type=int, default=7, help="rounds")
+    parser.add_argument("--json", type=Path, help="write the figures here")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    found = measure(args)
+    show(found)
+    if args.json:
+        import peft
 
-    options = sweep.parser(__doc__, RESULTS).parse_args()
-    if options.model is None or options.data is None:
-        from veneer.assets import data_file, model_folder
-
-        options.model, options.data = str(model_folder("minilm")), str(data_file("sentiment", "train").parent)
-    sizes = sorted(ROWS) if options.full else [40, 200]
-    seeds = (0, 1, 2) if options.full else (0,)
-    wanted = [(m, rate, n, seed) for n in sizes for seed in seeds for m, rates in RATES.items() for rate in rates]
-    report(sweep.run(wanted, ("method", "rate", "rows", "seed", "accuracy"), work, options))
-
-
-def report(rows: list[dict[str, Any]]) -> None:
-    cells: dict[tuple[int, str], dict[float, list[float]]] = defaultdict(lambda: defaultdict(list))
-    for row in rows:
-        cells[row["rows"], row["method"]][row["rate"]].append(row["accuracy"])
-    print(f"{'rows':>5}  {'method':9} {'best rate':>9} {'accuracy':>8}  accuracy by rate")
-    for (count, method), rates in sorted(cells.items()):
-        means = {rate: sum(found) / len(found) for rate, found in rates.items()}
-        best = max(means, key=lambda r: means[r])
-        curve = " ".join(f"{rate:.0e}:{100 * means[rate]:.1f}" for rate in sorted(means))
-        print(f"{count:5}  {method:9} {best:9.0e} {100 * means[best]:8.1f}  {curve}", flush=True)
+        device = torch.cuda.get_device_name() if "cuda" in args.device else "one thread of a CPU"
+        about = {"torch": torch.__version__, "peft": peft.__version__, "device": device, "command": sys.argv}
+        about |= {key: getattr(args, key) for key in ("layers", "width", "tokens", "dtype", "count")}
+        args.json.write_text(json.dumps({"about": about, "rows": found}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -3,8 +3,8 @@
     lr = 2e-4  x  (8e9 / parameters) ** 0.4  x  (32 / strength) ** 0.5  x  method  x  task  x  data
 
 One rule with an anchor and five corrections. Each has a source, and each was tried: benchmarks/learning_rate.py finds
-the best rate of SmolLM2-135M on 761 shell questions for 22 settings, benchmarks/methods.py that of MiniLM (22.7 M) on
-film reviews (docs/benchmarks.md).
+the best rate of SmolLM2-135M on 761 shell questions for 22 settings, benchmarks/small_data.py that of MiniLM (22.7 M)
+on film reviews (docs/benchmarks.md).
 
     anchor     2e-4 for a 7-8 B model at alpha 32: what Axolotl ships, between QLoRA's 2e-4 at alpha 16
                (arXiv:2305.14314) and Tinker's 2.9e-4

@@ -74,7 +74,7 @@ NOTES = "LoRA: principles and implementation (blog, 2025-04-10)"
 TOOLS = "what Axolotl, LLaMA-Factory and Unsloth ship"
 RULE = "veneer.advise.lr"
 SUMS = "veneer.advise.memory"
-FOUND = "benchmarks/methods.py"
+FOUND = "benchmarks/small_data.py"
 JUDGEMENT = "judgement"
 
 LARGEST_RANK = 256  # the largest rank "LoRA Without Regret" and vLLM both treat as ordinary
