@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from veneer.ckpt.config import OTHER_METHODS, parse
+from veneer.ckpt.inspect import read
 from veneer.ckpt.layout import PREFIX
 from veneer.ckpt.methods import METHODS
 from veneer.ckpt.peft import load, save
@@ -284,6 +285,12 @@ def test_pefts_mixed_up_kronecker_product_is_refused(tmp_path: Path) -> None:
     model.save_pretrained(str(tmp_path))
     with pytest.raises(CheckpointError, match="lokr_w2 of a Conv1d"):
         load(NETS["conv1d"](), tmp_path)
+
+
+def test_inspection_needs_factors_and_says_how_to_get_them(tmp_path: Path) -> None:
+    theirs("LOHA", "plain", tmp_path)
+    with pytest.raises(CheckpointError, match=r"LOHA(.|\n)*convert\(model"):
+        read(tmp_path)
 
 
 def test_a_tensor_that_lacks_and_one_of_another_shape(tmp_path: Path) -> None:

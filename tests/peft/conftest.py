@@ -36,7 +36,9 @@ def spread(model: nn.Module, scale: float = 0.1) -> None:
 def twins(peft: ModuleType, make_model: Callable[..., Any]) -> Callable[..., tuple[Any, Any]]:
     """twins("llama", r=4, ...): (PEFT's model, ours), same base, same config, same moved values."""
 
-    def make(kind: str = "llama", head: str | None = None, **config: Any) -> tuple[Any, Any]:
+    def make(
+        kind: str = "llama", head: str | None = None, method: str = "LoraConfig", **config: Any
+    ) -> tuple[Any, Any]:
         import veneer.peft
 
         models = []
@@ -44,7 +46,7 @@ def twins(peft: ModuleType, make_model: Callable[..., Any]) -> Callable[..., tup
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore" if library is peft else "error")
                 base = make_model(kind, head)
-                models.append(library.get_peft_model(base, library.LoraConfig(**config)).eval())
+                models.append(library.get_peft_model(base, getattr(library, method)(**config)).eval())
         theirs, ours = models
         spread(theirs)
         with warnings.catch_warnings():

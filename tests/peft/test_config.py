@@ -6,7 +6,7 @@ import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,16 +17,41 @@ from veneer.core.model import sites
 from veneer.errors import CheckpointError, ConfigError, TargetError
 from veneer.peft import LoraConfig, PeftConfig, TaskType, get_peft_config, get_peft_model
 from veneer.peft.config import spec_for
-from veneer.peft.targets import BY_TYPE, PATTERNS
+from veneer.peft.targets import BY_TYPE, PATTERNS, default_targets
+
+CONFIGS = {"LoraConfig": {}, "AdaLoraConfig": {"total_step": 9}, "VeraConfig": {}, "LoHaConfig": {}, "LoKrConfig": {}}
 
 
-def test_every_field_of_pefts_with_its_default(peft: ModuleType) -> None:
-    theirs = {f.name: f for f in dataclasses.fields(peft.LoraConfig) if f.init}
-    ours = {f.name: f for f in dataclasses.fields(LoraConfig) if f.init}
-    assert theirs.keys() == ours.keys()
-    a, b = peft.LoraConfig().to_dict(), LoraConfig().to_dict()
-    same = {key for key in a if key not in ("peft_version", "peft_type")}
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_field_of_pefts_with_its_default(name: str, peft: ModuleType) -> None:
+    theirs, ours = getattr(peft, name), getattr(veneer.peft, name)
+    fields = [{f.name for f in dataclasses.fields(kind) if f.init} for kind in (theirs, ours)]
+    assert fields[0] == fields[1]
+    a, b = theirs(**CONFIGS[name]).to_dict(), ours(**CONFIGS[name]).to_dict()
+    same = {key for key in a if key != "peft_version"}
     assert {key: a[key] for key in same} == {key: b[key] for key in same}
+
+
+SERVED: dict[str, Any] = {  # every field of LoraConfig that is served, with a value that asks for something
+    "task_type": "CAUSAL_LM", "peft_type": "LORA", "auto_mapping": {"parent_library": "x"}, "peft_version": "0.1",
+    "base_model_name_or_path": "org/base", "revision": "main", "inference_mode": True, "r": 3, "lora_alpha": 5,
+    "target_modules": ["q_proj"], "exclude_modules": ["v_proj"], "lora_dropout": 0.1, "fan_in_fan_out": True,
+    "bias": "all", "use_rslora": True, "modules_to_save": ["lm_head"], "init_lora_weights": "olora",
+    "layers_to_transform": [1], "layers_pattern": "layers", "rank_pattern": {"q": 2}, "alpha_pattern": {"q": 3},
+    "use_dora": True, "target_parameters": ["experts.w"], "trainable_token_indices": [1, 2],
+    "ensure_weight_tying": True, "lora_bias": True, "loftq_config": {"loftq_bits": 4},
+    "runtime_config": {"ephemeral_gpu_offload": False},
+    "qalora_group_size": 8, "megatron_core": "megatron.core",  # settings of what is refused: nothing by themselves
+}  # fmt: skip
+
+
+def test_every_field_is_served_or_refused(peft: ModuleType) -> None:
+    """A field that a new PEFT invents must be put into one of the two tables, or this fails."""
+    fields = {f.name for f in dataclasses.fields(peft.LoraConfig) if f.init}
+    assert fields == SERVED.keys() | {f for f in REFUSED if f not in SERVED}
+    for name, value in SERVED.items():
+        needs = {"layers_pattern": {"layers_to_transform": [0]}, "layers_to_transform": {"target_modules": ["q"]}}
+        assert getattr(LoraConfig(**{name: value, **needs.get(name, {})}), name) is not None
 
 
 def test_default_targets_are_pefts(peft: ModuleType) -> None:
@@ -34,12 +59,16 @@ def test_default_targets_are_pefts(peft: ModuleType) -> None:
 
     assert BY_TYPE.keys() | PATTERNS.keys() == theirs.keys()
     assert all(BY_TYPE.get(kind, PATTERNS.get(kind)) in (targets, set(targets)) for kind, targets in theirs.items())
+    from peft.utils import constants
+
+    for method in ("ADALORA", "VERA", "LOHA", "LOKR"):
+        for kind, targets in getattr(constants, f"TRANSFORMERS_MODELS_TO_{method}_TARGET_MODULES_MAPPING").items():
+            model: Any = torch.nn.Module()
+            model.config = SimpleNamespace(model_type=kind)
+            assert default_targets(model, method) in (targets, set(targets)), (method, kind)
 
 
 REFUSED: dict[str, Any] = {
-    "lora_bias": True,
-    "trainable_token_indices": [1, 2],
-    "loftq_config": {"loftq_bits": 4},
     "eva_config": {"rho": 2.0},
     "corda_config": {},
     "lora_ga_config": {"stable_gamma": 16},
@@ -51,10 +80,9 @@ REFUSED: dict[str, Any] = {
     "use_bdlora": {"nblocks": 2},
     "arrow_config": {"top_k": 2},
     "kasa_config": {"beta": 1.0},
-    "ensure_weight_tying": True,
     "megatron_config": {"hidden_size": 8},
     "peft_type": "ADALORA",
-    "init_lora_weights": "loftq",
+    "init_lora_weights": "pisa",
     "task_type": "CAUSAL",
     "bias": "some",
     "r": 0,
@@ -106,6 +134,19 @@ def test_starts_that_look_at_data(make_model: Callable[..., Any], tokens: torch.
     model = get_peft_model(make_model("llama"), config, data=[{"input_ids": tokens}])
     shared = {layer.slots["default"].delta.rank for layer in sites(model).values()}
     assert len(shared) > 1 and set(config.rank_pattern.values()) == shared  # EVA gives more to layers that need more
+
+
+def test_loftq_starts_nearest_to_the_base_that_will_be(make_model: Callable[..., Any], tokens: torch.Tensor) -> None:
+    """The base becomes what 4 bits make of it, and the adapter starts at what that loses."""
+    base = make_model("llama")
+    weight = base.model.layers[0].self_attn.q_proj.weight.detach().clone()
+    words: dict[str, Any] = {"r": 8, "target_modules": ["q_proj"], "init_lora_weights": "loftq"}
+    model = get_peft_model(base, LoraConfig(**words, loftq_config={"loftq_bits": 4}))
+    layer = model.model.layers[0].self_attn.q_proj
+    cut, change = layer._parameters["weight"].detach(), layer.slots["default"].delta.weight().detach()
+    assert 0 < float((cut + change - weight).norm()) < float((cut - weight).norm())
+    with pytest.raises(ConfigError, match="built for 4 bits"):
+        LoraConfig(**words, loftq_config={"loftq_bits": 2})
 
 
 def test_bare_parameters_need_a_list_beside_them(make_model: Callable[..., Any]) -> None:
@@ -160,8 +201,8 @@ def test_a_file_of_a_newer_version(tmp_path: Path) -> None:
 
 
 def test_an_adapter_of_another_method(tmp_path: Path) -> None:
-    (tmp_path / "adapter_config.json").write_text('{"peft_type": "VERA", "r": 8}')
-    with pytest.raises(ConfigError, match="peft_type='VERA'"):
+    (tmp_path / "adapter_config.json").write_text('{"peft_type": "IA3"}')
+    with pytest.raises(ConfigError, match="peft_type='IA3'"):
         PeftConfig.from_pretrained(tmp_path)
 
 
@@ -187,7 +228,7 @@ def test_importing_the_names_is_cheap() -> None:
     import subprocess
     import sys
 
-    code = "import veneer.peft, sys; assert 'torch' not in sys.modules and 'peft' not in sys.modules"
+    code = "import veneer, sys; veneer.peft; assert 'torch' not in sys.modules and 'peft' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
     code = "from veneer.peft import LoraConfig, PeftModel, get_peft_model; import sys; assert 'peft' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)

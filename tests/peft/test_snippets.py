@@ -337,3 +337,76 @@ def through_the_wrappers(lib: Any, world: World) -> dict[str, Any]:
         "device": str(model.device),
         "rank": model.base_model.peft_config["default"].r,
     }
+
+
+@script
+def new_tokens(lib: Any, world: World) -> dict[str, Any]:
+    base = world.base()
+    base.resize_token_embeddings(390, mean_resizing=False)
+    with torch.no_grad():
+        base.get_input_embeddings().weight[384:] = 0.5
+        base.get_output_embeddings().weight[384:] = 0.25
+    config = lib.LoraConfig(trainable_token_indices={"embed_tokens": [384, 385]}, target_modules=["q_proj"])
+    model = lib.get_peft_model(base, config)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1.0)
+    tokens = torch.tensor([[384, 7, 385, 9]])
+    model(input_ids=tokens, labels=tokens).loss.backward()
+    optimizer.step()
+    state = lib.get_peft_model_state_dict(model, save_embedding_layers=False)
+    return {
+        "rows": state["base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta"],
+        "counts": model.get_nb_trainable_parameters(),
+        "keys": {key for key in state if "embed" in key or "head" in key},
+    }
+
+
+@script
+def other_ranks_in_other_layers(lib: Any, world: World) -> dict[str, Any]:
+    config = lib.LoraConfig(
+        r=8, lora_alpha=16, target_modules="all-linear", use_rslora=True, exclude_modules=["down_proj"],
+        rank_pattern={"^model.layers.0.self_attn.q_proj": 2}, alpha_pattern={"v_proj": 4},
+    )  # fmt: skip
+    model = lib.get_peft_model(world.base(), config)
+    shapes = {key: tuple(value.shape) for key, value in lib.get_peft_model_state_dict(model).items()}
+    return {"shapes": shapes, "counts": model.get_nb_trainable_parameters()}
+
+
+@script
+def two_rates_for_two_factors(lib: Any, world: World) -> dict[str, Any]:
+    create = lib if lib is veneer.peft else __import__("peft.optimizers", fromlist=["x"])
+    config = lib.LoraConfig(r=4, target_modules=["q_proj", "embed_tokens"], modules_to_save=["lm_head"], bias="none")
+    model = lib.get_peft_model(world.base(), config)
+    optimizer = create.create_loraplus_optimizer(
+        model, torch.optim.AdamW, lr=5e-5, loraplus_lr_ratio=16, loraplus_weight_decay=0.1
+    )
+    sizes = [sum(p.numel() for p in group["params"]) for group in optimizer.param_groups]
+    return {"sizes": sizes, "rates": [(group["lr"], group["weight_decay"]) for group in optimizer.param_groups]}
+
+
+@script
+def frozen_in_half_and_trained_in_full(lib: Any, world: World) -> dict[str, Any]:
+    cast = lib if lib is veneer.peft else __import__("peft.utils.other", fromlist=["x"])
+    model = lib.get_peft_model(world.base(), lib.LoraConfig(r=4, task_type="CAUSAL_LM"))
+    cast.cast_mixed_precision_params(model, dtype=torch.bfloat16)
+    return {"types": {(p.dtype, p.requires_grad) for p in model.parameters()}}
+
+
+@script
+def several_merged_at_once(lib: Any, world: World) -> dict[str, Any]:
+    model = lib.PeftModel.from_pretrained(world.base(), world.folder / "a", adapter_name="a")
+    model.load_adapter(str(world.folder / "b"), adapter_name="b")
+    both = model.merge_and_unload(safe_merge=True, adapter_names=["a", "b"])
+    return {"logits": world.run(both, world.tokens), "kind": type(both).__name__}
+
+
+@script
+def adapters_with_the_base_beside_them(lib: Any, world: World) -> dict[str, Any]:
+    model = lib.PeftModel.from_pretrained(world.base(), world.folder / "a", adapter_name="a")
+    model.add_adapter("fresh", lib.LoraConfig(r=4, target_modules=["k_proj"]))
+    seen: dict[str, Any] = {"active": model.active_adapters, "all": sorted(model.peft_config)}
+    model.set_adapter("fresh")
+    seen["fresh is the base yet"] = world.run(model, world.tokens)
+    seen["trained"] = dict(model.get_model_status().requires_grad)
+    model.base_model.set_adapter(["a", "fresh"])
+    seen["both"] = world.run(model, world.tokens)
+    return seen

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -244,6 +245,33 @@ def test_trl_takes_the_object(make_model: Callable[..., Any], tiny_tokenizer: An
     data = datasets.Dataset.from_list(rows)
     trl.SFTTrainer(model=model, args=args, train_dataset=data, processing_class=tiny_tokenizer).train()
     assert not same(before, state(model))
+    saved = PeftModel.from_pretrained(make_model("llama"), tmp_path / "checkpoint-2")
+    tokens = torch.arange(5)[None]
+    assert torch.allclose(saved(tokens).logits, model.eval()(tokens).logits, atol=1e-6)
+
+
+@pytest.mark.slow
+def test_trls_dpo_takes_the_object_beside_a_reference(
+    make_model: Callable[..., Any], tiny_tokenizer: Any, tmp_path: Path
+) -> None:
+    """TRL knows PEFT's own class only, so it cannot switch the adapter off to get its reference: that is given, or, for
+    a base with a path, TRL loads the base a second time."""
+    trl, datasets = pytest.importorskip("trl"), pytest.importorskip("datasets")
+    rows = [{"prompt": f"count to {n}", "chosen": "one two", "rejected": " ".join("abc")} for n in range(3, 9)]
+    args = trl.DPOConfig(
+        str(tmp_path), max_steps=2, save_steps=2, per_device_train_batch_size=2, report_to="none", use_cpu=True,
+        disable_tqdm=True, bf16=False, max_length=64, learning_rate=1e-2, warmup_steps=0, logging_steps=1,
+    )  # fmt: skip
+    model = fresh(make_model)
+    before, base = state(model), make_model("llama")
+    data = datasets.Dataset.from_list(rows)
+    trainer = trl.DPOTrainer(
+        model=model, ref_model=base, args=args, train_dataset=data, processing_class=tiny_tokenizer
+    )
+    trainer.train()
+    assert not same(before, state(model))
+    first = next(row["loss"] for row in trainer.state.log_history if "loss" in row)
+    assert abs(first - math.log(2)) < 1e-3  # an adapter starts as the base, and so as the reference
     saved = PeftModel.from_pretrained(make_model("llama"), tmp_path / "checkpoint-2")
     tokens = torch.arange(5)[None]
     assert torch.allclose(saved(tokens).logits, model.eval()(tokens).logits, atol=1e-6)

@@ -98,8 +98,10 @@ class _Matching:
     tables: dict[str, tuple[nn.Module, LoRA]] = field(init=False)  # of which single rows are trained
     attentions: dict[str, str] = field(default_factory=dict)  # projection -> the attention that the file names
 
+    rule: Callable[[str], bool] = field(init=False)  # PEFT's own: is this module a target?
+
     def __post_init__(self) -> None:
-        self.hosts, self.tables = dict(self.modules), {}
+        self.hosts, self.tables, self.rule = dict(self.modules), {}, selects(self.parsed.raw)
         try:
             self.tables = select_tokens(self.model, self.parsed.spec)
         except TargetError as error:
@@ -140,8 +142,7 @@ class _Matching:
             self.found.adapted[site] = self.found.adapted.pop(key)
 
     def _is_target(self, name: str) -> bool:
-        rule = selects(self.parsed.raw)
-        return rule(name) or rule(self.name_of.backward(name))
+        return self.rule(name) or self.rule(self.name_of.backward(name))
 
     def _name_parameters(self) -> None:
         """Adapters of bare parameters bear the name of the module that holds them; give each its parameter's name."""

@@ -250,7 +250,14 @@ def read(where: str | os.PathLike[str], name: str = "default") -> Held:
     """The adapter in a folder, a run's folder or on a hub. NaN is no obstacle here: it is what one looks for."""
     path = find(where, name)
     config = read_config(path / CONFIG)
-    spec, file = parse(config, str(path / CONFIG)).spec, TensorFile(path / WEIGHTS)
+    parsed, file = parse(config, str(path / CONFIG)), TensorFile(path / WEIGHTS)
+    if parsed.kind != "LORA":
+        raise CheckpointError(
+            f"the adapter is {parsed.kind}, which has no pair of A and B for each layer in its file",
+            str(path / WEIGHTS),
+            'load it onto its base, convert(model, name, into="plain"), and save that',
+        )
+    spec = parsed.spec
     parts: dict[str, dict[str, Tensor]] = {}
     whole: dict[str, None] = {}
     for stored in file:

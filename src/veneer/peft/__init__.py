@@ -1,4 +1,4 @@
-"""PEFT's names for LoRA, over Veneer's core: change the import line of a script, and it runs.
+"""PEFT's names for LoRA and its relatives, over Veneer's core: change the import line of a script, and it runs.
 
     from veneer.peft import LoraConfig, PeftModel, get_peft_model
 
@@ -14,7 +14,18 @@ from veneer.core.registry import near
 
 _HOME = {
     **dict.fromkeys(
-        ("LoraConfig", "LoraRuntimeConfig", "PeftConfig", "PeftType", "TaskType", "get_peft_config"),
+        (
+            "AdaLoraConfig",
+            "LoHaConfig",
+            "LoKrConfig",
+            "LoraConfig",
+            "LoraRuntimeConfig",
+            "PeftConfig",
+            "PeftType",
+            "TaskType",
+            "VeraConfig",
+            "get_peft_config",
+        ),
         "veneer.peft.config",
     ),
     **dict.fromkeys(
@@ -42,8 +53,15 @@ _HOME = {
         ("TunerLayerStatus", "TunerModelStatus", "get_layer_status", "get_model_status"), "veneer.peft.status"
     ),
     **dict.fromkeys(
-        ("check_if_peft_model", "prepare_model_for_kbit_training", "rescale_adapter_scale"), "veneer.peft.helpers"
+        (
+            "cast_mixed_precision_params",
+            "check_if_peft_model",
+            "prepare_model_for_kbit_training",
+            "rescale_adapter_scale",
+        ),
+        "veneer.peft.helpers",
     ),
+    "create_loraplus_optimizer": "veneer.peft.optimizers",
     **dict.fromkeys(
         (
             "AutoPeftModel",
@@ -59,6 +77,7 @@ _HOME = {
 }
 
 __all__ = [
+    "AdaLoraConfig",
     "AutoPeftModel",
     "AutoPeftModelForCausalLM",
     "AutoPeftModelForFeatureExtraction",
@@ -66,6 +85,8 @@ __all__ = [
     "AutoPeftModelForSeq2SeqLM",
     "AutoPeftModelForSequenceClassification",
     "AutoPeftModelForTokenClassification",
+    "LoHaConfig",
+    "LoKrConfig",
     "LoraConfig",
     "LoraModel",
     "LoraRuntimeConfig",
@@ -81,8 +102,11 @@ __all__ = [
     "TaskType",
     "TunerLayerStatus",
     "TunerModelStatus",
+    "VeraConfig",
     "adopt",
+    "cast_mixed_precision_params",
     "check_if_peft_model",
+    "create_loraplus_optimizer",
     "get_layer_status",
     "get_model_status",
     "get_peft_config",
@@ -107,9 +131,25 @@ if TYPE_CHECKING:
         AutoPeftModelForSequenceClassification,
         AutoPeftModelForTokenClassification,
     )
-    from veneer.peft.config import LoraConfig, LoraRuntimeConfig, PeftConfig, PeftType, TaskType, get_peft_config
+    from veneer.peft.config import (
+        AdaLoraConfig,
+        LoHaConfig,
+        LoKrConfig,
+        LoraConfig,
+        LoraRuntimeConfig,
+        PeftConfig,
+        PeftType,
+        TaskType,
+        VeraConfig,
+        get_peft_config,
+    )
     from veneer.peft.files import hotswap_adapter
-    from veneer.peft.helpers import check_if_peft_model, prepare_model_for_kbit_training, rescale_adapter_scale
+    from veneer.peft.helpers import (
+        cast_mixed_precision_params,
+        check_if_peft_model,
+        prepare_model_for_kbit_training,
+        rescale_adapter_scale,
+    )
     from veneer.peft.model import (
         PeftModel,
         PeftModelForCausalLM,
@@ -123,6 +163,7 @@ if TYPE_CHECKING:
         inject_adapter_in_model,
         release,
     )
+    from veneer.peft.optimizers import create_loraplus_optimizer
     from veneer.peft.states import get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
     from veneer.peft.status import TunerLayerStatus, TunerModelStatus, get_layer_status, get_model_status
     from veneer.peft.tuner import LoraModel
@@ -135,7 +176,8 @@ def __getattr__(name: str) -> Any:
         return value
     if name.startswith("_"):
         raise AttributeError(name)
-    raise AttributeError(f"veneer.peft has no {name!r}: of PEFT's methods it serves LoRA.{near(name, __all__)}")
+    served = "LoRA, AdaLoRA, VeRA, LoHa and LoKr"
+    raise AttributeError(f"veneer.peft has no {name!r}: of PEFT's methods it serves {served}.{near(name, __all__)}")
 
 
 def __dir__() -> list[str]:

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from veneer.errors import CheckpointError, ConfigError
-from veneer.peft.config import LoraConfig, PeftConfig
-from veneer.peft.model import KINDS, PeftModel, _task
+from veneer.peft.config import AnyConfig, PeftConfig
+from veneer.peft.model import KINDS, PeftModel, task_of
 
 __all__ = [
     "AutoPeftModel",
@@ -39,7 +39,7 @@ class AutoPeftModel:
         pretrained_model_name_or_path: str | os.PathLike[str],
         adapter_name: str = "default",
         is_trainable: bool = False,
-        config: LoraConfig | None = None,
+        config: AnyConfig | None = None,
         revision: str | None = None,
         import_allowlist: list[str] | None = None,
         **kwargs: Any,
@@ -60,8 +60,8 @@ class AutoPeftModel:
         return peft.from_pretrained(base, where, adapter_name, is_trainable, config, revision=revision)
 
     @classmethod
-    def _base_class(cls, config: LoraConfig, where: str, allowed: list[str]) -> Any:
-        task = _task(config)
+    def _base_class(cls, config: AnyConfig, where: str, allowed: list[str]) -> Any:
+        task = task_of(config)
         if cls.auto_class is not None:
             if task is not None and task != cls.task:
                 raise ConfigError(

@@ -1,4 +1,4 @@
-"""LoraConfig: every field of PEFT's, and what each becomes here.
+"""LoraConfig and its relatives for AdaLoRA, VeRA, LoHa and LoKr: every field of PEFT's, and what each becomes here.
 
 A field that Veneer serves is translated by `veneer.ckpt.config`, which reads the same words in files; one that it does
 not serve is refused the moment it is set, with the way out. So a script either does what it says or stops at the line
@@ -16,20 +16,35 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar
 
 from torch import nn
 
 from veneer.ckpt.atomic import atomic_write
 from veneer.ckpt.config import CONFIG, REFUSED, TASK_HEADS, parse, read_config, selects
+from veneer.core.host import plain_modules
 from veneer.core.init import INITS
+from veneer.core.op import op_for
 from veneer.core.registry import near
 from veneer.core.select import ends_with
 from veneer.core.spec import LoRA
 from veneer.errors import CheckpointError, ConfigError, TargetError
 from veneer.peft.targets import default_targets
 
-__all__ = ["LoraConfig", "LoraRuntimeConfig", "PeftConfig", "PeftType", "TaskType", "get_peft_config", "spec_for"]
+__all__ = [
+    "AdaLoraConfig",
+    "AnyConfig",
+    "LoHaConfig",
+    "LoKrConfig",
+    "LoraConfig",
+    "LoraRuntimeConfig",
+    "PeftConfig",
+    "PeftType",
+    "TaskType",
+    "VeraConfig",
+    "get_peft_config",
+    "spec_for",
+]
 
 
 class TaskType(enum.StrEnum):
@@ -44,9 +59,13 @@ class TaskType(enum.StrEnum):
 
 
 class PeftType(enum.StrEnum):
-    """The one method that Veneer implements of PEFT's many."""
+    """The methods that Veneer has of PEFT's many."""
 
     LORA = "LORA"
+    ADALORA = "ADALORA"
+    VERA = "VERA"
+    LOHA = "LOHA"
+    LOKR = "LOKR"
 
 
 @dataclass
@@ -54,9 +73,6 @@ class LoraRuntimeConfig:
     """Where work is done at run time; nothing of it is saved."""
 
     ephemeral_gpu_offload: bool = False
-
-
-Config = TypeVar("Config", bound="PeftConfig")
 
 
 @dataclass
@@ -70,11 +86,14 @@ class PeftConfig:
     base_model_name_or_path: str | None = None
     revision: str | None = None
     inference_mode: bool = False
+    unknown: dict[str, Any] = field(default_factory=dict, init=False, repr=False)  # keys of a file that nobody knows
 
     is_prompt_learning: ClassVar[bool] = False
     is_adaption_prompt: ClassVar[bool] = False
+    method: ClassVar[PeftType | None] = None
 
     def __post_init__(self) -> None:
+        self.peft_type = self.peft_type or self.method
         problems = list(self._problems())
         if problems:
             raise ConfigError(f"this {type(self).__name__} cannot be served", problems=problems)
@@ -83,12 +102,14 @@ class PeftConfig:
         tasks = [task.value for task in TaskType]
         if self.task_type is not None and self.task_type not in tasks:
             yield f"task_type={self.task_type!r} is none of {', '.join(tasks)}.{near(str(self.task_type), tasks)}"
+        if self.method is not None and self.peft_type != self.method:
+            yield f"peft_type={_plain(self.peft_type)!r} is another method. Way out: its own config, or peft itself"
 
     def to_dict(self) -> dict[str, Any]:
         """As it stands in adapter_config.json: plain words, lists instead of sets."""
         found = {f.name: _plain(getattr(self, f.name)) for f in dataclasses.fields(self) if f.init}
         found.pop("runtime_config", None)
-        return {**found, **getattr(self, "unknown", {})}
+        return {**found, **self.unknown}
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
         """Write adapter_config.json into a folder. auto_mapping_dict, if given, is stored as auto_mapping."""
@@ -102,7 +123,7 @@ class PeftConfig:
     @classmethod
     def from_pretrained(
         cls, pretrained_model_name_or_path: str | os.PathLike[str], subfolder: str | None = None, **kwargs: Any
-    ) -> LoraConfig:
+    ) -> AnyConfig:
         """The config in an adapter's folder or hub repository. kwargs: what huggingface_hub.hf_hub_download takes."""
         folder = Path(pretrained_model_name_or_path, subfolder or "")
         if (folder / CONFIG).is_file():
@@ -110,11 +131,13 @@ class PeftConfig:
         return cls.from_peft_type(**read_config(_download(str(pretrained_model_name_or_path), subfolder, kwargs)))
 
     @classmethod
-    def from_peft_type(cls, **kwargs: Any) -> LoraConfig:
-        """A LoraConfig from the keys of a file. Keys that nobody knows are kept, saved again, and warned about."""
-        known = {f.name for f in dataclasses.fields(LoraConfig) if f.init}
+    def from_peft_type(cls, **kwargs: Any) -> AnyConfig:
+        """The config of its kind from the keys of a file. Keys that nobody knows are kept, saved again, and warned
+        about."""
+        kind = KINDS.get(str(_plain(kwargs.get("peft_type") or "LORA")), LoraConfig)
+        known = {f.name for f in dataclasses.fields(kind) if f.init}
         unknown = {key: value for key, value in kwargs.items() if key not in known}
-        config = LoraConfig(**{key: value for key, value in kwargs.items() if key in known})
+        config = kind(**{key: value for key, value in kwargs.items() if key in known})
         if any(unknown.values()):
             warnings.warn(f"{CONFIG} has keys that are not known here and have no effect: {unknown}", stacklevel=3)
         config.unknown = unknown
@@ -148,7 +171,31 @@ def _download(repo: str, subfolder: str | None, kwargs: Mapping[str, Any]) -> Pa
 
 
 @dataclass
-class LoraConfig(PeftConfig):
+class TargetsConfig(PeftConfig):
+    """What the configs of all methods here do with the words that they share."""
+
+    def __post_init__(self) -> None:
+        own: Any = self
+        own.target_modules = set(own.target_modules) if _is_names(own.target_modules) else own.target_modules
+        if hasattr(self, "exclude_modules"):
+            own.exclude_modules = set(own.exclude_modules) if _is_names(own.exclude_modules) else own.exclude_modules
+        super().__post_init__()
+
+    def _problems(self) -> Iterator[str]:
+        own: Any = self
+        yield from super()._problems()
+        if isinstance(own.target_modules, str) and own.layers_to_transform is not None:
+            yield "layers_to_transform needs target_modules as a list; a regular expression can name the layers itself"
+        if own.layers_pattern and own.layers_to_transform is None:
+            yield "layers_pattern says where the layers' numbers stand, so it needs layers_to_transform"
+        try:
+            parse({**self.to_dict(), **dict.fromkeys(REFUSED), **PLAIN_START, "peft_type": str(self.method)})
+        except CheckpointError as error:
+            yield from error.problems or [error.what]
+
+
+@dataclass
+class LoraConfig(TargetsConfig):
     """PEFT's LoraConfig. `r`, `lora_alpha`, `target_modules` and their like mean what they mean there."""
 
     r: int = 8
@@ -163,15 +210,16 @@ class LoraConfig(PeftConfig):
     init_lora_weights: bool | str = True
     layers_to_transform: list[int] | int | None = None
     layers_pattern: list[str] | str | None = None
-    rank_pattern: dict[str, int] = field(default_factory=dict)
+    rank_pattern: dict[str, Any] | None = field(default_factory=dict)
     alpha_pattern: dict[str, float] = field(default_factory=dict)
     use_dora: bool = False
     target_parameters: list[str] | None = None
-    runtime_config: LoraRuntimeConfig = field(default_factory=LoraRuntimeConfig)
-    # not served:
-    lora_bias: bool = False
     trainable_token_indices: list[int] | dict[str, list[int]] | None = None
+    ensure_weight_tying: bool = False
+    runtime_config: Any = field(default_factory=LoraRuntimeConfig)
+    lora_bias: bool = False
     loftq_config: Any = field(default_factory=dict)
+    # not served:
     eva_config: Any = None
     corda_config: Any = None
     lora_ga_config: Any = None
@@ -184,16 +232,15 @@ class LoraConfig(PeftConfig):
     use_bdlora: Any = None
     arrow_config: Any = None
     kasa_config: Any = None
-    ensure_weight_tying: bool = False
     megatron_config: dict[str, Any] | None = None
     megatron_core: str | None = "megatron.core"
-    unknown: dict[str, Any] = field(default_factory=dict, init=False, repr=False)
+
+    method: ClassVar[PeftType | None] = PeftType.LORA
 
     def __post_init__(self) -> None:
-        self.peft_type = self.peft_type or PeftType.LORA
-        self.target_modules = set(self.target_modules) if _is_names(self.target_modules) else self.target_modules
-        self.exclude_modules = set(self.exclude_modules) if _is_names(self.exclude_modules) else self.exclude_modules
-        self.rank_pattern, self.alpha_pattern = self.rank_pattern or {}, self.alpha_pattern or {}
+        if self.method == PeftType.LORA:
+            self.rank_pattern = self.rank_pattern or {}
+        self.alpha_pattern = self.alpha_pattern or {}
         if isinstance(self.runtime_config, dict):
             self.runtime_config = LoraRuntimeConfig(**self.runtime_config)
         super().__post_init__()
@@ -203,14 +250,110 @@ class LoraConfig(PeftConfig):
         yield from _unserved(self)
         if not self.inference_mode:  # else it describes a trained adapter, and where that began does not matter
             yield from _unserved_starts(self)
-        if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
-            yield "layers_to_transform needs target_modules as a list; a regular expression can name the layers itself"
-        if self.layers_pattern and self.layers_to_transform is None:
-            yield "layers_pattern says where the layers' numbers stand, so it needs layers_to_transform"
-        try:
-            parse({**self.to_dict(), **dict.fromkeys(REFUSED), **PLAIN_START, "peft_type": "LORA"})
-        except CheckpointError as error:
-            yield from error.problems or [error.what]
+
+
+@dataclass
+class AdaLoraConfig(LoraConfig):
+    """PEFT's AdaLoraConfig: ranks that are shared out among the layers while training (arXiv:2303.10512).
+
+    `model.update_and_allocate(step)` after each optimiser's step does it, as in PEFT. rank_pattern is what came of it.
+    """
+
+    target_r: int = 8
+    init_r: int = 12
+    tinit: int = 0
+    tfinal: int = 0
+    deltaT: int = 1
+    beta1: float = 0.85
+    beta2: float = 0.85
+    orth_reg_weight: float = 0.5
+    total_step: int | None = None
+    rank_pattern: dict[str, Any] | None = None
+
+    method: ClassVar[PeftType | None] = PeftType.ADALORA
+
+    def _problems(self) -> Iterator[str]:
+        yield from super()._problems()
+        if self.use_dora:
+            yield "use_dora=True has no place in AdaLoRA. Way out: LoraConfig(use_dora=True)"
+        if self.orth_reg_weight < 0:
+            yield f"orth_reg_weight={self.orth_reg_weight} must be at least 0"
+        if not self.total_step or self.total_step < 0:
+            yield f"total_step={self.total_step!r} must be the number of training steps: the budget is planned over it"
+        elif self.tinit >= self.total_step - self.tfinal:
+            yield (
+                f"tinit={self.tinit} and tfinal={self.tfinal} leave no step of total_step={self.total_step} in which "
+                "ranks could shrink"
+            )
+
+
+@dataclass
+class VeraConfig(TargetsConfig):
+    """PEFT's VeraConfig: one pair of random matrices for all layers, two vectors for each (arXiv:2310.11454)."""
+
+    r: int = 256
+    target_modules: list[str] | set[str] | str | None = None
+    projection_prng_key: int = 0
+    save_projection: bool = True
+    vera_dropout: float = 0.0
+    d_initial: float = 0.1
+    fan_in_fan_out: bool = False
+    bias: str = "none"
+    modules_to_save: list[str] | None = None
+    init_weights: bool = True
+    layers_to_transform: list[int] | int | None = None
+    layers_pattern: list[str] | str | None = None
+
+    method: ClassVar[PeftType | None] = PeftType.VERA
+
+
+@dataclass
+class LycorisConfig(TargetsConfig):
+    """What LoHa's and LoKr's configs share. Their two dropouts, of whole rows and whole layers, are not built."""
+
+    rank_pattern: dict[str, int] | None = field(default_factory=dict)
+    alpha_pattern: dict[str, float] | None = field(default_factory=dict)
+    r: int = 8
+    alpha: float = 8
+    rank_dropout: float = 0.0
+    module_dropout: float = 0.0
+    use_effective_conv2d: bool = False
+    target_modules: list[str] | set[str] | str | None = None
+    exclude_modules: list[str] | set[str] | str | None = None
+    init_weights: bool | str = True
+    layers_to_transform: list[int] | int | None = None
+    layers_pattern: list[str] | str | None = None
+    modules_to_save: list[str] | None = None
+
+    def _problems(self) -> Iterator[str]:
+        yield from super()._problems()
+        for key in ("rank_dropout", "module_dropout"):
+            if getattr(self, key) and not self.inference_mode:
+                yield f"{key}={getattr(self, key)} is not built. Way out: leave it out, or train with peft itself"
+
+
+@dataclass
+class LoHaConfig(LycorisConfig):
+    """PEFT's LoHaConfig: the elementwise product of two low-rank matrices (arXiv:2108.06098)."""
+
+    method: ClassVar[PeftType | None] = PeftType.LOHA
+
+
+@dataclass
+class LoKrConfig(LycorisConfig):
+    """PEFT's LoKrConfig: a Kronecker product (arXiv:2309.14859)."""
+
+    decompose_both: bool = False
+    decompose_factor: int = -1
+    rank_dropout_scale: bool = False
+
+    method: ClassVar[PeftType | None] = PeftType.LOKR
+
+
+AnyConfig = LoraConfig | AdaLoraConfig | VeraConfig | LoHaConfig | LoKrConfig
+KINDS: dict[str, type[AnyConfig]] = {
+    str(kind.method): kind for kind in (LoraConfig, AdaLoraConfig, VeraConfig, LoHaConfig, LoKrConfig)
+}
 
 
 def _is_names(value: Any) -> bool:
@@ -222,8 +365,7 @@ def _is_names(value: Any) -> bool:
 PLAIN_START = {"init_lora_weights": True}
 INIT_INSTEAD = "init_lora_weights='pissa' also starts from the base's weights; True starts as the paper does"
 WITH_DATA = "init_lora_weights={0!r} alone, and get_peft_model(model, config, data=a few batches)"
-STARTS = {  # settings of inits; those that look at data take it directly, with the paper's settings
-    "loftq_config": ("an init against quantisation errors (LoftQ)", INIT_INSTEAD),
+STARTS = {  # settings of inits that look at data: they take it directly, with the paper's settings
     "eva_config": ("other settings of EVA than the paper's", WITH_DATA.format("eva")),
     "corda_config": ("other settings of CorDA than the paper's", WITH_DATA.format("corda")),
     "lora_ga_config": ("other settings of LoRA-GA than the paper's", WITH_DATA.format("lora_ga")),
@@ -231,10 +373,8 @@ STARTS = {  # settings of inits; those that look at data take it directly, with 
 
 
 def _unserved(config: LoraConfig) -> Iterator[str]:
-    if config.peft_type != PeftType.LORA:
-        yield f"peft_type={_plain(config.peft_type)!r} is another method. Way out: LORA, or peft itself"
-    if config.lora_bias:
-        yield "lora_bias=True asks for a bias inside B. Way out: bias='lora_only' trains the layer's own"
+    if config.lora_bias and config.bias != "none" and not config.inference_mode:
+        yield f"lora_bias=True and bias={config.bias!r} would train two biases for one. Way out: one of them"
     for key, (why, fix) in REFUSED.items():
         if getattr(config, key):
             yield f"{key}={getattr(config, key)!r}: an adapter that {why} is not built. Way out: {fix}"
@@ -246,6 +386,9 @@ def _unserved_starts(config: LoraConfig) -> Iterator[str]:
     for key, (why, fix) in STARTS.items():
         if getattr(config, key):
             yield f"{key}={getattr(config, key)!r} asks for {why}, which is not built. Way out: {fix}"
+    loftq = config.loftq_config if isinstance(config.loftq_config, dict) else vars(config.loftq_config or object)
+    if config.init_lora_weights == "loftq" and loftq.get("loftq_bits", 4) != 4:
+        yield f"loftq_config={loftq}: LoftQ is built for 4 bits (NF4). Way out: {{'loftq_bits': 4}}"
     if _init_name(config.init_lora_weights) is None:
         yield _wrong_init(config.init_lora_weights)
 
@@ -267,31 +410,82 @@ def _wrong_init(init: object) -> str:
 # ---------------------------------------------------------------- the same thing in the core's words
 
 
-def spec_for(config: LoraConfig, model: nn.Module) -> LoRA:
+def spec_for(config: AnyConfig, model: nn.Module) -> LoRA:
     """The LoRA that `config` means on `model`: default targets by architecture, the task's head among modules_to_save.
 
     Like PEFT, completes the config itself: target_modules and modules_to_save say afterwards what was chosen.
     """
     config.__post_init__()  # fields may have been assigned since
-    if config.target_modules is None and not config.target_parameters:
-        config.target_modules = default_targets(model)
+    parameters = getattr(config, "target_parameters", None)
+    if config.target_modules is None and not parameters:
+        config.target_modules = default_targets(model, str(config.method))
     _add_task_head(config, model)
     spec = parse({**config.to_dict(), **PLAIN_START}).spec
     if config.layers_pattern:
         spec = dataclasses.replace(spec, targets=_in_layers(config, model), layers=None)
-    if config.target_parameters:
+    if parameters:
         spec = dataclasses.replace(spec, targets=_with_parameters(spec, config))
+    if not isinstance(config, LoraConfig):
+        return spec
+    spec = _with_attention(spec, config, model)
+    if config.ensure_weight_tying:
+        _refuse_tied_copies(config, model)
+    if isinstance(config, AdaLoraConfig):
+        return spec
     return dataclasses.replace(spec, init=_init_name(config.init_lora_weights) or "kaiming")
 
 
-def _with_parameters(spec: LoRA, config: LoraConfig) -> tuple[str, ...]:
+def _refuse_tied_copies(config: LoraConfig, model: nn.Module) -> None:
+    """Modules that are trained whole are copies here, and a copy is tied to nothing."""
+    owners: dict[int, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if (weight := module._parameters.get("weight")) is not None:
+            owners.setdefault(id(weight), []).append(name)
+    shared = [n for names in owners.values() if len(names) > 1 for n in names]
+    wrong = [n for n in shared if any(ends_with(n, saved) for saved in config.modules_to_save or ())]
+    if wrong:
+        raise ConfigError(
+            "ensure_weight_tying: modules_to_save trains copies, and a copy is tied to nothing",
+            problems=wrong,
+            fix="target_modules with the embedding (one adapter for both), or trainable_token_indices",
+        )
+
+
+def _with_attention(spec: LoRA, config: LoraConfig, model: nn.Module) -> LoRA:
+    """An nn.MultiheadAttention that is a target stands for its packed projections. PEFT counts the change of out_proj
+    twice (veneer.ckpt.layout says how), and a script that was tuned with it gets the same here."""
+    rule, modules = selects(config.to_dict()), plain_modules(model)
+    attentions = [n for n, m in modules.items() if isinstance(m, nn.MultiheadAttention) and rule(n)]
+    if not attentions:
+        return spec
+    apart = [n for n in attentions if modules[n]._parameters.get("in_proj_weight") is None]
+    if apart:
+        raise ConfigError(
+            "PEFT adapts an attention as a whole only where its input projections are one matrix",
+            problems=apart,
+            fix="target_parameters=['q_proj_weight', ...]",
+        )
+    inside = tuple(f"{n}." for n in attentions)
+    others = [n for n, m in modules.items() if rule(n) and op_for(type(m)) is not None and not n.startswith(inside)]
+    parts = [f"{n}.{part}" for n in attentions for part in ("in_proj_weight", "out_proj")]
+    own = {part: spec.at(part.rpartition(".")[0]) for part in parts}
+    exact = {
+        "^" + re.escape(part): {"rank": at.rank, "alpha": at.alpha * (2 if part.endswith(".out_proj") else 1)}
+        for part, at in own.items()
+    }
+    bare = tuple(config.target_parameters or ())
+    targets = (*others, *parts, *bare)
+    return dataclasses.replace(spec, targets=targets, exclude=(), layers=None, overrides={**exact, **spec.overrides})
+
+
+def _with_parameters(spec: LoRA, config: Any) -> tuple[str, ...]:
     """Bare parameters (stacks of experts) beside the layers; the core takes both by their names' endings."""
     if config.target_modules and isinstance(config.target_modules, str):
         raise ConfigError("target_parameters needs target_modules as a list", fix="name the layers, or leave them out")
     return (*(spec.targets if config.target_modules else ()), *(config.target_parameters or ()))
 
 
-def _add_task_head(config: LoraConfig, model: nn.Module) -> None:
+def _add_task_head(config: AnyConfig, model: nn.Module) -> None:
     """A classifier starts from random values, so it is trained whole with every adapter for its task."""
     named = list(config.modules_to_save or ())
     heads = TASK_HEADS.get(str(_plain(config.task_type)), ())
@@ -300,7 +494,7 @@ def _add_task_head(config: LoraConfig, model: nn.Module) -> None:
     config.modules_to_save = [*named, *present] or config.modules_to_save
 
 
-def _in_layers(config: LoraConfig, model: nn.Module) -> list[str]:
+def _in_layers(config: AnyConfig, model: nn.Module) -> list[str]:
     """The targets in the chosen blocks of the module list that layers_pattern names."""
     rule = selects(config.to_dict())
     found = [name for name, _ in model.named_modules() if name and rule(name)]
@@ -314,6 +508,6 @@ def _in_layers(config: LoraConfig, model: nn.Module) -> list[str]:
     return found
 
 
-def get_peft_config(config_dict: Mapping[str, Any]) -> LoraConfig:
+def get_peft_config(config_dict: Mapping[str, Any]) -> AnyConfig:
     """A config from a mapping with a peft_type."""
     return PeftConfig.from_peft_type(**config_dict)

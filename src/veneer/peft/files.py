@@ -34,7 +34,7 @@ from veneer.core.model import (
 from veneer.core.registry import near
 from veneer.core.spec import LoRA
 from veneer.errors import CheckpointError, ConfigError, StateError
-from veneer.peft.config import LoraConfig, PeftConfig
+from veneer.peft.config import AnyConfig, PeftConfig
 from veneer.peft.held import LoadResult, nothing_amiss
 from veneer.peft.live import CHECKPOINT, LIVE, save_live
 from veneer.peft.states import IGNORED, embeddings_of, refuse_options, refuse_other_values, same_start, wants_embeddings
@@ -77,8 +77,8 @@ def _chosen(model: nn.Module, selected: Iterable[str] | None) -> list[str]:
     return names
 
 
-def _complete(model: Any, path: Path, config: LoraConfig, save_embedding_layers: str | bool) -> None:
-    """What only the LoraConfig knows (task, base, revision, keys from elsewhere), and embeddings where they belong."""
+def _complete(model: Any, path: Path, config: AnyConfig, save_embedding_layers: str | bool) -> None:
+    """What only the config knows (task, base, revision, keys from elsewhere), and embeddings where they belong."""
     written = read_config(path / CONFIG)
     config.base_model_name_or_path = config.base_model_name_or_path or written["base_model_name_or_path"]
     own = {key: getattr(config, key) for key in ("base_model_name_or_path", "revision") if getattr(config, key)}
@@ -105,7 +105,7 @@ def load_new(
     revision: str | None = None,
     subfolder: str | None = None,
     **kwargs: Any,
-) -> LoraConfig:
+) -> AnyConfig:
     """Attach the adapter in a folder or on a hub, active, and return its config."""
     refuse_options(**{key: value for key, value in kwargs.items() if key not in IGNORED})
     where = Path(model_id, subfolder) if subfolder else model_id
@@ -115,7 +115,7 @@ def load_new(
     return config
 
 
-def _config_in(folder: Path) -> LoraConfig:
+def _config_in(folder: Path) -> AnyConfig:
     raw = read_config(folder / CONFIG)
     raw.pop("runtime_config", None)
     with warnings.catch_warnings():

@@ -9,9 +9,9 @@ from torch import nn
 from veneer.ckpt import peft as store
 from veneer.core.host import plain_modules
 from veneer.core.model import Mixture, _state, is_merged, spec_of
-from veneer.peft.config import LoraConfig
+from veneer.peft.config import AnyConfig, PeftConfig
 
-__all__ = ["LoadResult", "config_of", "hosts", "merged_mixture", "merged_names", "nothing_amiss"]
+__all__ = ["LoadResult", "config_of", "hosts", "is_trained", "merged_mixture", "merged_names", "nothing_amiss"]
 
 
 class LoadResult(NamedTuple):
@@ -42,10 +42,18 @@ def merged_names(model: nn.Module) -> list[str]:
     return [mixture] if isinstance(mixture, str) else list(mixture or ())
 
 
-def config_of(model: nn.Module, name: str, task: str | None = None) -> LoraConfig:
-    """A LoraConfig for an adapter that was attached without one."""
+def is_trained(model: nn.Module, name: str) -> bool:
+    """Whether an adapter requires gradients, by its first layer."""
+    state = _state(model)
+    placed = state.placed[name]
+    first: Any = state.hosts[next(iter((*placed.sites, *placed.saved)))]
+    return any(p.requires_grad for p in first.slots[name].parameters())
+
+
+def config_of(model: nn.Module, name: str, task: str | None = None) -> AnyConfig:
+    """A config for an adapter that was attached without one."""
     spec = spec_of(model, name)
     words = store.config_of(model, name, spec, store.contents_of(model, name))
-    known = {key: value for key, value in words.items() if key in LoraConfig.__dataclass_fields__}
-    start = True if spec.init == "kaiming" else spec.init
-    return LoraConfig(**{**known, "inference_mode": False, "init_lora_weights": start, "task_type": task})
+    if words["peft_type"] == "LORA":
+        words["init_lora_weights"] = True if spec.init == "kaiming" else spec.init
+    return PeftConfig.from_peft_type(**{**words, "inference_mode": False, "task_type": task})

@@ -14,7 +14,12 @@ from veneer.core.weight import is_plain
 from veneer.errors import CheckpointError, ConfigError
 from veneer.peft.config import PeftConfig
 
-__all__ = ["check_if_peft_model", "prepare_model_for_kbit_training", "rescale_adapter_scale"]
+__all__ = [
+    "cast_mixed_precision_params",
+    "check_if_peft_model",
+    "prepare_model_for_kbit_training",
+    "rescale_adapter_scale",
+]
 
 
 def prepare_model_for_kbit_training(
@@ -42,6 +47,16 @@ def prepare_model_for_kbit_training(
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
         enable(options or None)
     return model
+
+
+def cast_mixed_precision_params(model: nn.Module, dtype: torch.dtype) -> None:
+    """What is frozen to `dtype`, what is trained to fp32; packed weights stay packed.
+
+    A half-precision base needs none of this: an adapter on it is fp32 from the start.
+    """
+    for parameter in model.parameters():
+        if is_plain(parameter):
+            parameter.data = parameter.data.to(torch.float32 if parameter.requires_grad else dtype)
 
 
 def _is_quantised(model: nn.Module) -> bool:

@@ -28,9 +28,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from veneer.ckpt.config import parse
+from veneer.ckpt.contents import keep_words, kept_words
 from veneer.core.init import NEEDS
 from veneer.core.model import (
-    _state,
     activate,
     active_of,
     adapter_of,
@@ -49,9 +50,10 @@ from veneer.core.model import (
 )
 from veneer.core.op import op_of
 from veneer.errors import ConfigError, StateError
-from veneer.peft import files, held, live, states, status, weighted
-from veneer.peft.config import LoraConfig, PeftConfig, TaskType, spec_for
+from veneer.peft import adalora, files, held, live, states, status, weighted
+from veneer.peft.config import AnyConfig, LoraConfig, PeftConfig, TaskType, spec_for
 from veneer.peft.tuner import LoraModel
+from veneer.quant.model import round_trip
 
 __all__ = [
     "PeftModel",
@@ -65,6 +67,7 @@ __all__ = [
     "get_peft_model",
     "inject_adapter_in_model",
     "release",
+    "task_of",
 ]
 
 BASE = "__base__"  # in adapter_names: this row runs without an adapter
@@ -74,7 +77,7 @@ class PeftModel(nn.Module):
     """A model with adapters. Build one with get_peft_model, PeftModel.from_pretrained, or by calling the class."""
 
     task: ClassVar[str | None] = None
-    peft_config: dict[str, LoraConfig]
+    peft_config: dict[str, AnyConfig]
 
     def __new__(cls, model: Any, *args: Any, **kwargs: Any) -> Any:
         own = vars(cls).get("original")
@@ -92,10 +95,11 @@ class PeftModel(nn.Module):
 
     def __call__(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
         """adapter_names: one adapter for each row of the batch, "__base__" for none."""
-        if adapter_names is None:
-            return super().__call__(*args, **kwargs)
-        with self._rows(adapter_names, args, kwargs):
-            return super().__call__(*args, **kwargs)
+        if adapter_names is not None:
+            with self._rows(adapter_names, args, kwargs):
+                return super().__call__(*args, **kwargs)
+        output = super().__call__(*args, **kwargs)
+        return adalora.penalised(self, output) if self.peft_type == "ADALORA" else output
 
     def generate(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
         if adapter_names is None:
@@ -130,12 +134,14 @@ class PeftModel(nn.Module):
         return names[0] if len(names) == 1 else names
 
     @property
-    def active_peft_config(self) -> LoraConfig:
+    def active_peft_config(self) -> AnyConfig:
         return self.peft_config[self.active_adapters[0]]
 
     @property
     def peft_type(self) -> str:
-        return "LORA"
+        """The method of the active adapter; of the first one there is, where none is active."""
+        name = next(iter((*self.active_adapters, *self.peft_config)), None)
+        return str(self.peft_config[name].peft_type) if name in self.peft_config else "LORA"
 
     @property
     def modules_to_save(self) -> set[str] | None:
@@ -159,7 +165,7 @@ class PeftModel(nn.Module):
         paused = vars(self).pop("_paused", None)
         activate(self, names)
         for name in adapters(self):
-            if name in names or _is_trained(self, name):  # the cost does not grow with how many adapters are loaded
+            if name in names or held.is_trained(self, name):  # the cost does not grow with how many adapters are loaded
                 self.set_requires_grad(name, name in names and not inference_mode)
         if paused is not None:
             self.disable_adapter_layers()
@@ -172,7 +178,7 @@ class PeftModel(nn.Module):
     def add_adapter(
         self,
         adapter_name: str,
-        peft_config: LoraConfig,
+        peft_config: AnyConfig,
         low_cpu_mem_usage: bool = False,
         autocast_adapter_dtype: bool = True,
     ) -> None:
@@ -186,6 +192,7 @@ class PeftModel(nn.Module):
         was_active = adapter_name in self.active_adapters
         detach(self, adapter_name)
         del self.peft_config[adapter_name]
+        vars(self).get("_allocators", {}).pop(adapter_name, None)
         left = adapters(self)
         if was_active and left and not active_of(self).names:
             warnings.warn(f"{adapter_name!r} was active; {left[0]!r} is active now", stacklevel=2)
@@ -285,14 +292,19 @@ class PeftModel(nn.Module):
             return None
         report = weighted.add(self, adapters, weights, adapter_name, combination_type, **options)
         self.set_requires_grad(adapter_name, False)
-        self.peft_config[adapter_name] = held.config_of(self, adapter_name, _task(self.peft_config[adapters[0]]))
+        self.peft_config[adapter_name] = held.config_of(self, adapter_name, task_of(self.peft_config[adapters[0]]))
         return report
+
+    def update_and_allocate(self, global_step: int) -> None:
+        """AdaLoRA: after each optimiser's step, share the ranks out again by what the gradients say."""
+        adalora.update_and_allocate(self, global_step)
 
     # --- counting and looking ---
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
         """(trainable, all) as PEFT counts them: the trained change of a bias stands for the bias itself."""
-        changes = sum(v.numel() for n in adapters(self) for (_, key), v in tensors(self, n).items() if key == "bias")
+        own = [name for name in adapters(self) if spec_of(self, name).bias != "lora"]  # that is a bias of its own
+        changes = sum(v.numel() for n in own for (_, key), v in tensors(self, n).items() if key == "bias")
         total = sum(elements(p) for p in self.parameters()) - changes
         return sum(elements(p) for p in self.parameters() if p.requires_grad), total
 
@@ -441,7 +453,7 @@ def adopt(model: Any, kind: type[PeftModel] = PeftModel) -> Any:
 def release(model: Any) -> Any:
     """Give the model its own class back."""
     if isinstance(model, PeftModel):
-        for name in ("peft_config", "_hf_peft_config_loaded"):
+        for name in ("peft_config", "_hf_peft_config_loaded", "_allocators"):
             vars(model).pop(name, None)
         model.__class__ = original_class(type(model))
     return model
@@ -463,7 +475,7 @@ def get_peft_model(
 ) -> Any:
     """Put a new adapter on `model` and give it PEFT's methods. The model changes in place and is what is returned.
 
-    peft_config: a LoraConfig of veneer.peft. data: a few batches for inits that look at them (eva, corda, lora_ga),
+    peft_config: a config of veneer.peft. data: a few batches for inits that look at them (eva, corda, lora_ga),
     where PEFT has a function of its own to call for each.
     """
     config = _checked(peft_config)
@@ -471,7 +483,7 @@ def get_peft_model(
         raise ConfigError("mixed=True mixes methods, and there is one method here", fix="leave it out")
     config.base_model_name_or_path = getattr(model, "name_or_path", None) or None
     config.revision = revision or config.revision
-    return KINDS.get(_task(config), PeftModel)(model, config, adapter_name, autocast_adapter_dtype, data=data)
+    return KINDS.get(task_of(config), PeftModel)(model, config, adapter_name, autocast_adapter_dtype, data=data)
 
 
 def _build(
@@ -493,7 +505,7 @@ def _build(
 
 
 def inject_adapter_in_model(
-    peft_config: LoraConfig,
+    peft_config: AnyConfig,
     model: nn.Module,
     adapter_name: str = "default",
     low_cpu_mem_usage: bool = False,
@@ -510,38 +522,34 @@ def inject_adapter_in_model(
     return model
 
 
-def _checked(config: Any) -> LoraConfig:
-    if not isinstance(config, LoraConfig):
+def _checked(config: Any) -> AnyConfig:
+    if not isinstance(config, AnyConfig):
         kind = f"{type(config).__module__}.{type(config).__name__}"
-        raise ConfigError(f"a LoraConfig of ours is needed, not {kind}", fix="from veneer.peft import LoraConfig")
+        raise ConfigError(f"a config of ours is needed, not {kind}", fix="from veneer.peft import LoraConfig")
     return config
 
 
-def _task(config: PeftConfig) -> str | None:
+def task_of(config: PeftConfig) -> str | None:
     return config.task_type.value if isinstance(config.task_type, TaskType) else config.task_type
 
 
-def _attach(model: nn.Module, name: str, config: LoraConfig, autocast: bool, data: Iterable[Any] | None = None) -> None:
+def _attach(model: nn.Module, name: str, config: AnyConfig, autocast: bool, data: Iterable[Any] | None = None) -> None:
     """The new adapter, active; trainable unless the config is for inference."""
     spec = spec_for(_checked(config), model)
     if spec.init in NEEDS and data is None:
         raise ConfigError(f"init {spec.init!r} looks at data", fix="get_peft_model(model, config, data=a few batches)")
     dtype = None if autocast else _dtype(model)
-    attach(model, spec, name, dtype=dtype, trainable=not config.inference_mode, data=data)
-    if config.init_lora_weights is False:
+    quantised = {"round_trip": round_trip} if spec.init == "loftq" else {}  # NF4, and as often as it helps
+    attach(model, spec, name, dtype=dtype, trainable=not config.inference_mode, data=data, **quantised)
+    if getattr(config, "init_lora_weights", getattr(config, "init_weights", True)) is False:
         _randomise(model, name)
-    if (overrides := spec_of(model, name).overrides) != spec.overrides:  # EVA has shared the ranks out again
+    if not isinstance(config, LoraConfig) or config.peft_type != "LORA":
+        keep_words(model, name, spec_of(model, name), kept_words(parse(config.to_dict())))
+    elif (overrides := spec_of(model, name).overrides) != spec.overrides:  # EVA has shared the ranks out again
         config.rank_pattern = {p: f["rank"] for p, f in overrides.items() if "rank" in f}  # type: ignore[misc]
         config.alpha_pattern = {p: f["alpha"] for p, f in overrides.items() if "alpha" in f}  # type: ignore[misc]
     if isinstance(model, PeftModel):
         model.peft_config[name] = config
-
-
-def _is_trained(model: nn.Module, name: str) -> bool:
-    """Whether an adapter requires gradients, by its first layer."""
-    placed = _state(model).placed[name]
-    first = next(iter((*placed.sites, *placed.saved)))
-    return any(p.requires_grad for p in _state(model).hosts[first].slots[name].parameters())  # type: ignore[index, union-attr]
 
 
 def _dtype(model: nn.Module) -> torch.dtype | None:
@@ -550,15 +558,14 @@ def _dtype(model: nn.Module) -> torch.dtype | None:
 
 @torch.no_grad()
 def _randomise(model: nn.Module, name: str) -> None:
-    """init_lora_weights=False: neither factor starts at zero. For debugging, as in PEFT."""
+    """init_lora_weights=False: nothing starts at zero. For debugging, as in PEFT."""
     for layer in sites(model, name).values():
         delta: Any = adapter_of(layer, name).delta
-        if delta is None:
-            continue
-        if op_of(layer).looks_up:
-            delta.A.normal_()
-        else:
-            delta.B.uniform_(-1, 1).div_(delta.B.shape[1] ** 0.5)
+        for value in delta.parameters() if delta is not None else ():
+            if op_of(layer).looks_up and not value.any():
+                value.normal_()
+            elif not value.any():
+                value.uniform_(-1, 1).div_(value.shape[-1] ** 0.5)
 
 
 def _ready_for_checkpointing(model: Any) -> Any:
@@ -574,7 +581,7 @@ def _load_new(
     model_id: str | os.PathLike[str],
     adapter_name: str = "default",
     is_trainable: bool = False,
-    config: LoraConfig | None = None,
+    config: AnyConfig | None = None,
     autocast_adapter_dtype: bool = True,
     ephemeral_gpu_offload: bool = False,
     low_cpu_mem_usage: bool = False,
@@ -587,7 +594,7 @@ def _load_new(
     found = files.load_new(model, model_id, adapter_name, is_trainable, autocast_adapter_dtype, **kwargs)
     config = config or found
     config.inference_mode = not is_trainable
-    model = adopt(model, KINDS.get(_task(config), PeftModel) if kind is PeftModel else kind)
+    model = adopt(model, KINDS.get(task_of(config), PeftModel) if kind is PeftModel else kind)
     model.peft_config[adapter_name] = config
     _ready_for_checkpointing(model)
     return model if is_trainable else model.eval()

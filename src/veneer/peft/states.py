@@ -59,6 +59,11 @@ def _key(model: nn.Module, key: str) -> str:
     return key if hasattr(model, "get_base_model") else key.removeprefix(PREFIX)
 
 
+def _full(key: str) -> str:
+    """With the prefix, which only a tensor that belongs to no layer (VeRA's) comes without."""
+    return key if key.startswith("base_model.") else PREFIX + key
+
+
 def load_peft_weights(
     model_id: str | os.PathLike[str], device: str | torch.device | None = None, **kwargs: Any
 ) -> dict[str, Tensor]:
@@ -79,7 +84,7 @@ def set_peft_model_state_dict(
     spec = spec_of(model, adapter_name)
     with unmerged(model):
         contents = store.contents_of(model, adapter_name)
-        given = {PREFIX + key.removeprefix(PREFIX): value for key, value in peft_model_state_dict.items()}
+        given = {_full(key): value for key, value in peft_model_state_dict.items()}
         bases = {f"{PREFIX}{site}.base_layer.weight" for site in contents.ranks}  # an embedding's, compared with ours
         unexpected = sorted(given.keys() - contents.tensors.keys() - bases)
         known = {key: value for key, value in given.items() if key not in unexpected}

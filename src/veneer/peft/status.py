@@ -114,7 +114,7 @@ def get_model_status(model: nn.Module) -> TunerModelStatus:
     return TunerModelStatus(
         base_model_type=type(model).__name__,
         adapter_model_type="LoraModel" if is_peft else "None",
-        peft_types=dict.fromkeys(names, "LORA") if is_peft else {},
+        peft_types={name: str(model.peft_config[name].peft_type) for name in names} if is_peft else {},
         trainable_params=sum(p.numel() for p in model.parameters() if p.requires_grad),
         total_params=model.get_nb_trainable_parameters()[1] if is_peft else sum(p.numel() for p in model.parameters()),  # type: ignore[operator]
         num_adapter_layers=len(layers),

@@ -31,12 +31,24 @@ TARGETS: dict[tuple[str, ...], str] = {  # target modules -> model types (config
     ("r_proj", "k_proj", "v_proj", "o_proj", "key", "value"): "rwkv7",
 }
 BY_TYPE = {kind: set(targets) for targets, kinds in TARGETS.items() for kind in kinds.split()}
+OTHERWISE = {  # method -> model type -> target modules, where PEFT's choice differs from LoRA's
+    "VERA": {"phi": "q_proj v_proj"},
+    "ADALORA": {
+        "t5": "q k v o wi wo",
+        "mt5": "q k v o wi_0 wi_1 wo",
+        **dict.fromkeys(("bart", "opt"), "q_proj k_proj v_proj out_proj fc1 fc2"),
+        "roberta": "query key value dense",
+        "deberta-v2": "query_proj key_proj value_proj dense",
+    },
+}
 PATTERNS = {"gemma4": r".*language_model\..*\.(q_proj|v_proj)"}  # its vision tower has the same names
 
 
-def default_targets(model: nn.Module) -> set[str] | str:
-    """The target modules for this model's architecture."""
+def default_targets(model: nn.Module, method: str = "LORA") -> set[str] | str:
+    """The target modules for this model's architecture; a method may have a choice of its own."""
     kind = getattr(getattr(model, "config", None), "model_type", None)
+    if kind in OTHERWISE.get(method, {}):
+        return set(OTHERWISE[method][kind].split())
     if kind in PATTERNS:
         return PATTERNS[kind]
     if kind in BY_TYPE:
