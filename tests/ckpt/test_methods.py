@@ -293,6 +293,13 @@ def test_inspection_needs_factors_and_says_how_to_get_them(tmp_path: Path) -> No
         read(tmp_path)
 
 
+def test_dropouts_that_only_peft_has_are_said_where_they_would_matter(tmp_path: Path) -> None:
+    config = peft.LoHaConfig(r=2, target_modules=["q_proj"], rank_dropout=0.2)
+    peft.get_peft_model(NETS["llama"](), config).save_pretrained(str(tmp_path))
+    assert not load(NETS["llama"](), tmp_path).notes
+    assert any("rank_dropout=0.2" in note for note in load(NETS["llama"](), tmp_path, trainable=True).notes)
+
+
 def test_a_tensor_that_lacks_and_one_of_another_shape(tmp_path: Path) -> None:
     from safetensors.torch import save_file
 

@@ -193,7 +193,7 @@ def test_read_from_peft_and_written_again(case, tmp_path):
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("delta", sorted(DELTAS))
-def test_every_kind_of_delta_is_saved_as_the_plain_lora_that_it_is_worth(delta, tmp_path):
+def test_every_kind_of_delta_is_saved_so_that_both_read_it(delta, tmp_path):
     options = {"tokens": {"rows": [3, 5]}, "fused": {"parts": [[0, 16]]}}.get(delta, {})
     targets = ["embed_tokens"] if delta == "tokens" else ["q_proj", "down_proj"]
     expected = our_adapter("llama", LoRA(rank=4, targets=targets, delta=delta, options=options), tmp_path)

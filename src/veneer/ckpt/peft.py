@@ -102,12 +102,19 @@ def load(
     if not allow_nan:
         refuse_broken(fitted.values, str(path / WEIGHTS))
     notes += fitted.notes + [f"{key}={value!r} in {CONFIG} is not known" for key, value in parsed.unknown.items()]
+    if trainable:
+        notes += [f"{key}={parsed.raw[key]!r} acts in PEFT's training and not in ours" for key in _dropouts(parsed)]
     spec = _attach(model, fitted, name, trainable)
     if words := kept_words(parsed):
         keep_words(model, name, spec, words)
     if notes:
         warnings.warn(f"loading {path}: " + "; ".join(notes), stacklevel=2)
     return Loaded(name, path, spec, fitted.sites, fitted.saved, base, tuple(notes))
+
+
+def _dropouts(parsed: Parsed) -> list[str]:
+    """LoHa's and LoKr's own kinds of dropout, where they are set."""
+    return [key for key in ("rank_dropout", "module_dropout") if parsed.raw.get(key)]
 
 
 def _attach(model: nn.Module, fitted: Fit, name: str, trainable: bool) -> LoRA:
