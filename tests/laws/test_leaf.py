@@ -16,7 +16,7 @@ import veneer
 from veneer import LoRA
 from veneer.core.combine import COMBINES
 from veneer.core.delta import DELTAS
-from veneer.core.init import INITS, NEEDS
+from veneer.core.init import CHANGES_BASE, INITS, NEEDS
 from veneer.core.mixing import convert
 from veneer.core.model import adapter_of, parameters, sites
 from veneer.errors import ConfigError, StateError, TargetError
@@ -73,7 +73,7 @@ def spread(model: nn.Module, name: str | None = None) -> None:
 STACKED = [d for d in DELTAS if DELTAS[d].takes_stacks]
 
 
-STARTS = [i for i in INITS if i not in NEEDS]  # what is read has no input to look at
+STARTS = [i for i in INITS if i not in (*NEEDS, *CHANGES_BASE)]  # no input to look at; and tests/core/test_loftq.py
 
 
 @pytest.mark.parametrize("case,combine,init", list(itertools.product(CASES, COMBINES, STARTS)))

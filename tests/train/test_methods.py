@@ -33,7 +33,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "pissa": {"method": "pissa"},
     "lora+": {"method": "lora+", "optim": "adamw_bnb_8bit"},
     "rows": {"token_rows": "5-7", "targets": ["q_proj"]},
-    "tied": {"targets": ["embed_tokens", "v_proj"], "tied": "together", "lr": 2e-3},
+    "tied": {"targets": ["embed_tokens", "v_proj"], "tied": "together", "alpha": 0.25, "lr": 5e-3},
 }
 BY_HAND = {"fused", "tokens"}  # their options are rows of one model's layers; "rows" above is how tokens are asked for
 

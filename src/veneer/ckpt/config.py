@@ -219,7 +219,7 @@ def _spec(config: Mapping[str, Any]) -> LoRA:
         init=init if init in RECOMPUTED else "kaiming",
         token_rows=config.get("trainable_token_indices") or (),
         tied="together" if config.get("ensure_weight_tying") else "apart",
-        bias="lora_only" if bias == "none" and config.get("lora_bias") else bias,
+        bias="lora" if bias == "none" and config.get("lora_bias") else bias,
         modules_to_save=_names(config.get("modules_to_save")),
         layers=None if layers is None or layers == [] else (layers,) if isinstance(layers, int) else tuple(layers),
         overrides=_overrides(config.get("rank_pattern") or {}, config.get("alpha_pattern") or {}),

@@ -84,13 +84,21 @@ def contents_of(model: nn.Module, name: str) -> Contents:
     _complete_attentions(model, out)
     for site, (host, adapter) in layers.items():
         if adapter.bias is not None:
-            total = whole(own_parameters(host)["bias"]).to(adapter.bias) + whole(adapter.bias)
-            out.tensors[f"{PREFIX}{site}{'' if adapter.delta is None else '.base_layer'}.bias"] = total
+            out.tensors |= _bias(site, host, adapter, spec.bias == "lora")
     for (site, key), value in tensors(model, name).items():
         if key.startswith("saved."):
             out.tensors[f"{PREFIX}{site}.{key.removeprefix('saved.')}"] = whole(value)
             out.saved += [site] if site not in out.saved else []
     return out
+
+
+def _bias(site: str, host: nn.Module, adapter: Any, in_b: bool) -> dict[str, Tensor]:
+    """The bias as the file has it: B's own, inside the scaling; or the layer's, its full value."""
+    change = whole(adapter.bias)
+    if in_b:
+        return {f"{PREFIX}{site}.lora_B.bias": change / adapter.delta.scale}
+    total = whole(own_parameters(host)["bias"]).to(change) + change
+    return {f"{PREFIX}{site}{'' if adapter.delta is None else '.base_layer'}.bias": total}
 
 
 Layers = Mapping[str, tuple[Any, Any]]
@@ -311,7 +319,8 @@ def _lora_words(spec: LoRA, contents: Contents) -> dict[str, Any]:
         "lora_dropout": spec.dropout,
         "exclude_modules": None,
         "fan_in_fan_out": False,
-        "bias": spec.bias,
+        "bias": "none" if spec.bias == "lora" else spec.bias,
+        **({"lora_bias": True} if spec.bias == "lora" else {}),
         "use_rslora": spec.scaling == "rslora",
         "use_dora": any(key.endswith("lora_magnitude_vector") for key in contents.tensors),
         "init_lora_weights": True,  # where training began; the values are in the file

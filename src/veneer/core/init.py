@@ -15,8 +15,14 @@ with data (`attach(..., data=batches)`), X the layer's inputs and G the gradient
     corda_kpm    the r that matter least, so that what the data show is kept          (arXiv:2406.05223, section 3)
     lora_ga      A and B along the top 2 r singular directions of G                   (arXiv:2407.05000, section 3.2)
 
+for a base that is about to be quantised (`attach(..., round_trip=function)`, Q(W) being W after the round trip):
+
+    loftq        Q <- Q(W - s B A) and s B A <- the top r singular directions of W - Q, in turn: the pair that comes
+                 nearest to W. The base becomes that Q                                   (arXiv:2310.08659)
+
 The layer starts as the base: B A = 0, or, where A and B were taken out of W, `shifted` says that the same product is
-to be subtracted for good. The base weight itself is only ever read.
+to be subtracted for good. The base weight itself is only ever read; LoftQ alone writes it, once, to what its storage
+will hold anyway.
 
 Embeddings start the other way round (A = 0, B normal with deviation 1): then a token that is never seen in training
 keeps exactly the embedding that it had.
@@ -39,7 +45,10 @@ from veneer.core.registry import Registry
 from veneer.core.weight import read_weight
 from veneer.errors import ConfigError
 
-__all__ = ["INITS", "NEEDS", "Site", "Start", "share_ranks"]
+__all__ = ["CHANGES_BASE", "INITS", "NEEDS", "RoundTrip", "Site", "Start", "share_ranks"]
+
+RoundTrip = Callable[[Tensor], Tensor]
+"""A matrix (out, in) in fp32 -> the same as its storage will give it back."""
 
 
 class Start(NamedTuple):
@@ -64,6 +73,8 @@ class Site:
     options: Mapping[str, Any] = field(default_factory=dict)  # the delta's own settings, defaults filled in
     shared: Any = None  # what Delta.share left here
     seen: Any = None  # what core.observe saw, for inits that ask for it in NEEDS
+    round_trip: RoundTrip | None = None  # for inits in CHANGES_BASE
+    base: Tensor | None = None  # what such an init makes of W
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -73,6 +84,10 @@ class Site:
         """W in fp32 or wider; a copy only where the storage makes one necessary."""
         w = self.op.to_matrix(self.host, read_weight(self.host).detach())
         return w.to(torch.promote_types(w.dtype, torch.float32))
+
+    @property
+    def host_dtype(self) -> torch.dtype:
+        return read_weight(self.host).dtype
 
     @property
     def batch(self) -> tuple[int, ...]:
@@ -143,6 +158,32 @@ def olora(site: Site) -> Start:
     q, r = torch.linalg.qr(site.matrix())
     a, b = r[..., : site.rank, :], q[..., : site.rank]
     return Start(a.to(site.dtype).contiguous(), b.to(site.dtype).contiguous(), shifted=True)
+
+
+LOFTQ_STEPS = 5  # after which the paper's own errors hardly fall any more; the best step is taken
+CHANGES_BASE = ("loftq",)
+
+
+@INITS.register("loftq")
+def loftq(site: Site) -> Start:
+    assert site.round_trip is not None
+    w, best = site.matrix(), float("inf")
+    product, kept = torch.zeros_like(w), None
+    for _ in range(LOFTQ_STEPS):
+        q = site.round_trip(w - product).to(site.host_dtype).to(w.dtype)
+        u, s, vh = torch.linalg.svd(w - q, full_matrices=False)
+        is_lost = s[..., : site.rank] > torch.finfo(w.dtype).eps * w.norm()
+        root = torch.where(is_lost, s[..., : site.rank] / site.scale, 0).sqrt()
+        size = root.where(is_lost, site.shape[1] ** -0.5)  # where nothing is lost A is not 0 as well, or it stays dead
+        a, b = size[..., None] * vh[..., : site.rank, :], u[..., : site.rank] * root[..., None, :]
+        product = site.scale * (b @ a)
+        error = float((w - q - product).norm())
+        if error >= best:
+            break
+        best, kept = error, (q, a, b)
+    assert kept is not None
+    site.base = kept[0]
+    return Start(*(t.to(site.dtype).contiguous() for t in kept[1:]))
 
 
 # --- inits that look at data ----------------------------------------------------------------------------------------

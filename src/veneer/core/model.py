@@ -11,7 +11,7 @@ import copy
 import dataclasses
 import re
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -34,14 +34,14 @@ from veneer.core.host import (
     refuse_sharded,
     release,
 )
-from veneer.core.init import INITS, NEEDS, SHARES_RANKS, Site, share_ranks, unset
+from veneer.core.init import CHANGES_BASE, INITS, NEEDS, SHARES_RANKS, RoundTrip, Site, share_ranks, unset
 from veneer.core.leaf import Leaf, own_parameters
 from veneer.core.observe import Loss, loss_of, observe
 from veneer.core.op import Op, op_for, op_of
 from veneer.core.registry import near
 from veneer.core.select import refined, select, select_saved
 from veneer.core.spec import SCALINGS, LoRA
-from veneer.core.ties import Follower, followers, select_tokens
+from veneer.core.ties import Follower, followers, select_tokens, tied_groups
 from veneer.core.weight import UNPACK_FIRST, is_packed, is_plain, read_weight, write_weight
 from veneer.errors import CheckpointError, ConfigError, StateError, TargetError
 
@@ -231,13 +231,15 @@ def attach(
     trainable: bool = True,
     data: Iterable[Any] | None = None,
     loss: Loss = loss_of,
+    round_trip: RoundTrip | None = None,
 ) -> Attached:
     """Put an adapter on `model`, in place, freeze everything else, and make the new adapter the active one.
 
     The layers keep their names and weights. dtype: the type the adapter is kept and trained in; fp32 on a half
     precision base unless given (products still run in the base's type). init=False leaves values unset, for whoever
     loads them next. data: a few batches, for inits that look at them (eva, corda, lora_ga): mappings are passed to the
-    model by keyword; loss(model, batch) gives lora_ga its gradient. Raises ConfigError, TargetError or StateError
+    model by keyword; loss(model, batch) gives lora_ga its gradient. round_trip: what quantising will make of a matrix,
+    for loftq, which writes the base; quantise it afterwards. Raises ConfigError, TargetError or StateError
     before anything has changed.
     """
     state = vars(_unwrap(model)).get("_veneer")
@@ -251,6 +253,7 @@ def attach(
     plan = _plan({n: layer for n, layer in layers.items() if n not in tied}, specs, dtype, init)
     if init:
         spec = _look_at_data(model, plan, specs, spec, data, loss)
+        _ready_to_change_the_base(model, plan, specs, state, round_trip)
     layers |= {site: follower.layer for site, follower in tied.items()}
     refuse_sharded({**layers, **whole, **biased})
     new = {site: _adapter(place, init, specs[site]) for site, place in plan.items()}
@@ -259,6 +262,9 @@ def attach(
     copies: dict[str, nn.Module] = {n: _own_copy(module, name) for n, module in whole.items()}
 
     state = state or _start(model)
+    for site, place in plan.items():
+        if place.base is not None:
+            _write_base(place, new[site], specs[site])
     for site, module in {**new, **copies}.items():
         layer = layers.get(site) or biased.get(site) or whole[site]
         host(layer, state.active, Whole if site in whole else _mode(layer))
@@ -354,6 +360,45 @@ def _look_at_data(
     return dataclasses.replace(spec, overrides={**exact, **spec.overrides})
 
 
+def _ready_to_change_the_base(
+    model: nn.Module,
+    plan: Mapping[str, Site],
+    specs: Mapping[str, LoRA],
+    state: State | None,
+    round_trip: RoundTrip | None,
+) -> None:
+    """An init that writes the base needs a base that nobody else has built upon, and that can be written."""
+    changed = [n for n in plan if specs[n].init in CHANGES_BASE]
+    if not changed:
+        return
+    if round_trip is None:
+        raise ConfigError(
+            f"init {specs[changed[0]].init!r} starts from what quantising will lose",
+            fix="attach(model, spec, round_trip=function), where function(W) is W quantised and read back",
+        )
+    shared = {n for group in tied_groups(model) for n in group}
+    problems = []
+    for name in changed:
+        plan[name].round_trip, packed = round_trip, is_packed(plan[name].host)
+        if packed is not None:
+            problems.append(f"{name} is packed already ({packed}); attach to the full-precision base, then quantise")
+        if state is not None and name in state.hosts:
+            others = ", ".join(state.hosts[name].slots)  # type: ignore[arg-type]
+            problems.append(f"{name} carries {others}, trained on the base as it is; two bases in one are not possible")
+        if name in shared:
+            problems.append(f"{name} shares its weight with another layer, which would change with it")
+    if problems:
+        raise TargetError("this init changes the base, which cannot be changed here", problems=problems)
+
+
+def _write_base(place: Site, adapter: Adapter, own: LoRA) -> None:
+    """The base becomes what the init made of it; a combine rule that looks at the base looks again."""
+    stored = place.op.to_weight(place.host, place.base)  # type: ignore[arg-type]
+    write_weight(place.host, stored.to(place.host_dtype))
+    if adapter.combine_changes_base:
+        adapter.combine = COMBINES[own.combine](place, adapter.delta)  # type: ignore[arg-type]
+
+
 def _alpha_factor(spec: LoRA, rank: int) -> float:
     return spec.scale / SCALINGS[spec.scaling](spec.alpha, rank)
 
@@ -373,6 +418,8 @@ def _against(layer: nn.Module, op: Op, spec: LoRA, init: bool) -> Iterator[str]:
         yield f"delta {spec.delta!r} cannot hold a stack of matrices"
     if (_mode(layer) is Readable or isinstance(layer, Leaf)) and spec.dropout:
         yield "dropout acts on the input, and this layer's weight is read without one; set dropout=0 for it"
+    if spec.bias == "lora" and (op.looks_up or _mode(layer) is Readable or isinstance(layer, Leaf)):
+        yield "a bias in B is added to an output, and this is no layer that adds one; leave it out, or bias='lora_only'"
 
 
 def _mode(layer: nn.Module) -> type:
@@ -385,8 +432,10 @@ def _adapter(site: Site, init: bool, own: LoRA) -> Adapter:
     with torch.no_grad():
         delta = DELTAS[own.delta].create(site, INITS[own.init] if init else unset, own.dropout)
         combine = COMBINES[own.combine](site, delta)
-    wants_bias = own.bias != "none" and own_parameters(site.host).get("bias") is not None
-    return Adapter(delta, combine, _bias_change(site.host) if wants_bias else None)
+    has_bias = own_parameters(site.host).get("bias") is not None
+    if own.bias == "lora" and not has_bias:
+        return Adapter(delta, combine, nn.Parameter(torch.zeros(site.shape[0], dtype=site.dtype, device=site.device)))
+    return Adapter(delta, combine, _bias_change(site.host) if has_bias and own.bias != "none" else None)
 
 
 def _with_tokens(
@@ -409,7 +458,7 @@ def _with_tokens(
 def _following(follower: Follower, plan: Mapping[str, Site], new: Mapping[str, Adapter], spec: LoRA) -> Adapter:
     """The adapter of a layer that shares its weight with another and shows that one's change."""
     delta = new[follower.source].delta.mirrored(follower.turned)  # type: ignore[union-attr]
-    wants_bias = spec.bias != "none" and own_parameters(follower.layer).get("bias") is not None
+    wants_bias = spec.bias in ("lora_only", "all") and own_parameters(follower.layer).get("bias") is not None
     return Adapter(delta, Add(plan[follower.source], delta), _bias_change(follower.layer) if wants_bias else None)
 
 
@@ -585,6 +634,7 @@ def merge(model: nn.Module, names: Mixture = None, *, keep_base: bool = True, un
         if any(n in layer.slots for n in chosen)  # type: ignore[union-attr, operator]
     }
     _refuse_tied(model, state, acting, untie)
+    _refuse_homeless(state, acting)
     _refuse_broken(acting)
     _refuse_packed(state, acting)
     state.active.change(())
@@ -720,6 +770,23 @@ def unmerged(model: nn.Module) -> Iterator[None]:
             merge(model, names)
 
 
+def _refuse_homeless(state: State, acting: Mapping[str, list[tuple[Any, float]]]) -> None:
+    """A bias in B goes where the layer's own bias is; one that has none cannot take it up."""
+    homeless = [
+        site
+        for site, here in acting.items()
+        if not isinstance(state.hosts[site], Whole)
+        and own_parameters(state.hosts[site]).get("bias") is None
+        and any(adapter.bias is not None for adapter, _ in here)
+    ]
+    if homeless:
+        raise StateError(
+            "these layers have no bias that the adapter's could be added to",
+            problems=homeless,
+            fix="serve this adapter unmerged, or train it without bias='lora'",
+        )
+
+
 def _refuse_broken(acting: Mapping[str, list[tuple[nn.Module, float]]]) -> None:
     """A NaN in a factor would spread over the whole base; find it before the first weight is written."""
     broken = [
@@ -782,29 +849,55 @@ def _is_one_change(acting: Mapping[str, list[tuple[Any, float]]], owners: list[s
 # --- looking and checking -------------------------------------------------------------------------------------------
 
 
-def check_alive(model: nn.Module) -> None:
+def check_alive(model: nn.Module) -> tuple[str, ...]:
     """After a backward: every active adapter got a gradient in every layer. Raises naming those without.
 
     This is what finds a layer whose forward was replaced, whose weight is read without being called, or whose adapter
-    a fused loss passed by.
+    a fused loss passed by. An expert to which the router sent no token is no such case; returned is a sentence for each
+    of them.
     """
     state = _state(model)
-    silent, zero = [], []
+    silent, alive = {}, set()
     for name in state.active.names:
         for site in (*state.placed[name].sites, *state.placed[name].saved):
             module = state.hosts[site].slots[name]  # type: ignore[index, union-attr]
             trained = [p for p in module.parameters() if p.requires_grad]
-            if trained and all(p.grad is None for p in trained):
-                silent.append(f"{site} ({name})")
-            elif trained and not any(p.grad is not None and bool(p.grad.any()) for p in trained):
-                zero.append(f"{site} ({name})")
-    if silent or zero:
+            if not trained or any(p.grad is not None and bool(p.grad.any()) for p in trained):
+                alive.add(site)
+            else:
+                has_none = all(p.grad is None for p in trained)
+                silent[site] = f"{site} ({name})" + ("" if has_none else ": only zeros")
+    idle = [site for site in silent if _is_idle_expert(_unwrap(model), site, alive)]
+    problems = [said for site, said in silent.items() if site not in idle]
+    if problems:
         raise StateError(
-            f"{len(silent) + len(zero)} adapters got no gradient",
-            problems=silent + [f"{z}: only zeros" for z in zero],
+            f"{len(problems)} adapters got no gradient",
+            problems=problems,
             fix="their layers' forward never ran or does not reach the loss. Something reads the weight directly, "
             "replaced forward after attach (attach last), or skips these layers",
         )
+    return tuple(f"{site} got no gradient: its expert was sent no token of this batch" for site in idle)
+
+
+def _is_idle_expert(model: nn.Module, site: str, alive: Collection[str]) -> bool:
+    """Whether a layer belongs to one of several experts, of which others have a gradient in the same place.
+
+    Experts are the elements of a ModuleList beside which there is a router: a matrix with a row for each of them.
+    """
+    parts = site.split(".")
+    for i in (i for i, part in enumerate(parts) if part.isdigit() and i):
+        experts = model.get_submodule(".".join(parts[:i]))
+        twins = (".".join([*parts[:i], str(other), *parts[i + 1 :]]) for other in range(len(list(experts.children()))))
+        if isinstance(experts, nn.ModuleList) and _has_router(model, parts[:i], len(experts)):
+            return any(twin in alive for twin in twins)
+    return False
+
+
+def _has_router(model: nn.Module, path: list[str], experts: int) -> bool:
+    owner, inside = model.get_submodule(".".join(path[:-1])), path[-1] + "."
+    own = (p for n, p in owner.named_parameters() if not n.startswith(inside) and ".lora." not in n)
+    rows = [p.shape[0] for p in own if p.ndim == 2]
+    return experts > 1 and experts in rows
 
 
 def summary(model: nn.Module) -> Summary:

@@ -10,6 +10,7 @@ import dataclasses
 import difflib
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 
 from torch import nn
 
@@ -78,7 +79,8 @@ def select(model: nn.Module, spec: LoRA) -> dict[str, nn.Module]:
     wanted = _wanted(model, layers, spec)
     chosen = [n for n in wanted if not any(n == s or n.startswith(s + ".") for s in saved)]
     chosen = _within_blocks(chosen, list(layers), spec)
-    chosen = [n for n in chosen if not _excluder(spec)(n)]
+    is_excluded = _excluder(model, layers, spec)
+    chosen = [n for n in chosen if not is_excluded(n)]
     if not chosen and spec.targets:
         raise TargetError(
             f"targets {_shown(spec.targets)} leave nothing to adapt after layers, exclude and modules_to_save",
@@ -207,12 +209,34 @@ def _within_blocks(chosen: list[str], layers: Sequence[str], spec: LoRA) -> list
     return [n for n in chosen if block_index(n) in wanted]
 
 
-def _excluder(spec: LoRA) -> Callable[[str], bool]:
-    if not isinstance(spec.exclude, str):
-        endings = tuple(spec.exclude)
-        return lambda name: any(ends_with(name, e) for e in endings)
-    pattern = re.compile(spec.exclude)
-    return lambda name: pattern.fullmatch(name) is not None
+def _excluder(model: nn.Module, layers: Mapping[str, nn.Module], spec: LoRA) -> Callable[[str], bool]:
+    """Whether a layer is to be left alone. A pattern that leaves nothing alone was meant to: it is an error."""
+    rules: dict[str, Callable[[str], object]]
+    if isinstance(spec.exclude, str) and spec.exclude:
+        try:
+            rules = {spec.exclude: re.compile(spec.exclude).fullmatch}
+        except re.error as error:
+            raise ConfigError(f"exclude {spec.exclude!r} is not a regular expression: {error}") from None
+    else:
+        rules = {ending: partial(_has_ending, ending) for ending in spec.exclude}
+    problems = [
+        f"exclude {shown!r} matches none of {len(layers)} adaptable layers.{_why_not(model, layers, shown, rule)}"
+        for shown, rule in rules.items()
+        if not any(rule(name) for name in layers)
+    ]
+    if problems:
+        raise TargetError("some exclusions exclude nothing", problems=problems, where=type(model).__name__)
+    return lambda name: any(rule(name) for rule in rules.values())
+
+
+def _has_ending(ending: str, name: str) -> bool:
+    return ends_with(name, ending)
+
+
+def _why_not(model: nn.Module, layers: Mapping[str, nn.Module], shown: str, matches: Callable[[str], object]) -> str:
+    if any(name and matches(name) for name in plain_modules(model)):
+        return f" It names modules that hold layers; for all that is in them: exclude=r'(.*\\.)?{shown}\\..*'"
+    return near_names(shown, layers)
 
 
 def near_names(word: str, names: Iterable[str]) -> str:

@@ -23,7 +23,7 @@ SCALINGS["lora"] = lambda alpha, rank: alpha / rank  # arXiv:2106.09685, section
 SCALINGS["rslora"] = lambda alpha, rank: alpha / math.sqrt(rank)  # arXiv:2312.03732, theorem 3.2
 SCALINGS["constant"] = lambda alpha, rank: alpha  # the scale itself, whatever the rank
 
-BIASES = ("none", "lora_only", "all")
+BIASES = ("none", "lora", "lora_only", "all")
 TIES = ("refuse", "together", "apart")
 OVERRIDABLE = ("rank", "alpha", "dropout", "delta", "combine", "init", "scaling", "options")
 REGISTRIES = {"delta": DELTAS, "combine": COMBINES, "init": INITS, "scaling": SCALINGS}
@@ -47,7 +47,8 @@ class LoRA:
     dropout         share of the inputs of A that is zeroed in training
     delta, combine, init     names from the registries of the same name
     scaling         "lora" (above), "rslora" (s = alpha / sqrt(rank)) or "constant" (s = alpha)
-    bias            "none", "lora_only" (adapted layers) or "all": which biases get a trained change of their own
+    bias            "none", "lora_only" (adapted layers) or "all": which biases get a trained change of their own; or
+                    "lora": B has a bias, so that every adapted layer adds one, whether or not it had one
     modules_to_save name endings of modules that are trained whole, in a copy that belongs to the adapter
     token_rows      tokens whose rows of the input embedding are trained, and nothing else of it; or name ending ->
                     tokens, for other tables. A head that is tied to the table shows the same rows
@@ -106,6 +107,8 @@ class LoRA:
         yield from _value_problems(dataclasses.asdict(self))
         if self.bias not in BIASES:
             yield f"bias={self.bias!r} is none of {', '.join(BIASES)}.{near(str(self.bias), BIASES)}"
+        if self.bias == "lora" and self.delta in DELTAS and not DELTAS[self.delta].takes_init:
+            yield f"bias='lora' is a bias in B, and delta {self.delta!r} has no such factor; bias='lora_only'"
         if self.tied not in TIES:
             yield f"tied={self.tied!r} is none of {', '.join(TIES)}.{near(str(self.tied), TIES)}"
         if not self.targets and not self.modules_to_save and not self.token_rows:

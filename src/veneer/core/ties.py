@@ -23,7 +23,7 @@ from veneer.core.select import ends_with, near_names, places
 from veneer.core.spec import LoRA
 from veneer.errors import TargetError
 
-__all__ = ["Follower", "followers", "select_tokens"]
+__all__ = ["Follower", "followers", "select_tokens", "tied_groups"]
 
 
 class Follower(NamedTuple):
@@ -84,7 +84,7 @@ def followers(
     """The layers that are to show another one's change. Raises TargetError for ties that the specs leave open."""
     found: dict[str, Follower] = {}
     problems: list[str] = []
-    for group in _groups(model):
+    for group in tied_groups(model):
         mine = [n for n in group if n in layers]
         if not mine:
             continue
@@ -101,7 +101,7 @@ def followers(
     return found
 
 
-def _groups(model: nn.Module) -> Iterator[dict[str, nn.Module]]:
+def tied_groups(model: nn.Module) -> Iterator[dict[str, nn.Module]]:
     """The layers that hold the same parameter, in the model's order."""
     by_weight: dict[int, dict[str, nn.Module]] = {}
     for name, layer in places(model).items():

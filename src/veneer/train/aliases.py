@@ -129,6 +129,7 @@ ALIASES: dict[str, Alias] = {
     **dict.fromkeys(["num_layers", "lora_layers", "freeze_trainable_layers"], _last_layers),
     "rank_pattern": _field_of_overrides("rank"),
     "alpha_pattern": _field_of_overrides("alpha"),
+    "lora_bias": switch({"bias": "lora"}),
     **dict.fromkeys(["use_dora", "peft_use_dora"], switch({"combine": "dora"}, {"combine": "add"})),
     **dict.fromkeys(["use_rslora", "peft_use_rslora"], switch({"scaling": "rslora"}, {"scaling": "lora"})),
     "pissa_init": switch({"init": "pissa"}, {"init": "kaiming"}),

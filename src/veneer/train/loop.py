@@ -159,7 +159,8 @@ class Loop:
         with same_random():
             loss = self.fitting(lambda rows: self.gradients(longest, rows, collect=False))
             if math.isfinite(loss) and self.settings.method == "lora":
-                check_alive(self.job.model)
+                for note in check_alive(self.job.model):
+                    self.tell("note", text=note)
             self.masters.zero_grad()
             self.fitting(lambda rows: self.judged(heavy, rows))
         if not math.isfinite(loss):

@@ -168,7 +168,11 @@ class Settings:
     overrides: dict[str, dict[str, Any]] = of_adapter(  # noqa: RUF009 - the field is made with a factory
         {}, "mapping", parse.overrides, "Pattern -> rank, alpha or dropout that differ there: {q_proj: {rank: 4}}."
     )
-    bias: str = choice("none", "none lora_only all", "Which bias vectors train.", group="method", only_for=LORA)
+    bias: str = choice(
+        "none", "none lora lora_only all",
+        "Which bias vectors train: none, one inside B (lora), those of the adapted layers, or all.",
+        group="method", only_for=LORA,
+    )  # fmt: skip
     quant: str = choice("none", "none nf4 int8 fp8", "How the frozen base is stored.", group="method", only_for=LORA)
 
     # The data
