@@ -20,6 +20,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -140,6 +141,7 @@ def main() -> None:
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--combine", choices=["add", "dora"], default="add")
     parser.add_argument("--folder", type=Path, default=None, help="where to work; a temporary folder unless given")
+    parser.add_argument("--json", type=Path, help="write the figures here")
     given = parser.parse_args()
     one_block = size_of(shapes(1)) - size_of(shapes(0))
     names = shapes(max(1, round((given.gb * 1e9 - size_of(shapes(0))) / one_block)))
@@ -147,11 +149,14 @@ def main() -> None:
     if free < 2.2 * size_of(names):
         sys.exit(f"needs {2.2 * size_of(names) / 1e9:.0f} GB of free disk, there are {free / 1e9:.0f}")
     with tempfile.TemporaryDirectory(dir=given.folder) as folder:
-        measure(Path(folder), names, given.rank, given.combine)
+        found = measure(Path(folder), names, given.rank, given.combine)
+    show(found)
+    if given.json:
+        given.json.write_text(json.dumps({"command": sys.argv} | found, indent=1) + "\n")
 
 
-def measure(folder: Path, names: dict[str, tuple[int, ...]], rank: int, combine: str) -> None:
-    base, adapter, size = folder / "base", folder / "adapter", size_of(names)
+def measure(folder: Path, names: dict[str, tuple[int, ...]], rank: int, combine: str) -> dict[str, Any]:
+    base, adapter = folder / "base", folder / "adapter"
     write_model(base, names)
     write_adapter(adapter, base, rank, combine)
     cold = forget_cache()
@@ -159,19 +164,35 @@ def measure(folder: Path, names: dict[str, tuple[int, ...]], rank: int, combine:
     forget_cache()
     run = [sys.executable, "-c", MERGE, str(base), str(adapter), str(folder / "out")]
     merged = json.loads(subprocess.run(run, capture_output=True, text=True, check=True).stdout)
-    largest = max(2 * torch.Size(shape).numel() for shape in names.values()) / 2**20
-    print(f"model    {size / 1e9:.2f} GB in bfloat16, {len(names)} tensors, the largest {largest:.0f} MiB")
-    print(f"cache    {'dropped before each' if cold else 'could not be dropped: reads may come from memory'}")
+    return {
+        "bytes": size_of(names),
+        "tensors": len(names),
+        "largest_mib": max(2 * torch.Size(shape).numel() for shape in names.values()) / 2**20,
+        "rank": rank,
+        "combine": combine,
+        "cache_dropped": cold,
+        "threads": torch.get_num_threads(),
+        "copy_seconds": copied,
+        "merge_seconds": merged["seconds"],
+        "merge_cpu_seconds": merged["cpu"],
+        "merge_mib_above_start": merged["mib"],
+        "worst_output_error": merged["excess"],
+        "share_kept": merged["kept"],
+    }
+
+
+def show(found: dict[str, Any]) -> None:
+    size, copied, merged = found["bytes"], found["copy_seconds"], found["merge_seconds"]
+    print(
+        f"model    {size / 1e9:.2f} GB in bfloat16, {found['tensors']} tensors, largest {found['largest_mib']:.0f} MiB"
+    )
+    print(f"cache    {'dropped before each' if found['cache_dropped'] else 'not dropped: reads may come from memory'}")
     print(f"copy     {copied:.1f} s, {size / 2**20 / copied:.0f} MiB/s")
-    rate = size / 2**20 / merged["seconds"]
-    print(f"merge    {merged['seconds']:.1f} s, {rate:.0f} MiB/s ({merged['seconds'] / copied:.2f} x the copy's time)")
-    print(
-        f"         {merged['cpu']:.1f} s of processor time on {torch.get_num_threads()} threads, rank {rank}, {combine}"
-    )
-    print(f"memory   {merged['mib']:.0f} MiB above the start at its peak")
-    print(
-        f"proof    worst output error {merged['excess']:.2f} of what rounding allows; {merged['kept']:.1%} of dW kept"
-    )
+    print(f"merge    {merged:.1f} s, {size / 2**20 / merged:.0f} MiB/s ({merged / copied:.2f} x the copy's time)")
+    print(f"         {found['merge_cpu_seconds']:.1f} s of processor time on {found['threads']} threads")
+    print(f"memory   {found['merge_mib_above_start']:.0f} MiB above the start at its peak")
+    print(f"proof    worst output error {found['worst_output_error']:.2f} of what rounding allows; ", end="")
+    print(f"{found['share_kept']:.1%} of dW kept")
 
 
 if __name__ == "__main__":

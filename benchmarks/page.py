@@ -34,6 +34,14 @@ def table(head: Iterable[str], rows: Iterable[Iterable[object]]) -> str:
     return "\n".join(f"| {line} |" for line in lines)
 
 
+def short(x: float) -> str:
+    """
+    >>> short(1.0551), short(15.31), short(1893.3)
+    ('1.06', '15', '1,893')
+    """
+    return f"{x:.2f}" if x < 10 else f"{x:,.0f}"
+
+
 def core(found: dict[str, Any]) -> str:
     rows, v = found["rows"], found["versions"]
     aims = [
@@ -59,15 +67,16 @@ def core(found: dict[str, Any]) -> str:
         ("merge for good, PEFT's time / ours", "merge", "time: peft / veneer", None, ""),
         ("training step, frozen model = 1", "step", "veneer / frozen", "peft / frozen", "at most 1.04"),
         ("the same, LoRA by hand", "step", "by hand / frozen", None, ""),
+        ("the same, frozen model + the products with A and B alone", "step", "floor / frozen", None, ""),
         ("the same with DoRA", "step", "veneer dora / frozen", "peft dora / frozen", ""),
     ]
     body = [
-        (what, f"{rows[row][key]:.3g}", f"{rows[row][other]:.3g}" if other else "", aim)
+        (what, short(rows[row][key]), short(rows[row][other]) if other else "", aim)
         for what, row, key, other, aim in aims
         if row in rows and key in rows[row]
     ]
     saved = [(k.removesuffix(" MiB"), f"{x:.1f}") for k, x in rows.get("saved", {}).items()]
-    merged = [(k, f"{x:.2f}") for k, x in rows.get("merge", {}).items() if k.endswith("MiB")]
+    merged = [(k.removesuffix(" MiB"), f"{x:.1f}") for k, x in rows.get("merge", {}).items() if k.endswith("MiB")]
     return "\n\n".join(
         [
             "## The core, beside PEFT and by hand",
@@ -131,12 +140,22 @@ def train_gpu(found: dict[str, Any]) -> str:
 
 
 def merge_stream(found: dict[str, Any]) -> str:
+    size, copied, merged = found["bytes"], found["copy_seconds"], found["merge_seconds"]
+    rows = [
+        ("a plain copy of the files", f"{copied:.0f}", f"{size / 2**20 / copied:.0f}", ""),
+        ("the merge", f"{merged:.0f}", f"{size / 2**20 / merged:.0f}", f"{found['merge_mib_above_start']:.0f}"),
+    ]
     return "\n\n".join(
         [
             "## Merging on disk",
-            "`python benchmarks/merge_stream.py`: a sharded model of random weights, merged shard by shard and proven "
-            "tensor by tensor, beside a plain copy of the same files in the same run.",
-            "```json\n" + json.dumps(found, indent=1)[:2000] + "\n```",
+            f"`python benchmarks/merge_stream.py`: a model of {size / 1e9:.1f} GB in bfloat16, merged shard by shard "
+            f"with an adapter of rank {found['rank']} on all linear layers and proven tensor by tensor, beside a plain "
+            f"copy of the same files in the same run ({found['threads']} threads; data on the disk at the end of both"
+            f"{', page cache dropped before each' if found['cache_dropped'] else ''}). The aim is less than 2 GB of "
+            f"memory above the largest tensor, which has {found['largest_mib']:.0f} MiB.",
+            table(["", "seconds", "MiB/s", "MiB above the start"], rows),
+            f"The worst error of an output was {found['worst_output_error']:.2f} of what rounding to bfloat16 allows; "
+            f"{found['share_kept']:.1%} of dW survived it.",
         ]
     )
 
@@ -162,7 +181,51 @@ def learning_rate(found: list[dict[str, Any]]) -> str:
     )
 
 
-def methods(found: list[dict[str, Any]]) -> str:
+def methods(found: dict[str, Any]) -> str:
+    about, rows = found["about"], found["rows"]
+
+    def cell(row: dict[str, float] | None, key: str, form: str) -> str:
+        return form.format(row[key]) if row and key in row else ""
+
+    body = []
+    for name, own in rows.items():
+        if name.startswith("peft"):
+            continue
+        peer = rows.get(f"peft {name}")
+        pairs = (cell(r, k, "{:.1f}") for k in ("saved MiB", "peak MiB") for r in (own, peer))
+        steps = cell(own, "step", "{:.2f}"), cell(peer, "step", "{:.2f}"), cell(own, "peft/ours", "{:.2f}")
+        body.append((name, *steps, *pairs))
+    return "\n\n".join(
+        [
+            f"## A step of every method: {about['device']}",
+            f"`python benchmarks/methods.py`: forward and backward, {about['layers']} layers x {about['width']}, "
+            f"{about['tokens']} tokens, {about['dtype']}, rank 16 on all linears; torch {about['torch']}, PEFT "
+            f"{about['peft']}. A step of plain LoRA is 1 in each library; DoRA is to stay below 1.25. Memory is what "
+            "is kept for the backward pass, parameters not counted, and the highest point of a step, in MiB.",
+            table(["", "step", "PEFT", "PEFT / ours", "kept", "PEFT", "peak", "PEFT"], body),
+        ]
+    )
+
+
+def mixing(found: dict[str, Any]) -> str:
+    about, r = found["about"], found["rows"]
+    rows = [
+        ("Veneer", f"{1e3 * r['veneer s']:.0f} ms", "1", f"{r['veneer error']:.4f}"),
+        ("PEFT", f"{1e3 * r['peft s']:.0f} ms", f"{r['peft / veneer']:.0f}", f"{r['peft error']:.4f}"),
+        ("PEFT, svd_full_matrices=False", "", f"{r['peft without full matrices / veneer']:.0f}", ""),
+    ]
+    return "\n\n".join(
+        [
+            "## Two adapters mixed into one of their rank",
+            f"`python benchmarks/mixing.py`: svd, rank 16 on all linears of {about['layers']} layer x {about['width']}"
+            f", one thread; torch {about['torch']}, PEFT {about['peft']}. The error is that of the worst matrix, "
+            f"relative to the exact sum. 16 layers take us {r['veneer, 16 layers, s']:.2f} s.",
+            table(["", "time", "ratio", "error"], rows),
+        ]
+    )
+
+
+def small_data(found: list[dict[str, Any]]) -> str:
     cells: dict[tuple[str, int, float], list[float]] = defaultdict(list)
     for r in found:
         cells[r["method"], r["rows"], r["rate"]].append(r["accuracy"])
@@ -175,8 +238,8 @@ def methods(found: list[dict[str, Any]]) -> str:
     return "\n\n".join(
         [
             "## Adapter, whole model or last layers, by amount of data",
-            "`python benchmarks/methods.py`: all-MiniLM-L6-v2 on the sentiment of film reviews, accuracy in % on 1,000 "
-            "other reviews at the best of five rates.",
+            "`python benchmarks/small_data.py`: all-MiniLM-L6-v2 on the sentiment of film reviews, accuracy in % on "
+            "1,000 other reviews at the best of five rates.",
             table(["rows", *map(str, counts)], body),
         ]
     )
@@ -190,7 +253,10 @@ SECTIONS: dict[str, Callable[[Any], str]] = {
     "merge_stream": merge_stream,
     "train_gpu_8b": train_gpu,
     "learning_rate": learning_rate,
+    "small_data": small_data,
     "methods": methods,
+    "methods_cuda": methods,
+    "mixing": mixing,
 }
 
 

@@ -1,7 +1,7 @@
 """The demo: a real model learns to answer with a shell command, on this machine, without a GPU and without a hub.
 
-SmolLM2-135M-Instruct, asked in plain English for a command, chats. After sixty steps on a few hundred examples it
-answers with the command alone. Three things are then shown: the same questions before and after, the proof that the
+SmolLM2-135M-Instruct, asked in plain English for a command, chats. After a hundred steps on a few hundred examples
+it answers with the command alone. Three things are then shown: the same questions before and after, the proof that the
 adapter is what it claims to be, and the report. The format is learned; many of the commands are wrong, as one expects
 of so small a model. They are for looking at, not for running.
 """
@@ -19,10 +19,11 @@ __all__ = ["SETTINGS", "prepare"]
 SETTINGS: dict[str, Any] = {
     "r": 16,
     "alpha": 32,
-    "lr": 1e-3,
-    "steps": 60,
+    "lr": 1.6e-3,
+    "steps": 100,
     "batch_size": 4,
-    "eval_every": 20,
+    "eval_every": 25,
+    "system": "Answer with one shell command.",
     "warmup": 0.05,
     "max_len": 256,
 }
