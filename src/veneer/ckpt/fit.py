@@ -22,13 +22,13 @@ import torch
 from torch import Tensor, nn
 
 from veneer.ckpt.config import TASK_HEADS, Parsed, selects, selects_parameters
-from veneer.ckpt.layout import NESTED, from_file, is_conv, is_flipped, misfit
+from veneer.ckpt.layout import from_file, is_conv, is_flipped, misfit
 from veneer.ckpt.methods import METHODS, built, expanded, turned_over, unpack
 from veneer.ckpt.names import Found, Renaming, best_renaming, renamed, sort_keys
+from veneer.ckpt.places import drop_mirrors, leaf_at, name_parameters, name_projections, projection_overrides
 from veneer.ckpt.tensorfile import Stored, TensorFile
 from veneer.core.delta import DELTAS
 from veneer.core.host import plain_modules
-from veneer.core.leaf import Leaf, leaves_of
 from veneer.core.op import op_for, op_of
 from veneer.core.select import ends_with
 from veneer.core.spec import LoRA
@@ -94,10 +94,8 @@ class _Matching:
     problems: list[str] = field(default_factory=list)
     gaps: list[str] = field(default_factory=list)  # what `partial` forgives
     hosts: dict[str, nn.Module] = field(init=False)  # all that may carry an adapter: modules, and parameters by name
-
     tables: dict[str, tuple[nn.Module, LoRA]] = field(init=False)  # of which single rows are trained
     attentions: dict[str, str] = field(default_factory=dict)  # projection -> the attention that the file names
-
     rule: Callable[[str], bool] = field(init=False)  # PEFT's own: is this module a target?
 
     def __post_init__(self) -> None:
@@ -108,9 +106,7 @@ class _Matching:
             self.problems += [str(error)]
 
     def run(self) -> Fit:
-        self._name_projections()
-        self._name_parameters()
-        self._drop_mirrors()
+        self._name_places()
         sites = self._sites()
         saved, biases, whole = self._plain(sites)
         spec, factors = self._factors(sites)
@@ -128,50 +124,17 @@ class _Matching:
         tables = {site: own for site, (_, own) in self.tables.items()}
         return Fit(spec, tuple(sites), hosts, tuple(saved), values, biases, changes, self.notes, shared, tables)
 
-    def _name_projections(self) -> None:
-        """An nn.MultiheadAttention that is a target: PEFT's keys name it for in_proj, and nest out_proj in it."""
-        for key in list(self.found.adapted):
-            outer = key.removesuffix(f"{NESTED}.out_proj")
-            module = self.modules.get(outer)
-            if not isinstance(module, nn.MultiheadAttention) or not self._is_target(outer):
-                continue
-            site = f"{outer}.out_proj" if outer != key else f"{outer}.in_proj_weight"
-            if outer == key:
-                self.hosts[site] = leaves_of(module).get("in_proj_weight") or Leaf(module, "in_proj_weight")
-            self.attentions[site] = outer
-            self.found.adapted[site] = self.found.adapted.pop(key)
+    def _name_places(self) -> None:
+        """What keys mean inside the modules that they name (places.py)."""
+        self.attentions = name_projections(self.modules, self.found, self._is_target)
+        name_parameters(self.modules, self.found, self._targets_parameter)
+        leaves = {site: leaf_at(self.modules, site) for site in self.found.adapted if site not in self.modules}
+        self.hosts |= {site: leaf for site, leaf in leaves.items() if leaf is not None}
+        if self.parsed.spec.tied == "together":
+            drop_mirrors(self.modules, self.found, self._wanted() or ())
 
     def _is_target(self, name: str) -> bool:
         return self.rule(name) or self.rule(self.name_of.backward(name))
-
-    def _name_parameters(self) -> None:
-        """Adapters of bare parameters bear the name of the module that holds them; give each its parameter's name."""
-        for key in list(self.found.adapted):
-            owner = key.removesuffix(NESTED * key.count(NESTED))
-            module = self.modules.get(owner)
-            if module is None or op_for(type(module)) is not None:
-                continue
-            names = [p for p in module._parameters if self._targets_parameter(f"{owner}.{p}")]
-            place = len(names) - 1 - key.count(NESTED)  # the first is nested deepest
-            if place >= 0:
-                site = f"{owner}.{names[place]}"
-                self.hosts[site] = leaves_of(module).get(names[place]) or Leaf(module, names[place])
-                self.found.adapted[site] = self.found.adapted.pop(key)
-
-    def _drop_mirrors(self) -> None:
-        """With ensure_weight_tying the file holds one change twice: for the target, and turned for what is tied."""
-        wanted = self._wanted() if self.parsed.spec.tied == "together" else None
-        owners = {id(w): s for s in wanted or () if (w := self.modules[s]._parameters.get("weight")) is not None}
-        for site in [s for s in self.found.adapted if s in self.modules and s not in (wanted or {s})]:
-            source = owners.get(id(self.modules[site]._parameters.get("weight")))
-            if source not in self.found.adapted:
-                continue
-            (a, b), (a0, b0) = ((self.found.adapted[s][key].load() for key in "AB") for s in (site, source))
-            if (a.shape == b0.mT.shape and torch.equal(a, b0.mT) and torch.equal(b, a0.mT)) or (
-                a.shape == a0.shape and torch.equal(a, a0) and torch.equal(b, b0)
-            ):
-                del self.found.adapted[site]
-                self.found.base.pop(f"{site}.weight", None)
 
     def _targets_parameter(self, name: str) -> bool:
         rule = selects_parameters(self.parsed.raw)
@@ -208,7 +171,8 @@ class _Matching:
         if self.parsed.kind in METHODS:
             return self.parsed.spec, self._other_factors(sites)
         spec, values, shrunk = self.parsed.spec, {}, {}
-        spec = self._at_attentions(spec)
+        exact = projection_overrides(spec, self.attentions)
+        spec = dataclasses.replace(spec, overrides={**exact, **spec.overrides}) if exact else spec
         for site in sites:
             own, host, fields = spec.at(site), self.hosts[site], self.found.adapted[site]
             if site in self.tables or "rows" in fields:
@@ -233,16 +197,6 @@ class _Matching:
                 shrunk["^" + re.escape(site)] = _shrink(own, pair.shrunk)
         self._note_padding(sites)
         return dataclasses.replace(spec, overrides={**shrunk, **spec.overrides}) if shrunk else spec, values
-
-    def _at_attentions(self, spec: LoRA) -> LoRA:
-        """What the config says of an attention holds for its projections; of out_proj's change PEFT takes the double
-        (layout.py)."""
-        own = {site: spec.at(attention) for site, attention in self.attentions.items()}
-        exact = {
-            "^" + re.escape(site): {"rank": found.rank, "alpha": found.alpha * (2 if site.endswith(".out_proj") else 1)}
-            for site, found in own.items()
-        }
-        return dataclasses.replace(spec, overrides={**exact, **spec.overrides}) if exact else spec
 
     def _other_factors(self, sites: Iterable[str]) -> dict[tuple[str, str], Tensor]:
         """What another method than LoRA has of each layer, as its delta has it."""

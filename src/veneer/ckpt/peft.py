@@ -36,12 +36,13 @@ from veneer.ckpt.hub import WEIGHTS, find
 from veneer.ckpt.tensorfile import TensorFile, save_tensors
 from veneer.core.delta import DELTAS
 from veneer.core.host import plain_modules
-from veneer.core.model import _unwrap, adapter_of, attach, detach, put, sites, spec_of, tensors, unmerged
+from veneer.core.model import adapter_of, attach, detach, put, sites, spec_of, tensors, unmerged, unwrapped
 from veneer.core.spec import LoRA
 from veneer.errors import CheckpointError, TargetError
 
 __all__ = [
     "Loaded",
+    "attach_fitted",
     "check_base",
     "config_of",
     "contents_of",
@@ -94,7 +95,7 @@ def load(
     another base, fits only in part, or comes from a newer PEFT with options that nobody here knows. `partial` and the
     last three flags each lift one of these refusals.
     """
-    model, path = _unwrap(model), find(folder, name, revision)
+    model, path = unwrapped(model), find(folder, name, revision)
     config, file = read_config(path / CONFIG), TensorFile(path / WEIGHTS)
     parsed = parse(config, str(path / CONFIG), allow_unknown=allow_unknown)
     base, notes = check_base(base_of(model), parsed, file, allow_other_base)
@@ -104,7 +105,7 @@ def load(
     notes += fitted.notes + [f"{key}={value!r} in {CONFIG} is not known" for key, value in parsed.unknown.items()]
     if trainable:
         notes += [f"{key}={parsed.raw[key]!r} acts in PEFT's training and not in ours" for key in _dropouts(parsed)]
-    spec = _attach(model, fitted, name, trainable)
+    spec = attach_fitted(model, fitted, name, trainable)
     if words := kept_words(parsed):
         keep_words(model, name, spec, words)
     if notes:
@@ -117,7 +118,7 @@ def _dropouts(parsed: Parsed) -> list[str]:
     return [key for key in ("rank_dropout", "module_dropout") if parsed.raw.get(key)]
 
 
-def _attach(model: nn.Module, fitted: Fit, name: str, trainable: bool) -> LoRA:
+def attach_fitted(model: nn.Module, fitted: Fit, name: str, trainable: bool) -> LoRA:
     """Attach without drawing values, put the file's in; on any error take it all away again."""
     dtype, has_start = _dtype(model, fitted, trainable), fitted.spec.init in RECOMPUTED
     problem: TargetError | None = None
@@ -243,7 +244,7 @@ def save(model: nn.Module, folder: str | os.PathLike[str], name: str = "default"
 
     Other files there stay. The two of the adapter are replaced together, or, on a full disk or a kill, not at all.
     """
-    model, path = _unwrap(model), Path(folder).expanduser() / ("" if name == "default" else name)
+    model, path = unwrapped(model), Path(folder).expanduser() / ("" if name == "default" else name)
     spec = spec_of(model, name)
     with unmerged(model):  # biases and magnitudes are written relative to the base, whatever is merged just now
         contents = contents_of(model, name)

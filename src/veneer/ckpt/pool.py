@@ -41,23 +41,23 @@ from veneer.ckpt.base import base_of
 from veneer.ckpt.config import CONFIG, RECOMPUTED, parse, read_config
 from veneer.ckpt.fit import Fit, fit
 from veneer.ckpt.hub import WEIGHTS, find
-from veneer.ckpt.peft import _attach, check_base, refuse_broken
+from veneer.ckpt.peft import attach_fitted, check_base, refuse_broken
 from veneer.ckpt.tensorfile import TensorFile
 from veneer.core.model import (
     Mixture,
-    _device,
-    _mixture,
-    _row,
-    _state,
-    _unwrap,
     active_of,
     adapters,
     attach,
     detach,
+    device_of,
     is_merged,
+    mixture_of,
     put,
+    row_of,
     spec_of,
+    state_of,
     tensors,
+    unwrapped,
 )
 from veneer.core.registry import near
 from veneer.core.spec import LoRA
@@ -90,15 +90,15 @@ def swap(
     fitted = _look(model, folder, name, revision, allow_other_base)
     refuse_broken(fitted.values, str(folder))
     _tell(fitted, folder)
-    overwrite(_unwrap(model), name, fitted.spec, _plain(fitted, str(folder)))
+    overwrite(unwrapped(model), name, fitted.spec, _plain(fitted, str(folder)))
 
 
 def _look(model: nn.Module, folder: Folder, name: str, revision: str | None, allow_other_base: bool) -> Fit:
     """The file in the model's terms; its tensors are pages of the file that nobody has read yet."""
     path = find(folder, name, revision)
     parsed, file = parse(read_config(path / CONFIG), str(path / CONFIG)), TensorFile(path / WEIGHTS)
-    _, notes = check_base(base_of(_unwrap(model)), parsed, file, allow_other_base)
-    fitted = fit(_unwrap(model), parsed, file, name)
+    _, notes = check_base(base_of(unwrapped(model)), parsed, file, allow_other_base)
+    fitted = fit(unwrapped(model), parsed, file, name)
     fitted.notes += [*notes, *(f"{key}={value!r} in {CONFIG} is not known" for key, value in parsed.unknown.items())]
     return fitted
 
@@ -142,7 +142,7 @@ class Filed:
         return self.kept or _look(model, self.folder, name, self.revision, self.allow_other_base)
 
     def place(self, model: nn.Module, name: str, source: Fit, values: Values) -> None:
-        _attach(model, dataclasses.replace(source, values=dict(values)), name, trainable=False)
+        attach_fitted(model, dataclasses.replace(source, values=dict(values)), name, trainable=False)
 
 
 @dataclass
@@ -211,7 +211,7 @@ class Pool:
         if capacity < 1 or (capacity_bytes is not None and capacity_bytes < 1):
             raise ConfigError(f"a pool of capacity={capacity}, capacity_bytes={capacity_bytes} holds nothing")
         _unmerged(model)
-        self.model, self.capacity, self.capacity_bytes = _unwrap(model), capacity, capacity_bytes
+        self.model, self.capacity, self.capacity_bytes = unwrapped(model), capacity, capacity_bytes
         self._held: dict[str, Filed | Taken] = {}
         self._on: OrderedDict[str, str] = OrderedDict()  # adapter -> its name on the model, longest unused first
         self._users: dict[str, int] = {}  # how many open blocks use an adapter
@@ -327,7 +327,7 @@ class Pool:
     def _check_hold(self, hold: str, folder: object) -> None:
         if hold not in ("disk", "cpu", "pinned"):
             raise ConfigError(f"hold={hold!r} is not known.{near(hold, ('disk', 'cpu', 'pinned'))}")
-        if hold == "pinned" and _device(self.model).type != "cuda":
+        if hold == "pinned" and device_of(self.model).type != "cuda":
             raise ConfigError("page-locked memory is for models on a GPU", fix='hold="cpu"')
         if hold == "disk" and folder is None:
             raise ConfigError("an adapter of the model has no file", fix='save it and name its folder, or hold="cpu"')
@@ -437,7 +437,7 @@ class Pool:
 
     def _stage(self, name: str, values: Values, hold: Hold) -> Staged:
         """In the thread: values in memory, checked, and on the way to the device."""
-        device = _device(self.model)
+        device = device_of(self.model)
         if hold == "disk":
             values = _in_memory(values, pinned=device.type == "cuda")
             refuse_broken({f"{site}.{key}": v for (site, key), v in values.items()}, f"adapter {name!r} of the pool")
@@ -477,7 +477,7 @@ class Pool:
                 return
             here = {on[n]: w for n, w in weights.items()}
             chosen = next(iter(here), None) if single else here
-            with _state(self.model).active.changed(*_mixture(self.model, _state(self.model), chosen)):
+            with state_of(self.model).active.changed(*mixture_of(self.model, state_of(self.model), chosen)):
                 yield self.model
 
     @contextmanager
@@ -488,10 +488,10 @@ class Pool:
             if not adapters(self.model):
                 yield self.model
                 return
-            here = [_row(self.model, {on[n]: w for n, w in row.items()}) for row in weights]
+            here = [row_of(self.model, {on[n]: w for n, w in row.items()}) for row in weights]
             names = self._places or tuple(on.values())  # all places: the same graph whoever is in them
-            mix = torch.tensor([[row.get(n, 0.0) for n in names] for row in here], device=_device(self.model))
-            with _state(self.model).active.changed(names, mix.reshape(len(here), len(names))):
+            mix = torch.tensor([[row.get(n, 0.0) for n in names] for row in here], device=device_of(self.model))
+            with state_of(self.model).active.changed(names, mix.reshape(len(here), len(names))):
                 yield self.model
 
     def _bring(self, wanted: tuple[str, ...]) -> None:

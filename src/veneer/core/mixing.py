@@ -29,8 +29,7 @@ from torch import Tensor, nn
 from veneer.core.combine import Add
 from veneer.core.delta import DenseDelta, wide
 from veneer.core.host import Adapter
-from veneer.core.model import _state as state_of
-from veneer.core.model import adapter_of, attach, detach, parameters, put, sites, spec_of
+from veneer.core.model import adapter_of, attach, detach, parameters, put, sites, spec_of, state_of
 from veneer.core.op import op_of
 from veneer.core.registry import Registry
 from veneer.core.select import select

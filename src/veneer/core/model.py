@@ -49,6 +49,7 @@ __all__ = [
     "Attached",
     "Merged",
     "Mixture",
+    "State",
     "Summary",
     "activate",
     "active_of",
@@ -57,18 +58,23 @@ __all__ = [
     "attach",
     "check_alive",
     "detach",
+    "device_of",
     "disabled",
     "is_merged",
     "merge",
+    "mixture_of",
     "parameters",
     "put",
     "routed",
+    "row_of",
     "sites",
     "spec_of",
+    "state_of",
     "summary",
     "tensors",
     "unmerge",
     "unmerged",
+    "unwrapped",
 ]
 
 Mixture = str | None | Sequence[str] | Mapping[str, float]
@@ -151,16 +157,16 @@ class Summary:
 # --- finding things -------------------------------------------------------------------------------------------------
 
 
-def _state(model: nn.Module) -> State:
+def state_of(model: nn.Module) -> State:
     """The model's adapters, through wrappers that keep the model in .module (DDP) or ._orig_mod (compile)."""
-    inner = _unwrap(model)
+    inner = unwrapped(model)
     state = vars(inner).get("_veneer")
     if state is None:
         raise StateError(f"{type(inner).__name__} has no adapter", fix="veneer.attach(model, LoRA(...)) first")
     return state
 
 
-def _unwrap(model: nn.Module) -> nn.Module:
+def unwrapped(model: nn.Module) -> nn.Module:
     while "_veneer" not in vars(model):
         inner = vars(model).get("_modules", {}).get("_orig_mod") or vars(model).get("_modules", {}).get("module")
         if inner is None:
@@ -170,7 +176,7 @@ def _unwrap(model: nn.Module) -> nn.Module:
 
 
 def _placed(model: nn.Module, name: str) -> Placed:
-    placed = _state(model).placed
+    placed = state_of(model).placed
     if name not in placed:
         raise StateError(f"no adapter named {name!r}.{near(name, placed)} There are: {', '.join(placed) or 'none'}.")
     return placed[name]
@@ -178,7 +184,7 @@ def _placed(model: nn.Module, name: str) -> Placed:
 
 def adapters(model: nn.Module) -> tuple[str, ...]:
     """The names of the adapters on `model`, in the order in which they came."""
-    state = vars(_unwrap(model)).get("_veneer")
+    state = vars(unwrapped(model)).get("_veneer")
     return tuple(state.placed) if state is not None else ()
 
 
@@ -187,17 +193,17 @@ def spec_of(model: nn.Module, name: str = "default") -> LoRA:
 
 
 def active_of(model: nn.Module) -> Active:
-    return _state(model).active
+    return state_of(model).active
 
 
 def is_merged(model: nn.Module) -> bool:
-    state = vars(_unwrap(model)).get("_veneer")
+    state = vars(unwrapped(model)).get("_veneer")
     return state is not None and state.merged is not None
 
 
 def sites(model: nn.Module, name: str | None = None) -> dict[str, nn.Module]:
     """The layers that carry adapter `name` (or any), by module name; modules that are trained whole not among them."""
-    state = _state(model)
+    state = state_of(model)
     placed = list(state.placed.values()) if name is None else [_placed(model, name)]
     return {s: state.hosts[s] for p in placed for s in p.sites}
 
@@ -208,7 +214,7 @@ def adapter_of(layer: nn.Module, name: str = "default") -> Adapter:
 
 def parameters(model: nn.Module, name: str | None = None) -> dict[str, nn.Parameter]:
     """What training moves: the adapters' parameters by dotted name, copies of whole modules among them."""
-    state = _state(model)
+    state = state_of(model)
     names = [name] if name is not None else list(state.placed)
     return {
         f"{site}.lora.{n}.{key}": parameter
@@ -242,8 +248,8 @@ def attach(
     for loftq, which writes the base; quantise it afterwards. Raises ConfigError, TargetError or StateError
     before anything has changed.
     """
-    state = vars(_unwrap(model)).get("_veneer")
-    model = _unwrap(model)
+    state = vars(unwrapped(model)).get("_veneer")
+    model = unwrapped(model)
     _check_name(name, state)
     layers, whole = select(model, spec) if spec.targets else {}, select_saved(model, spec)
     specs = {site: refined(model, site, layer, spec) for site, layer in layers.items()}
@@ -514,7 +520,7 @@ def detach(model: nn.Module, name: str | None = None) -> None:
 
     On a merged model the merged weights stay: merge and detach together bake an adapter into the base.
     """
-    state = _state(model)
+    state = state_of(model)
     names = list(state.placed) if name is None else [name]
     doomed = {n: _placed(model, n) for n in names}
     if state.merged is not None and len(doomed) < len(state.placed):
@@ -535,7 +541,7 @@ def detach(model: nn.Module, name: str | None = None) -> None:
     if not state.placed:
         for parameter in state.trained_before:
             parameter.requires_grad_(True)
-        del vars(_unwrap(model))["_veneer"]
+        del vars(unwrapped(model))["_veneer"]
 
 
 # --- switching ------------------------------------------------------------------------------------------------------
@@ -546,13 +552,13 @@ def activate(model: nn.Module, names: Mixture) -> None:
 
     One assignment: the cost does not depend on the model's size or on how many adapters are loaded.
     """
-    state = _state(model)
+    state = state_of(model)
     if state.merged is not None and names is not None:
         raise StateError(f"{state.merged!r} is merged into the weights", fix="unmerge(model) before switching")
-    state.active.change(*_mixture(model, state, names))
+    state.active.change(*mixture_of(model, state, names))
 
 
-def _mixture(model: nn.Module, state: State, names: Mixture) -> tuple[tuple[str, ...], Tensor | None]:
+def mixture_of(model: nn.Module, state: State, names: Mixture) -> tuple[tuple[str, ...], Tensor | None]:
     if names is None:
         return (), None
     if isinstance(names, str):
@@ -564,10 +570,10 @@ def _mixture(model: nn.Module, state: State, names: Mixture) -> tuple[tuple[str,
         raise ConfigError(f"an adapter is named twice in {list(names)}", fix='give it a weight: {"a": 2.0}')
     if not isinstance(names, Mapping):
         return tuple(names), None
-    return tuple(names), torch.tensor([float(w) for w in names.values()], device=_device(model))
+    return tuple(names), torch.tensor([float(w) for w in names.values()], device=device_of(model))
 
 
-def _device(model: nn.Module) -> torch.device:
+def device_of(model: nn.Module) -> torch.device:
     return next((p.device for p in model.parameters()), torch.device("cpu"))
 
 
@@ -576,7 +582,7 @@ def disabled(model: nn.Module) -> Iterator[nn.Module]:
     """The base, bit for bit, for the length of the block."""
     if is_merged(model):
         raise StateError("the adapters are merged into the weights", fix="unmerge(model) gives the base back")
-    with _state(model).active.changed(()):
+    with state_of(model).active.changed(()):
         yield model
 
 
@@ -586,17 +592,17 @@ def routed(model: nn.Module, rows: Sequence[Mixture]) -> Iterator[nn.Module]:
 
     A batch that is a multiple of `rows` (beams, or time folded into the batch) repeats each row in place.
     """
-    state = _state(model)
+    state = state_of(model)
     if state.merged is not None:
         raise StateError("a merged model answers every row alike", fix="unmerge(model) first")
-    weights = [_row(model, row) for row in rows]
+    weights = [row_of(model, row) for row in rows]
     names = tuple(dict.fromkeys(n for row in weights for n in row))
-    mix = torch.tensor([[row.get(n, 0.0) for n in names] for row in weights], device=_device(model))
+    mix = torch.tensor([[row.get(n, 0.0) for n in names] for row in weights], device=device_of(model))
     with state.active.changed(names, mix.reshape(len(weights), len(names))):
         yield model
 
 
-def _row(model: nn.Module, row: Mixture) -> dict[str, float]:
+def row_of(model: nn.Module, row: Mixture) -> dict[str, float]:
     if row is None:
         return {}
     weights = {row: 1.0} if isinstance(row, str) else row
@@ -620,11 +626,11 @@ def merge(model: nn.Module, names: Mixture = None, *, keep_base: bool = True, un
     Sums are formed in fp32 and rounded once. A narrow type loses part of a small dW; the share kept is reported for
     each layer, and a loss of more than a tenth is warned about.
     """
-    state = _state(model)
+    state = state_of(model)
     if state.merged is not None:
         raise StateError(f"{state.merged!r} is merged already", fix="unmerge(model) first")
     names = names if names is not None else _active_mixture(state)
-    chosen, mix = _mixture(model, state, names)
+    chosen, mix = mixture_of(model, state, names)
     if not chosen:
         raise StateError("no adapter is active, so there is nothing to merge", fix='merge(model, "name")')
     weights = [1.0] * len(chosen) if mix is None else mix.tolist()
@@ -738,7 +744,7 @@ def _keep(kept: list[Any] | None, layer: nn.Module, leaf: str, value: Tensor | N
 
 def unmerge(model: nn.Module) -> None:
     """Give the base's weights back exactly, and the adapters that were merged their activity."""
-    state = _state(model)
+    state = state_of(model)
     if state.merged is None:
         raise StateError("nothing is merged", fix="merge(model) first")
     if state.kept is None:
@@ -756,7 +762,7 @@ def unmerge(model: nn.Module) -> None:
 @contextmanager
 def unmerged(model: nn.Module) -> Iterator[None]:
     """The base's own weights for the length of the block, where a merge keeps them; then merged again."""
-    state = _state(model)
+    state = state_of(model)
     if state.merged is None or state.kept is None:
         yield
         return
@@ -812,7 +818,7 @@ def _refuse_packed(state: State, acting: Mapping[str, Any]) -> None:
 def _refuse_tied(model: nn.Module, state: State, acting: Mapping[str, Any], untie: bool) -> None:
     """Merging into a shared weight would change every layer that shares it."""
     owners: dict[int, list[str]] = {}
-    for name, module in _unwrap(model).named_modules(remove_duplicate=False):
+    for name, module in unwrapped(model).named_modules(remove_duplicate=False):
         for parameter in module._parameters.values():
             if parameter is not None:
                 owners.setdefault(id(parameter), []).append(name)
@@ -856,7 +862,7 @@ def check_alive(model: nn.Module) -> tuple[str, ...]:
     a fused loss passed by. An expert to which the router sent no token is no such case; returned is a sentence for each
     of them.
     """
-    state = _state(model)
+    state = state_of(model)
     silent, alive = {}, set()
     for name in state.active.names:
         for site in (*state.placed[name].sites, *state.placed[name].saved):
@@ -867,7 +873,7 @@ def check_alive(model: nn.Module) -> tuple[str, ...]:
             else:
                 has_none = all(p.grad is None for p in trained)
                 silent[site] = f"{site} ({name})" + ("" if has_none else ": only zeros")
-    idle = [site for site in silent if _is_idle_expert(_unwrap(model), site, alive)]
+    idle = [site for site in silent if _is_idle_expert(unwrapped(model), site, alive)]
     problems = [said for site, said in silent.items() if site not in idle]
     if problems:
         raise StateError(
@@ -902,16 +908,16 @@ def _has_router(model: nn.Module, path: list[str], experts: int) -> bool:
 
 def summary(model: nn.Module) -> Summary:
     """Trainable and total parameters, and for each adapter its bytes and layers."""
-    state = _state(model)
+    state = state_of(model)
     sizes = {n: sum(p.numel() * p.element_size() for p in parameters(model, n).values()) for n in state.placed}
-    trained = sum(p.numel() for p in _unwrap(model).parameters() if p.requires_grad)
-    return Summary(trained, _count(_unwrap(model)), sizes, {n: len(p.sites) for n, p in state.placed.items()})
+    trained = sum(p.numel() for p in unwrapped(model).parameters() if p.requires_grad)
+    return Summary(trained, _count(unwrapped(model)), sizes, {n: len(p.sites) for n, p in state.placed.items()})
 
 
 def tensors(model: nn.Module, name: str = "default") -> dict[tuple[str, str], Tensor]:
     """What a file must hold of an adapter: (site, field) -> tensor, where a field is a name of the delta or the combine
     rule (A, B, magnitude), `bias` (the change of the bias) or `saved.<parameter>` of a module that is trained whole."""
-    placed, state = _placed(model, name), _state(model)
+    placed, state = _placed(model, name), state_of(model)
     found: dict[tuple[str, str], Tensor] = {}
     for site in placed.sites:
         adapter = adapter_of(state.hosts[site], name)

@@ -22,6 +22,7 @@ from torch import nn
 
 from veneer.ckpt.atomic import atomic_write
 from veneer.ckpt.config import CONFIG, REFUSED, TASK_HEADS, parse, read_config, selects
+from veneer.ckpt.places import projection_overrides
 from veneer.core.host import plain_modules
 from veneer.core.init import INITS
 from veneer.core.op import op_for
@@ -468,11 +469,7 @@ def _with_attention(spec: LoRA, config: LoraConfig, model: nn.Module) -> LoRA:
     inside = tuple(f"{n}." for n in attentions)
     others = [n for n, m in modules.items() if rule(n) and op_for(type(m)) is not None and not n.startswith(inside)]
     parts = [f"{n}.{part}" for n in attentions for part in ("in_proj_weight", "out_proj")]
-    own = {part: spec.at(part.rpartition(".")[0]) for part in parts}
-    exact = {
-        "^" + re.escape(part): {"rank": at.rank, "alpha": at.alpha * (2 if part.endswith(".out_proj") else 1)}
-        for part, at in own.items()
-    }
+    exact = projection_overrides(spec, {part: part.rpartition(".")[0] for part in parts})
     bare = tuple(config.target_parameters or ())
     targets = (*others, *parts, *bare)
     return dataclasses.replace(spec, targets=targets, exclude=(), layers=None, overrides={**exact, **spec.overrides})

@@ -20,7 +20,6 @@ from veneer.ckpt.fit import fit
 from veneer.ckpt.hub import WEIGHTS, find
 from veneer.ckpt.tensorfile import TensorFile, save_tensors
 from veneer.core.model import (
-    _state,
     active_of,
     adapter_of,
     adapters,
@@ -29,6 +28,7 @@ from veneer.core.model import (
     parameters,
     sites,
     spec_of,
+    state_of,
     unmerged,
 )
 from veneer.core.registry import near
@@ -194,7 +194,7 @@ def hotswap_adapter(
         for _, delta, scale in _scales(model, adapter_name, fitted.spec):
             delta.scale = scale
         new = {key: getattr(fitted.spec, key) for key in ("rank", "alpha", "scaling", "overrides", "dropout")}
-        _state(model).placed[adapter_name].spec = dataclasses.replace(old, **new)
+        state_of(model).placed[adapter_name].spec = dataclasses.replace(old, **new)
     if hasattr(model, "peft_config"):
         model.peft_config[adapter_name] = _config_in(path)
 

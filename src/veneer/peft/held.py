@@ -8,7 +8,7 @@ from torch import nn
 
 from veneer.ckpt import peft as store
 from veneer.core.host import plain_modules
-from veneer.core.model import Mixture, _state, is_merged, spec_of
+from veneer.core.model import Mixture, is_merged, spec_of, state_of
 from veneer.peft.config import AnyConfig, PeftConfig
 
 __all__ = ["LoadResult", "config_of", "hosts", "is_trained", "merged_mixture", "merged_names", "nothing_amiss"]
@@ -27,14 +27,14 @@ def nothing_amiss() -> LoadResult:
 
 def hosts(model: nn.Module) -> dict[str, Any]:
     """Every layer that carries an adapter or is trained whole by one, in the model's order."""
-    held = _state(model).hosts
+    held = state_of(model).hosts
     order = {name: i for i, name in enumerate(plain_modules(model))}
     return {name: held[name] for name in sorted(held, key=lambda n: order.get(n, order.get(n.rpartition(".")[0], 0)))}
 
 
 def merged_mixture(model: nn.Module) -> Mixture:
     """What is merged into the weights, as merge takes it; None if nothing is."""
-    return _state(model).merged if is_merged(model) else None
+    return state_of(model).merged if is_merged(model) else None
 
 
 def merged_names(model: nn.Module) -> list[str]:
@@ -44,7 +44,7 @@ def merged_names(model: nn.Module) -> list[str]:
 
 def is_trained(model: nn.Module, name: str) -> bool:
     """Whether an adapter requires gradients, by its first layer."""
-    state = _state(model)
+    state = state_of(model)
     placed = state.placed[name]
     first: Any = state.hosts[next(iter((*placed.sites, *placed.saved)))]
     return any(p.requires_grad for p in first.slots[name].parameters())
