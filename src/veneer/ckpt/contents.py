@@ -35,7 +35,7 @@ from veneer.core.spec import LoRA
 from veneer.core.weight import read_weight
 from veneer.errors import CheckpointError
 
-__all__ = ["Contents", "adapted_sites", "config_of", "contents_of", "keep_words", "kept_words", "whole"]
+__all__ = ["Contents", "adapted_sites", "add_factors", "config_of", "contents_of", "keep_words", "kept_words", "whole"]
 
 # What configs say that no spec holds, to be written back with the same adapter.
 _kept: weakref.WeakKeyDictionary[nn.Module, dict[str, tuple[LoRA, dict[str, Any]]]] = weakref.WeakKeyDictionary()
@@ -80,7 +80,7 @@ def contents_of(model: nn.Module, name: str) -> Contents:
     spec, hosts = spec_of(model, name), sites(model, name)
     layers = {site: (host, adapter_of(host, name)) for site, host in hosts.items()}
     out = Contents(kind=method_of(spec, layers))
-    (_add_factors if out.kind == "LORA" else _add_tensors)(out, spec, layers)
+    (add_factors if out.kind == "LORA" else _add_tensors)(out, spec, layers)
     _complete_attentions(model, out)
     for site, (host, adapter) in layers.items():
         if adapter.bias is not None:
@@ -105,7 +105,7 @@ Layers = Mapping[str, tuple[Any, Any]]
 """Name -> the layer and its adapter."""
 
 
-def _add_factors(out: Contents, spec: LoRA, layers: Layers) -> None:
+def add_factors(out: Contents, spec: LoRA, layers: Layers) -> None:
     """Every layer as A and B."""
     adapted = {site: pair for site, pair in layers.items() if pair[1].delta is not None}
     for site in [s for s, (_, adapter) in adapted.items() if isinstance(adapter.delta, TokenRows)]:
