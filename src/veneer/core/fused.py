@@ -1,40 +1,87 @@
 """Which output rows of a fused q-k-v matrix are q, which are k and which are v.
 
-    layout        rows                                             families (config.model_type)
-    stacked       all q, all k, all v                              gpt2, mpt, qwen, phi3, dbrx, gpt_bigcode, chatglm
-    interleaved   q, k and v of the first head, of the second ...  gpt_neox, bloom
+    layout        rows                                                families (config.model_type)
+    stacked       all q, all k, all v                                 gpt2, mpt, qwen, phi3, dbrx, chatglm; falcon and
+                                                                      gpt_bigcode with one k and v for all heads
+    interleaved   q, k and v of the first head, of the second ...     gpt_neox, bloom, persimmon; gpt_bigcode and falcon
+                                                                      with a k and v for each head
+    grouped       the q of all heads that share a k and v, these      falcon's new architecture
+    quarters      a quarter of all q, of all v, of all k; four times  codegen
 
-The preset "minimal" means q and v, so inside a fused matrix it adapts those rows only. A family whose layout is not
-known here is refused by the preset, never guessed.
+Each is a number of groups, and what follows what inside one. The preset "minimal" means q and v, so inside a fused
+matrix it adapts those rows only. A family whose layout is not known here is refused by the preset, never guessed;
+tests/laws/test_fused.py holds each one to the keys that the model itself caches.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 from torch import nn
 
 from veneer.core.op import op_of
 from veneer.errors import TargetError
 
-__all__ = ["INTERLEAVED", "STACKED", "fused_parts"]
+__all__ = ["LAYOUTS", "Layout", "fused_parts"]
 
 Ranges = list[tuple[int, int]]
 
-STACKED = ("gpt2", "mpt", "qwen", "phi3", "phi4_multimodal", "dbrx", "gpt_bigcode", "chatglm")
-INTERLEAVED = ("gpt_neox", "gpt_neox_japanese", "bloom")
+
+class Layout(NamedTuple):
+    """`groups` times the same sequence of parts, each with so many rows."""
+
+    groups: int
+    rows: dict[str, int]  # in the order in which they stand
+
+    def ranges(self, part: str) -> Ranges:
+        names, step = list(self.rows), sum(self.rows.values())
+        start = sum(self.rows[name] for name in names[: names.index(part)])
+        return [(i * step + start, i * step + start + self.rows[part]) for i in range(self.groups)]
+
+
+def _stacked(config: Any, out: int, width: int) -> Layout:
+    heads = _heads(config)
+    q = heads * (_first(config, "head_dim", "kv_channels") or width // heads)
+    return Layout(1, {"q": q, "k": (out - q) // 2, "v": (out - q) // 2})
+
+
+def _interleaved(config: Any, out: int, width: int) -> Layout:
+    return Layout(_heads(config), dict.fromkeys("qkv", out // (3 * _heads(config))))
+
+
+def _bigcode(config: Any, out: int, width: int) -> Layout:
+    return (_stacked if config.multi_query else _interleaved)(config, out, width)
+
+
+def _falcon(config: Any, out: int, width: int) -> Layout:
+    if not config.new_decoder_architecture:
+        return _bigcode(config, out, width)
+    groups = config.num_kv_heads
+    head = out // (_heads(config) + 2 * groups)
+    return Layout(groups, {"q": head * _heads(config) // groups, "k": head, "v": head})
+
+
+def _codegen(config: Any, out: int, width: int) -> Layout:
+    return Layout(4, dict.fromkeys("qvk", out // 12))
+
+
+LAYOUTS: dict[str, Callable[[Any, int, int], Layout]] = {
+    **dict.fromkeys(("gpt2", "mpt", "qwen", "phi3", "phi4_multimodal", "dbrx", "chatglm"), _stacked),
+    **dict.fromkeys(("gpt_neox", "gpt_neox_japanese", "bloom", "persimmon"), _interleaved),
+    "gpt_bigcode": _bigcode,
+    "falcon": _falcon,
+    "codegen": _codegen,
+}
 
 
 def fused_parts(model: nn.Module, name: str, layer: nn.Module) -> dict[str, Ranges]:
     """{"q": row ranges, "k": ..., "v": ...} for the fused layer `name` of a transformers model."""
     config = getattr(model, "config", None)
     family = getattr(config, "model_type", None)
-    out, width = op_of(layer).shape(layer)
-    if family in INTERLEAVED:
-        return _interleaved(out, _first(config, "num_attention_heads", "n_head"))
-    if family in STACKED:
-        heads = _first(config, "num_attention_heads", "n_head", "n_heads")
-        return _stacked(out, heads, _first(config, "head_dim", "kv_channels") or width // heads)
+    if family in LAYOUTS:
+        layout = LAYOUTS[family](config, *op_of(layer).shape(layer))
+        return {part: layout.ranges(part) for part in "qkv"}
     raise TargetError(
         f"{name} holds q, k and v in one matrix, and how {family or type(model).__name__} orders them is not known",
         fix="targets=['" + name.rsplit(".", 1)[-1] + "'] adapts the whole matrix; delta='fused' with "
@@ -42,19 +89,9 @@ def fused_parts(model: nn.Module, name: str, layer: nn.Module) -> dict[str, Rang
     )
 
 
+def _heads(config: Any) -> int:
+    return _first(config, "num_attention_heads", "n_head", "n_heads")
+
+
 def _first(config: Any, *names: str) -> int:
     return next((int(v) for n in names if (v := getattr(config, n, None))), 0)
-
-
-def _stacked(out: int, heads: int, head: int) -> dict[str, Ranges]:
-    q = heads * head
-    kv = (out - q) // 2
-    return {"q": [(0, q)], "k": [(q, q + kv)], "v": [(q + kv, out)]}
-
-
-def _interleaved(out: int, heads: int) -> dict[str, Ranges]:
-    head = out // (3 * heads)
-    return {
-        part: [(3 * head * i + offset * head, 3 * head * i + (offset + 1) * head) for i in range(heads)]
-        for offset, part in enumerate("qkv")
-    }
