@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from pathlib import Path
 
 import pytest
 
@@ -266,3 +268,17 @@ def test_columns_that_hold_nothing_anywhere_are_said_row_by_row():
         "field 'completion' is NaN; text is expected",
         "field 'prompt' is missing; text is expected",
     ]
+
+
+PAGE = (Path(__file__).parents[2] / "docs" / "data.md").read_text()
+
+
+@pytest.mark.parametrize("name, rows", re.findall(r"```jsonl ([^\n]+)\n(.*?)```", PAGE, re.DOTALL))
+def test_the_rows_in_the_manual_are_what_it_says(name, rows, tmp_path):
+    (tmp_path / "rows.jsonl").write_text(rows)
+    assert load(tmp_path / "rows.jsonl").format == name
+
+
+def test_the_manual_has_every_format():
+    told = re.findall(r"```jsonl ([^\n]+)\n", PAGE)
+    assert set(told) == {name for name in FORMATS if "preference" not in name}

@@ -56,6 +56,7 @@ READERS: Registry[Reader] = Registry("file type")
 OPENERS: dict[str, Callable[[Path, str], Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 BOMS = {b"\xef\xbb\xbf": "utf-8-sig", b"\xff\xfe": "utf-16", b"\xfe\xff": "utf-16"}
 # Lists of objects that are one field of a row; any other list of objects in a JSON object is the list of rows.
+LISTS = ("input_ids", "tokens", "words")  # fields that are lists in every row
 ROW_LISTS = {"messages", "conversations", "conversation", "tools", "prompt", "completion", "chosen", "rejected"}
 CUT = "(a cut download or copy?)"
 SPLITS = {
@@ -323,6 +324,8 @@ def _columns(value: dict[str, Any]) -> list[tuple[Any, ...]] | None:
     """The rows of {"prompt": [...], "completion": [...]}, as `Dataset.to_dict` writes it."""
     if len(value) < 2 or not all(isinstance(column, list) for column in value.values()):
         return None
+    if any(key in value and not all(isinstance(item, list) for item in value[key]) for key in LISTS):
+        return None  # these are lists in every row, so this is one row
     sizes = {len(column) for column in value.values()}
     return list(zip(*value.values(), strict=True)) if len(sizes) == 1 else None
 
