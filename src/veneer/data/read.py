@@ -55,8 +55,8 @@ Reader: TypeAlias = Callable[[Path], Iterator[Found]]
 READERS: Registry[Reader] = Registry("file type")
 OPENERS: dict[str, Callable[[Path, str], Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 BOMS = {b"\xef\xbb\xbf": "utf-8-sig", b"\xff\xfe": "utf-16", b"\xfe\xff": "utf-16"}
-# Lists of objects that are one field of a row; any other list of objects in a JSON object is the list of rows.
 LISTS = ("input_ids", "tokens", "words")  # fields that are lists in every row
+# Lists of objects that are one field of a row; any other list of objects in a JSON object is the list of rows.
 ROW_LISTS = {"messages", "conversations", "conversation", "tools", "prompt", "completion", "chosen", "rejected"}
 CUT = "(a cut download or copy?)"
 SPLITS = {
