@@ -259,7 +259,6 @@ def test_a_whole_module_that_the_file_lacks(tmp_path):
         ({"layer_replication": [[0, 2]]}, ("layer_replication", "Way out: replicate the blocks")),
         ({"alora_invocation_tokens": [1, 2]}, ("alora_invocation_tokens", "aLoRA")),
         ({"use_qalora": True}, ("use_qalora",)),
-        ({"trainable_token_indices": [1]}, ("trainable_token_indices", "modules_to_save")),
         ({"megatron_config": {"a": 1}, "use_bdlora": {"b": 1}}, ("megatron_config", "use_bdlora")),
         ({"init_lora_weights": "corda"}, ("'corda' changed the base", "path_initial_model_for_weight_conversion")),
         ({"init_lora_weights": "pissa_niter_4"}, ("'pissa_niter_4' changed the base",)),

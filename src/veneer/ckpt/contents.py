@@ -108,7 +108,8 @@ Layers = Mapping[str, tuple[Any, Any]]
 def add_factors(out: Contents, spec: LoRA, layers: Layers) -> None:
     """Every layer as A and B."""
     adapted = {site: pair for site, pair in layers.items() if pair[1].delta is not None}
-    for site in [s for s, (_, adapter) in adapted.items() if isinstance(adapter.delta, TokenRows)]:
+    tables = [site for site, (_, adapter) in adapted.items() if isinstance(adapter.delta, TokenRows)]
+    for site in tables if len(tables) < len(adapted) else ():  # PEFT refuses a LoRA without a single target
         host, adapter = adapted.pop(site)
         if not hasattr(adapter.delta, "source"):  # a layer that is tied to the table shows the same rows in PEFT, too
             _add_rows(out, spec, site, host, adapter.delta)
@@ -133,8 +134,9 @@ def add_factors(out: Contents, spec: LoRA, layers: Layers) -> None:
 
 def _add_rows(out: Contents, spec: LoRA, site: str, host: nn.Module, delta: Any) -> None:
     """The new values of a table's rows, in the order in which they were asked for."""
-    asked = [rows for ending, rows in _asked_rows(spec) if ending is None or ends_with(site, ending)][-1]
-    order = torch.tensor(list(dict.fromkeys(asked)), device=delta.rows.device)
+    asked = [rows for ending, rows in _asked_rows(spec) if ending is None or ends_with(site, ending)]
+    asked = asked or [delta.rows.tolist()]  # attached as any other kind of delta, not by token_rows
+    order = torch.tensor(list(dict.fromkeys(asked[-1])), device=delta.rows.device)
     table = whole(read_weight(host))
     change = whole(delta.change)[torch.searchsorted(delta.rows, order)] * delta.scale
     out.rows[site] = order.tolist()
@@ -143,7 +145,9 @@ def _add_rows(out: Contents, spec: LoRA, site: str, host: nn.Module, delta: Any)
 
 def _asked_rows(spec: LoRA) -> list[tuple[str | None, Any]]:
     """(name ending, rows); no ending stands for the input embedding."""
-    return list(spec.token_rows.items()) if isinstance(spec.token_rows, Mapping) else [(None, spec.token_rows)]
+    if isinstance(spec.token_rows, Mapping):
+        return list(spec.token_rows.items())
+    return [(None, spec.token_rows)] if spec.token_rows else []
 
 
 def _add_tensors(out: Contents, spec: LoRA, layers: Layers) -> None:
@@ -309,6 +313,8 @@ def config_of(model: nn.Module, name: str, spec: LoRA, contents: Contents) -> di
 
 def _token_words(spec: LoRA, contents: Contents) -> list[int] | dict[str, list[int]]:
     """Bare rows for the input embedding, else the tables by the names that were given."""
+    if not spec.token_rows:
+        return dict(contents.rows)
     if not isinstance(spec.token_rows, Mapping):
         return next(iter(contents.rows.values()))
     return {ending: list(dict.fromkeys(rows)) for ending, rows in spec.token_rows.items()}
