@@ -33,10 +33,11 @@ __all__ = ["ADAPTER", "allocator_of", "lora_of", "optimizer_of", "place", "write
 ADAPTER = "default"
 
 
-def place(model: nn.Module, settings: Any, heads: Sequence[str]) -> dict[str, nn.Parameter]:
-    """Make `model` ready to train by the method and return what trains, by name. `heads` are new and must learn."""
+def place(model: nn.Module, settings: Any, heads: Sequence[str], **seen: Any) -> dict[str, nn.Parameter]:
+    """Make `model` ready to train by the method and return what trains, by name. `heads` are new and must learn;
+    `seen` is for inits that look at data (see `attach`)."""
     if settings.method == "lora":
-        attach(model, lora_of(settings, heads), ADAPTER)
+        attach(model, lora_of(settings, heads), ADAPTER, **seen)
         return parameters(model, ADAPTER)
     if settings.method == "full":
         model.requires_grad_(True)

@@ -13,7 +13,7 @@ once: a run that is resumed finds their results in its config.yaml.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +21,8 @@ import torch
 from torch import nn
 
 from veneer.advise.lr import learning_rate
-from veneer.data.batch import pad_id_of
+from veneer.core.init import NEEDS
+from veneer.data.batch import batches, pad_id_of
 from veneer.data.dataset import Dataset, Split, load, split
 from veneer.data.encode import Encodings
 from veneer.data.isolation import check as check_isolation
@@ -44,6 +45,7 @@ ENOUGH_STEPS = 200  # packing leaves fewer, longer rows; below this many steps i
 EVALUATIONS = 10  # in a run, when nobody says how often
 SAVE_AT_LEAST = 100  # steps
 SHOWN = 3
+LOOKED_AT = 64  # rows that an init may look at
 
 
 @dataclass
@@ -89,7 +91,7 @@ def prepare(run: Run, settings: Reads, model: Any, data: Any, tokenizer: Any, te
     tell("doing", text="loading the model")
     model = source if isinstance(source, nn.Module) else base.load_model(source, task, settings.precision, device)
     base.fit_head(model, task)
-    trained = place(model, settings, task.heads(model))
+    trained = place(model, settings, task.heads(model), **to_look_at(settings, task, train.samples, device, tell))
     if not trained:
         raise ConfigError("nothing would be trained", fix="choose other targets or layers")
     tell("model", text=size_of(model, trained), **numbers_of(model, trained))
@@ -214,6 +216,20 @@ def settle_precision(settings: Reads, source: Any, tell: Tell) -> torch.device:
         source.to(wanted)
         tell("note", text=f"the model came in {held} and was turned to {wanted}, for precision {settings.precision}")
     return next(source.parameters()).device
+
+
+def to_look_at(
+    settings: Reads, task: Task, samples: Sequence[Encoded], device: torch.device, tell: Tell
+) -> dict[str, Any]:
+    """For an init that looks at data: some training rows, one by one so that none is padded, and the loss on them."""
+    need = NEEDS.get(settings.init) if settings.method == "lora" else None
+    if need is None:
+        return {}
+    tell("doing", text=f"init {settings.init} looks at {min(LOOKED_AT, len(samples))} rows")
+    rows = [batch.to(device) for batch in batches(samples[:LOOKED_AT], 1, pad_id_of(task.tokenizer))]
+    if need == "gradient":
+        return {"data": rows, "loss": lambda model, batch: task.loss(model, batch) / batch.trained_tokens}
+    return {"data": [batch.inputs for batch in rows]}
 
 
 def numbers_of(model: nn.Module, trained: Mapping[str, nn.Parameter]) -> dict[str, int]:

@@ -156,7 +156,7 @@ class Settings:
         "add", "add dora", "How dW joins W: added, or as DoRA's magnitude and direction.", group="method", only_for=LORA
     )
     init: str = of_adapter(
-        "kaiming", "text", parse.text, "Where A and B start: kaiming, gaussian, orthogonal, pissa, olora."
+        "kaiming", "text", parse.text, "Where A and B start: kaiming, gaussian, orthogonal, pissa, olora; from data: eva, corda, lora_ga."
     )
     scaling: str = choice(
         "lora",
