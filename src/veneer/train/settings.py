@@ -156,8 +156,9 @@ class Settings:
         "add", "add dora", "How dW joins W: added, or as DoRA's magnitude and direction.", group="method", only_for=LORA
     )
     init: str = of_adapter(
-        "kaiming", "text", parse.text, "Where A and B start: kaiming, gaussian, orthogonal, pissa, olora; from data: eva, corda, lora_ga."
-    )
+        "kaiming", "text", parse.text,
+        "Where A and B start: kaiming, gaussian, orthogonal, pissa, olora; or by the data: eva, corda, lora_ga.",
+    )  # fmt: skip
     scaling: str = choice(
         "lora",
         "lora rslora constant",
