@@ -65,7 +65,7 @@ class LowRankLinear(torch.autograd.Function):
         h = rows @ a.T  # (tokens, r)
         y = F.linear(rows, w, bias)  # (tokens, out)
         add_product_(y, h, b.T, s)
-        ctx.save_for_backward(x, w, a, b, h)
+        ctx.save_for_backward(x if ctx.needs_input_grad[3] else None, w, a, b, h)  # a frozen A needs no x (LoRA-FA)
         ctx.s = s
         return y.view(*x.shape[:-1], w.shape[0])
 
@@ -80,7 +80,7 @@ class LowRankLinear(torch.autograd.Function):
         if need_x:
             dx = g_rows @ w
             add_product_(dx, d, a, ctx.s)
-            dx = dx.view_as(x)
+            dx = dx.view(*g.shape[:-1], w.shape[1])
         da = (d * ctx.s).T @ x.reshape(-1, x.shape[-1]) if need_a else None  # scaled while it is r wide
         db = g_rows.T @ (h * ctx.s) if need_b else None
         return dx, None, None, da, db, None

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from veneer.core.delta import DELTAS, DenseDelta
 from veneer.core.init import Site, Start
@@ -26,6 +27,22 @@ def kernel_values(site: Site) -> int:
 def spread_over_kernel(core: Float[Tensor, "r j k"], q: Float[Tensor, "j c"]) -> Float[Tensor, "r in"]:
     """The inputs' factor of a convolution: `core` says how r channels are spread over the kernel's k places."""
     return torch.einsum("rjk,jc->rck", core, q).flatten(1)
+
+
+class Hadamard(torch.autograd.Function):
+    """(P1 Q1) * (P2 Q2), kept for the backward pass as four thin factors: each of the two products is as large as W."""
+
+    @staticmethod
+    def forward(ctx: Any, p1: Tensor, q1: Tensor, p2: Tensor, q2: Tensor) -> Tensor:
+        ctx.save_for_backward(p1, q1, p2, q2)
+        return (p1 @ q1) * (p2 @ q2)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        p1, q1, p2, q2 = ctx.saved_tensors
+        g1, g2 = g * (p2 @ q2), g * (p1 @ q1)
+        return g1 @ q1.mT, p1.mT @ g1, g2 @ q2.mT, p2.mT @ g2
 
 
 @DELTAS.register("loha")
@@ -82,7 +99,7 @@ class LoHa(DenseDelta):
 
     def matrix(self) -> Float[Tensor, "out in"]:
         q1, q2 = self.inputs()
-        return (self.P1 @ q1) * (self.P2 @ q2)
+        return Hadamard.apply(self.P1, q1, self.P2, q2)
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """Row by row and column by column, the products of all pairs: rank r^2, where that is the thinner form."""
