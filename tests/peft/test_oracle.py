@@ -215,6 +215,14 @@ def test_an_attention_with_packed_projections_is_one_target(peft: ModuleType, tm
     assert again.keys() == state.keys() and all(torch.equal(again[key], state[key]) for key in state)
 
 
+@pytest.mark.parametrize("name", [name for name in METHODS if "modules_to_save" not in METHODS[name]])
+def test_layers_say_what_they_are_as_pefts_do(name: str, twins: Callable[..., tuple[Any, Any]]) -> None:
+    theirs, ours = twins("llama", **LM, **METHODS[name])
+    told = [[(layer.name, layer.module_type) for layer in model.get_layer_status()] for model in (theirs, ours)]
+    assert told[0] == told[1]
+    assert ours.get_model_status().peft_types == {"default": theirs.get_model_status().peft_types["default"]}
+
+
 ADALORA: dict[str, Any] = {"init_r": 4, "target_r": 2, "total_step": 12, "tinit": 2, "tfinal": 3, "lora_alpha": 8}
 
 

@@ -72,7 +72,7 @@ def _layers(model: Any) -> Iterator[TunerLayerStatus]:
         parts = {adapter: list(module.parameters()) for adapter, module in layer.slots.items()}
         yield TunerLayerStatus(
             name=prefix + name,
-            module_type=_kind(layer),
+            module_type=_kind(model, layer),
             enabled=enabled,
             active_adapters=list(active),
             merged_adapters=[adapter for adapter in merged if adapter in parts],
@@ -83,9 +83,12 @@ def _layers(model: Any) -> Iterator[TunerLayerStatus]:
         )
 
 
-def _kind(layer: Any) -> str:
+def _kind(model: Any, layer: Any) -> str:
     """PEFT's name for its wrapper of such a layer."""
-    return "lora.ParamWrapper" if isinstance(layer, Leaf) else f"lora.{original_class(type(layer)).__name__}"
+    configs = getattr(model, "peft_config", {})
+    method = next((str(configs[name].peft_type).lower() for name in layer.slots if name in configs), "lora")
+    kind = "ParamWrapper" if isinstance(layer, Leaf) else original_class(type(layer)).__name__
+    return f"{method}.{'SVD' if method == 'adalora' else ''}{kind}"
 
 
 def _activity(model: Any) -> tuple[bool, list[str], list[str]]:
