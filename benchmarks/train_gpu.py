@@ -1,21 +1,29 @@
-"""Tokens per second and peak memory of a LoRA training step on one GPU, beside PEFT and the frozen model.
+"""Tokens per second and peak memory of a LoRA training step on one GPU, beside PEFT.
 
-    python benchmarks/train_gpu.py [--shape 8b] [--batch 2] [--length 2048] [--json FILE] [VARIANT ...]
+    python benchmarks/train_gpu.py [--table 2x2048] [--shape 8b] [--json FILE] [VARIANT ...]
 
-Random weights of the true shape, random tokens, r = 16 on all seven linears of every layer, fused AdamW. The median of
-`--steps` steps after `--warmup`, the seconds of the warm-up apart, the peak as the allocator saw it, and the card's own
-matrix product in the same run. Every variant runs in a process of its own.
+    table     batch x length   variants
+    2x2048    2 x 2048         everything kept: PEFT, PEFT compiled, plain, plain compiled, fused
+    4x2048    4 x 2048         fused, keeping less and less; PEFT with full recomputation
+
+Random weights of the true shape, random tokens, r = 16 on all seven linears of every layer, fused AdamW. Every variant
+runs in a process of its own: the median of `--steps` steps that follow each other without a wait, the seconds of the
+warm-up (compilation among them) apart, peaks allocated and reserved, and the loss of every step, so that the curves can
+be laid over each other. The card's own matrix product is measured before and after; a card that is limited by its power
+is slower when it is warm.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +35,12 @@ SHAPES = {
            "num_key_value_heads": 8, "vocab_size": 128256},
     "1b": {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32,
            "num_key_value_heads": 8, "vocab_size": 128256},
+    "0.5b": {"hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24, "num_attention_heads": 14,
+             "num_key_value_heads": 2, "vocab_size": 151936},
     "tiny": {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
              "num_key_value_heads": 2, "vocab_size": 512},
 }  # fmt: skip
+ORIGIN: Any = None  # the event from which moments are counted
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
@@ -50,7 +61,7 @@ def base(shape: str, device: str) -> nn.Module:
     return model.train()
 
 
-def veneer_model(shape: str, device: str) -> nn.Module:
+def plain(shape: str, device: str) -> nn.Module:
     import veneer
     from veneer import LoRA
 
@@ -59,17 +70,42 @@ def veneer_model(shape: str, device: str) -> nn.Module:
     return model
 
 
-def peft_model(shape: str, device: str) -> nn.Module:
+def fused(recompute: str) -> Callable[[str, str], nn.Module]:
+    def build(shape: str, device: str) -> nn.Module:
+        import veneer
+
+        model = plain(shape, device)
+        veneer.fuse(model, recompute, verbose=False)
+        return model
+
+    return build
+
+
+def peft(shape: str, device: str) -> nn.Module:
     from peft import LoraConfig, get_peft_model
 
-    return get_peft_model(
-        base(shape, device),
-        LoraConfig(r=16, lora_alpha=32, target_modules=TARGETS),
-        autocast_adapter_dtype=False,
-    )
+    config = LoraConfig(r=16, lora_alpha=32, target_modules=TARGETS)
+    return get_peft_model(base(shape, device), config, autocast_adapter_dtype=False)
 
 
-def plain_loss(model: nn.Module, ids: Tensor) -> Tensor:
+def peft_recomputing(shape: str, device: str) -> nn.Module:
+    model = peft(shape, device)
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    return model
+
+
+def compiled(build: Callable[[str, str], nn.Module]) -> Callable[[str, str], nn.Module]:
+    def wrapped(shape: str, device: str) -> nn.Module:
+        model = build(shape, device)
+        for layer in next(m for n, m in model.named_modules() if n.endswith("layers")):
+            layer.compile()
+        return model
+
+    return wrapped
+
+
+def own_loss(model: nn.Module, ids: Tensor) -> Tensor:
+    """The loss as the library under test gives it."""
     return model(input_ids=ids, labels=ids).loss
 
 
@@ -80,55 +116,82 @@ def chunked_loss(model: nn.Module, ids: Tensor) -> Tensor:
     return chunked_cross_entropy(hidden[:, :-1], ids[:, 1:], model.lm_head) / ids[:, 1:].numel()
 
 
-def compiled(model: nn.Module) -> nn.Module:
-    layers = next(m for n, m in model.named_modules() if n.endswith("model.layers") or n.endswith(".layers"))
-    for layer in layers:
-        layer.compile()
-    return model
+def peft_chunked(model: nn.Module, ids: Tensor) -> Tensor:
+    """PEFT with our loss: it has none of its own, and whole logits would decide the comparison."""
+    return chunked_loss(model.base_model.model, ids)
 
 
 Variant = tuple[Callable[[str, str], nn.Module], Callable[[nn.Module, Tensor], Tensor]]
 VARIANTS: dict[str, Variant] = {
-    "peft": (peft_model, plain_loss),
-    "peft-compiled": (lambda s, d: compiled(peft_model(s, d)), lambda m, i: chunked_loss(m.base_model.model, i)),
-    "veneer": (veneer_model, plain_loss),
-    "veneer-chunked": (veneer_model, chunked_loss),
-    "veneer-compiled": (lambda s, d: compiled(veneer_model(s, d)), chunked_loss),
-}  # fmt: skip
+    "peft": (peft, own_loss),
+    "peft-compiled": (compiled(peft), peft_chunked),
+    "peft-recompute": (peft_recomputing, peft_chunked),
+    "plain": (plain, chunked_loss),
+    "plain-compiled": (compiled(plain), chunked_loss),
+    "fused": (fused("none"), chunked_loss),
+    "fused-gate_up": (fused("gate_up"), chunked_loss),
+    "fused-middle": (fused("middle"), chunked_loss),
+    "fused-input": (fused("input"), chunked_loss),
+}
+TABLES: dict[str, tuple[int, int, tuple[str, ...]]] = {
+    "2x2048": (2, 2048, ("peft", "peft-compiled", "plain", "plain-compiled", "fused")),
+    "4x2048": (4, 2048, ("peft-recompute", "fused", "fused-gate_up", "fused-middle", "fused-input")),
+    "tiny": (2, 16, tuple(VARIANTS)),
+}
 
 
 def measure(args: argparse.Namespace, name: str) -> dict[str, Any]:
+    global ORIGIN
     device = "cuda" if torch.cuda.is_available() else "cpu"
     build, loss_of = VARIANTS[name]
+    if device == "cuda":
+        ORIGIN = torch.cuda.Event(enable_timing=True)
+        ORIGIN.record()
     model = build(args.shape, device)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True)
-    ids = torch.randint(0, SHAPES[args.shape]["vocab_size"], (args.batch, args.length), device=device)
-    started, seconds = time.perf_counter(), []
+    draw = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, SHAPES[args.shape]["vocab_size"], (args.batch, args.length), generator=draw).to(device)
+    losses: list[Tensor] = []
+    marks: list[Callable[[], float]] = []
+    started = warm = time.perf_counter()
     for i in range(args.warmup + args.steps):
-        synchronize()
         if i == args.warmup:
-            warm = time.perf_counter() - started
+            synchronize()
+            warm = time.perf_counter()
             if device == "cuda":
                 torch.cuda.reset_peak_memory_stats()
-        start = time.perf_counter()
+            marks = [mark()]
         loss = loss_of(model, ids)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        synchronize()
-        if i >= args.warmup:
-            seconds.append(time.perf_counter() - start)
-    peak = torch.cuda.max_memory_allocated() / 2**30 if device == "cuda" else float("nan")
+        losses.append(loss.detach())
+        marks.append(mark())
+    synchronize()
+    times = [each() for each in marks]
+    seconds = [after - before for before, after in pairwise(times)]
+    peaks = (torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()) if device == "cuda" else (0, 0)
     return {
         "variant": name,
         "trained": sum(p.numel() for p in trained),
         "tokens_per_second": ids.numel() / statistics.median(seconds),
-        "peak_gib": peak,
-        "warmup_seconds": warm,
-        "loss": float(loss.detach()),
+        "peak_gib": peaks[0] / 2**30,
+        "reserved_gib": peaks[1] / 2**30,
+        "warmup_seconds": warm - started,
+        "losses": [float(loss) for loss in losses],
         "seconds": seconds,
     }
+
+
+def mark() -> Callable[[], float]:
+    """The moment at which the device gets here, asked for later: nobody waits for it in between, as in a real run."""
+    if not torch.cuda.is_available():
+        now = time.perf_counter()
+        return lambda: now
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return lambda: ORIGIN.elapsed_time(event) / 1e3
 
 
 def synchronize() -> None:
@@ -151,38 +214,60 @@ def ceiling() -> float:
     return 2 * 8192**3 / statistics.median(times[4:]) / 1e12
 
 
+def apart(args: argparse.Namespace, name: str) -> dict[str, Any]:
+    """One variant in a process of its own; what went wrong, where something did."""
+    same = [f"--{k}={getattr(args, k)}" for k in ("shape", "batch", "length", "steps", "warmup")]
+    done = subprocess.run([sys.executable, __file__, name, "--one", *same], capture_output=True, text=True)
+    if done.returncode:
+        return {"variant": name, "failed": done.stderr[-2000:]}
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def shown(row: dict[str, Any]) -> str:
+    if "failed" in row:
+        return f"{row['variant']}: failed\n{row['failed']}"
+    return (
+        f"{row['variant']:18} {row['tokens_per_second']:10,.0f} tokens/s  {row['peak_gib']:6.2f} GiB "
+        f"(reserved {row['reserved_gib']:.1f})  warm-up {row['warmup_seconds']:.0f} s  "
+        f"loss {row['losses'][0]:.3f} -> {row['losses'][-1]:.3f}"
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("variants", nargs="*", choices=[[], *VARIANTS])
+    parser.add_argument("--table", choices=TABLES, default="2x2048")
     parser.add_argument("--shape", choices=SHAPES, default="8b")
-    parser.add_argument("--batch", type=int, default=2)
-    parser.add_argument("--length", type=int, default=2048)
-    parser.add_argument("--steps", type=int, default=6)
+    parser.add_argument("--batch", type=int)
+    parser.add_argument("--length", type=int)
+    parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--warmup", type=int, default=3)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--one", action="store_true", help="measure in this process and print JSON")
     args = parser.parse_args()
+    batch, length, names = TABLES[args.table]
+    args.batch, args.length = args.batch or batch, args.length or length
     if args.one:
         print(json.dumps(measure(args, args.variants[0])))
         return
-    rows = []
-    for name in args.variants or VARIANTS:
-        same = [f"--{k}={getattr(args, k)}" for k in ("shape", "batch", "length", "steps", "warmup")]
-        done = subprocess.run([sys.executable, __file__, name, "--one", *same], capture_output=True, text=True)
-        if done.returncode:
-            print(f"{name}: failed\n{done.stderr[-2000:]}", flush=True)
-            continue
-        row = json.loads(done.stdout.strip().splitlines()[-1])
-        rows.append(row)
-        print(
-            f"{name:18} {row['tokens_per_second']:10,.0f} tokens/s  {row['peak_gib']:6.2f} GiB  "
-            f"warm-up {row['warmup_seconds']:.0f} s  loss {row['loss']:.4f}",
-            flush=True,
-        )
-    top = ceiling()
-    print(f"matrix product: {top:.0f} TFLOP/s")
+    before, rows = ceiling(), []
+    for name in args.variants or names:
+        rows.append(apart(args, name))
+        print(shown(rows[-1]), flush=True)
+    after = ceiling()
+    print(f"matrix product: {before:.0f} TFLOP/s before, {after:.0f} after")
     if args.json:
-        record = {"command": sys.argv, "torch": torch.__version__, "ceiling_tflops": top, "rows": rows}
+        device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} cores"
+        record = {
+            "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+            "device": device,
+            "torch": torch.__version__,
+            "shape": args.shape,
+            "batch": args.batch,
+            "length": args.length,
+            "ceiling_tflops": [before, after],
+            "rows": rows,
+        }
         args.json.write_text(json.dumps(record, indent=1) + "\n")
 
 

@@ -10,6 +10,9 @@
     middle     x, middle                                           and q, k, v and the attention
     input      x                                                   and o; never down, whose output nobody needs
 
+Only what is as wide as the model goes through autograd's saved tensors (and whatever hooks lie on those); what is r
+wide, one number a row or shared by all blocks hangs on the function itself.
+
 Norms, the activation's product and rotations are always formed again: each is one pass over memory. Everywhere the
 gradient that flows past a norm is added in the pass that goes back through it.
 """
@@ -78,6 +81,7 @@ class Block:
     unit: Unit
     attend: Attend
     random: bool  # whether anything draws random numbers
+    factors: tuple[Factors, Factors, Factors, Factors]  # of qkv, out, and the unit's two
 
     @property
     def adds_in_turning(self) -> bool:
@@ -238,59 +242,23 @@ class Mlp(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, unit: Unit, again: bool, *tensors: Tensor) -> Tensor:
         rows, factors = rows_of(x), tuple(factors_of([unit.entry, unit.down], x.dtype))
         y, kept = unit_forward(unit, rows, factors, None)
-        ctx.unit, ctx.keep = unit, Keep(ctx)
-        ctx.keep.put(x, factors, kept._replace(gate_up=None) if again else kept)
+        ctx.save_for_backward(x, *(() if again else kept.gate_up))
+        ctx.rest = unit, factors, kept._replace(gate_up=None)
         assert y is not None
         return y.view(*x.shape[:-1], y.shape[-1])
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        x, factors, kept = ctx.keep.take()
-        dx, d_tensors = unit_back(ctx.unit, rows_of(g), rows_of(x), kept, factors)
+        x, *gate_up = ctx.saved_tensors
+        unit, factors, kept = ctx.rest
+        kept = kept._replace(gate_up=tuple(gate_up))
+        dx, d_tensors = unit_back(unit, rows_of(g), rows_of(x), kept, factors)
         return dx.view(x.shape), None, None, *d_tensors
 
 
 def run_mlp(x: Tensor, unit: Unit, again: bool) -> Tensor:
     return Mlp.apply(x, unit, again, *unit.entry.tensors(), *unit.down.tensors())  # type: ignore[return-value]
-
-
-# ------------------------------------------------------------------ what is kept
-
-
-class Keep:
-    """Nested tuples of tensors, kept by autograd as the flat list that it knows."""
-
-    def __init__(self, ctx: Any) -> None:
-        self.ctx, self.shape = ctx, None
-
-    def put(self, *kept: Any) -> None:
-        flat: list[Tensor] = []
-        self.shape = _flattened(kept, flat)
-        self.ctx.save_for_backward(*flat)
-
-    def take(self) -> Any:
-        return _rebuilt(self.shape, self.ctx.saved_tensors)
-
-
-def _flattened(value: Any, flat: list[Tensor]) -> Any:
-    """The shape of `value`, with the place in the list for each tensor."""
-    if isinstance(value, Tensor):
-        flat.append(value)
-        return len(flat) - 1
-    if isinstance(value, tuple):
-        parts = [_flattened(part, flat) for part in value]
-        return type(value)(*parts) if hasattr(value, "_fields") else tuple(parts)
-    return value
-
-
-def _rebuilt(shape: Any, flat: Sequence[Tensor]) -> Any:
-    if isinstance(shape, int):
-        return flat[shape]
-    if isinstance(shape, tuple):
-        parts = [_rebuilt(part, flat) for part in shape]
-        return type(shape)(*parts) if hasattr(shape, "_fields") else tuple(parts)
-    return shape
 
 
 # ------------------------------------------------------------------ the first half
@@ -303,7 +271,7 @@ class Front(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, cos: Tensor, sin: Tensor, block: Block, *tensors: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        rows, (factors,) = rows_of(x), factors_of([block.qkv], x.dtype)
+        rows, factors = rows_of(x), block.factors[0]
         normed, rstd = block.first.forward(rows)
         thin = block.qkv.thin(normed, factors.a)
         inside = block.adds_in_turning
@@ -317,8 +285,8 @@ class Front(torch.autograd.Function):
                 owns = tuple(b if b is None else (thin.h[:, span], b) for b, span in pairs)
             for t, own in zip((q, k), owns, strict=True):
                 kernels_for(t).rotate(t, rows_of(cos), rows_of(sin), t, thin=own)
-        ctx.block, ctx.keep = block, Keep(ctx)
-        ctx.keep.put(x, rstd, cos, sin, factors, thin)
+        ctx.save_for_backward(x)
+        ctx.rest = block, rstd, cos, sin, thin
         return q, k, v, x.view_as(x)
 
     @staticmethod
@@ -326,12 +294,12 @@ class Front(torch.autograd.Function):
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: Any, gq: Tensor, gk: Tensor, gv: Tensor, g: Tensor
     ) -> tuple[Tensor | None, ...]:
-        block: Block = ctx.block
-        x, rstd, cos, sin, factors, thin = ctx.keep.take()
+        (x,) = ctx.saved_tensors
+        block, rstd, cos, sin, thin = ctx.rest
         gs = _projected_gradients(block, (gq, gk, gv), cos, sin)
         rows = rows_of(x)
         normed, _ = block.first.forward(rows, rstd)
-        d_normed, d_tensors = block.qkv.back(normed, gs, thin, factors, need_x=ctx.needs_input_grad[0])
+        d_normed, d_tensors = block.qkv.back(normed, gs, thin, block.factors[0], need_x=ctx.needs_input_grad[0])
         dx = None
         if d_normed is not None:
             dx = block.first.back(d_normed, rows, rstd, rows_of(g)).view(x.shape)
@@ -366,42 +334,31 @@ class TailKept(NamedTuple):
     unit: UnitKept
 
 
-class TailFactors(NamedTuple):
-    out: Factors
-    unit: tuple[Factors, Factors]
-
-    @staticmethod
-    def of(block: Block, dtype: torch.dtype) -> TailFactors:
-        out, entry, down = factors_of([block.out, block.unit.entry, block.unit.down], dtype)
-        return TailFactors(out, (entry, down))
-
-
 def tail_tensors(block: Block) -> list[Tensor]:
     return [*block.out.tensors(), *block.unit.entry.tensors(), *block.unit.down.tensors()]
 
 
 def tail_forward(
-    block: Block, x: Tensor | None, o: Tensor, factors: TailFactors, middle: Tensor | None = None, want: bool = True
+    block: Block, x: Tensor | None, o: Tensor, middle: Tensor | None = None, want: bool = True
 ) -> tuple[Tensor | None, TailKept]:
     """From the attention's output to the block's; without that where only what is kept is wanted."""
-    out = block.out.thin(o, factors.out.a)
+    _, own, *units = block.factors
+    out = block.out.thin(o, own.a)
     if middle is None:
-        middle = _through(block.out.layers[0], o, out, factors.out, x)
+        middle = _through(block.out.layers[0], o, out, own, x)
     normed, rstd = block.second.forward(middle)
-    y, unit = unit_forward(block.unit, normed, factors.unit, middle, want)
+    y, unit = unit_forward(block.unit, normed, (units[0], units[1]), middle, want)
     return y, TailKept(middle, rstd, out, unit)
 
 
-def tail_back(
-    block: Block, g: Tensor, o: Tensor, kept: TailKept, factors: TailFactors
-) -> tuple[Tensor, Tensor, list[Tensor | None]]:
+def tail_back(block: Block, g: Tensor, o: Tensor, kept: TailKept) -> tuple[Tensor, Tensor, list[Tensor | None]]:
     """The gradients of x, of o, and of the factors."""
     assert kept.middle is not None
     normed, _ = block.second.forward(kept.middle, kept.rstd)
-    d_normed, d_unit = unit_back(block.unit, g, normed, kept.unit, factors.unit)
+    d_normed, d_unit = unit_back(block.unit, g, normed, kept.unit, block.factors[2:])
     del normed
     d_middle = block.second.back(d_normed, kept.middle, kept.rstd, g)
-    d_o, d_out = block.out.back(o, [d_middle], kept.out, factors.out)
+    d_o, d_out = block.out.back(o, [d_middle], kept.out, block.factors[1])
     assert d_o is not None
     return d_middle, d_o, [*d_out, *d_unit]
 
@@ -409,20 +366,19 @@ def tail_back(
 class Tail(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, o: Tensor, block: Block, again: bool, *tensors: Tensor) -> Tensor:
-        factors = TailFactors.of(block, x.dtype)
-        y, kept = tail_forward(block, rows_of(x), rows_of(o), factors)
-        if again:
-            kept = kept._replace(unit=kept.unit._replace(gate_up=None))
-        ctx.block, ctx.keep = block, Keep(ctx)
-        ctx.keep.put(o, kept, factors)
+        y, kept = tail_forward(block, rows_of(x), rows_of(o))
+        ctx.save_for_backward(o, kept.middle, *(() if again else kept.unit.gate_up))
+        ctx.rest = block, kept._replace(middle=None, unit=kept.unit._replace(gate_up=None))
         assert y is not None
         return y.view(x.shape)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        o, kept, factors = ctx.keep.take()
-        dx, d_o, d_tensors = tail_back(ctx.block, rows_of(g), rows_of(o), kept, factors)
+        o, middle, *gate_up = ctx.saved_tensors
+        block, kept = ctx.rest
+        kept = kept._replace(middle=middle, unit=kept.unit._replace(gate_up=tuple(gate_up)))
+        dx, d_o, d_tensors = tail_back(block, rows_of(g), rows_of(o), kept)
         return dx.view(g.shape), d_o.view(o.shape), None, None, *d_tensors
 
 
@@ -436,30 +392,30 @@ class Whole(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, cos: Tensor, sin: Tensor, block: Block, keeps_middle: bool, *tensors: Tensor
     ) -> Tensor:
-        ctx.random = RandomState.now(x) if block.random else None
+        state = RandomState.now(x) if block.random else None
         q, k, v, _ = Front.forward(Unkept(), x, cos, sin, block)
-        y, kept = tail_forward(block, rows_of(x), rows_of(block.attend(q, k, v)), TailFactors.of(block, x.dtype))
-        ctx.block, ctx.keep = block, Keep(ctx)
-        ctx.keep.put(x, cos, sin, kept.middle if keeps_middle else None, *tensors)
+        y, kept = tail_forward(block, rows_of(x), rows_of(block.attend(q, k, v)))
+        ctx.save_for_backward(x, *([kept.middle] if keeps_middle else []), *tensors)
+        ctx.rest = block, cos, sin, state, keeps_middle
         assert y is not None
         return y.view(x.shape)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        block: Block = ctx.block
-        x, cos, sin, middle, *tensors = ctx.keep.take()
+        block, cos, sin, state, keeps_middle = ctx.rest
+        x, *tensors = ctx.saved_tensors
+        middle = tensors.pop(0) if keeps_middle else None
         count = len(block.qkv.tensors())
         first = [t.detach().requires_grad_(t.requires_grad) for t in tensors[:count]]
-        with RandomState.again(ctx.random, x):
+        with RandomState.again(state, x):
             with torch.enable_grad():
                 again = x.detach().requires_grad_()
                 q, k, v, beside = Front.apply(again, cos, sin, block, *first)  # type: ignore[misc]
                 o = block.attend(q, k, v)
-            factors = TailFactors.of(block, x.dtype)
             rows = rows_of(o.detach())
-            _, kept = tail_forward(block, rows_of(x), rows, factors, middle, want=False)
-        d_beside, d_o, d_last = tail_back(block, rows_of(g), rows, kept, factors)
+            _, kept = tail_forward(block, rows_of(x), rows, middle, want=False)
+        d_beside, d_o, d_last = tail_back(block, rows_of(g), rows, kept)
         del kept, rows
         inputs = [again, *(t for t in first if t.requires_grad)]
         found = iter(torch.autograd.grad([o, beside], inputs, [d_o.view(o.shape), d_beside.view(x.shape)]))

@@ -31,7 +31,7 @@ __all__ = [
 ACTS = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3}
 WIDE = 1024  # columns of a gated unit that one program does
 GLU_TILE = (32, 128, 4)  # rows, columns and warps of a program that adds adapters and multiplies
-BACK_TILE = (64, 64, 4)  # rows, columns and warps of a program that goes back through a gated unit
+BACK_TILE = (64, 64, 4, 2)  # rows, columns, warps and loads ahead of a program that goes back through a gated unit
 CHUNK = 8192  # logits that one program holds at a time
 
 
@@ -271,7 +271,7 @@ def _thin_glu_back(
     g, gate, up, d_gate, d_up, hg, bg, hu, bu, d, a, into_a, into_g, into_u, t, n, rg, ru, rd, steps,
     g_row, gate_row, up_row, d_gate_row, d_up_row, hg_row, bg_row, hu_row, bu_row, d_row, a_row,
     ACT: tl.constexpr, RG: tl.constexpr, RU: tl.constexpr, RD: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, EXACT: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, EXACT: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     part = tl.program_id(1)
@@ -279,7 +279,7 @@ def _thin_glu_back(
     sum_a = tl.zeros((RD if RD else 16, COLUMNS), tl.float32)
     sum_g = tl.zeros((RG if RG else 16, COLUMNS), tl.float32)
     sum_u = tl.zeros((RU if RU else 16, COLUMNS), tl.float32)
-    for step in range(0, steps):
+    for step in tl.range(0, steps, num_stages=STAGES):
         rows = ((part * steps + step) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
         inside = (rows[:, None] < t) & (columns[None, :] < n)
         raw = tl.load(gate + rows[:, None] * gate_row + columns[None, :], mask=inside, other=0.0)
@@ -326,7 +326,7 @@ def thin_glu_back(
     gate_thin: Pair, up_thin: Pair, down: Pair,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
     t, n = gate.shape
-    rows, columns, warps = BACK_TILE
+    rows, columns, warps, stages = BACK_TILE
     parts = max(1, min(triton.cdiv(t, rows), 1056 // triton.cdiv(n, columns)))  # eight programs for each multiprocessor
     steps = triton.cdiv(triton.cdiv(t, rows), parts)
     (hg, bg, rg, wide_g), (hu, bu, ru, wide_u), (d, a, rd, wide_d) = (
@@ -337,7 +337,8 @@ def thin_glu_back(
         _thin_glu_back[(triton.cdiv(n, columns), parts)](
             g, gate, up, d_gate, d_up, hg, bg, hu, bu, d, a, *sums, t, n, rg, ru, rd, steps,
             *(each.stride(0) for each in (g, gate, up, d_gate, d_up, hg, bg, hu, bu, d, a)),
-            ACTS[act], wide_g, wide_u, wide_d, rows, columns, gate.dtype == torch.float32, num_warps=warps,
+            ACTS[act], wide_g, wide_u, wide_d, rows, columns, gate.dtype == torch.float32, stages,
+            num_warps=warps,
         )  # fmt: skip
     da, dg, du = (s.sum(0) if r else None for s, r in zip(sums, (rd, rg, ru), strict=True))
     return da, dg if dg is None else dg.T, du if du is None else du.T

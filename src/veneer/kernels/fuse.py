@@ -26,12 +26,14 @@ from torch import Tensor, nn
 from veneer.core.host import plain_modules
 from veneer.errors import ConfigError, StateError
 from veneer.kernels.block import LEVELS, Block, norm, run_block, run_mlp
+from veneer.kernels.group import factors_of
 from veneer.kernels.parts import (
     BlockParts,
     block_parts,
     mlp_parts,
     norm_parts,
 )
+from veneer.quant.layer import Packed
 
 __all__ = ["Fused", "fuse", "is_fused", "set_recompute", "unfuse"]
 
@@ -131,9 +133,9 @@ def _block_now(parts: BlockParts, x: Tensor, kwargs: dict[str, Any]) -> Block | 
     groups = (qkv, out, unit.entry, unit.down)
     is_random = bool(dropout) or any(layer.dropout for group in groups for layer in group.layers)
     turns = parts.attention.head_norms is None
-    return Block(
-        first, qkv, parts.attention.heads, parts.attention.head_dim, turns, out, second, unit, attend, is_random
-    )
+    factors = tuple(factors_of(groups, x.dtype))
+    sizes = parts.attention.heads, parts.attention.head_dim
+    return Block(first, qkv, *sizes, turns, out, second, unit, attend, is_random, factors)
 
 
 class FusedMlp(FusedModule):
@@ -289,14 +291,20 @@ def _trial(width: int, like: Tensor) -> Tensor:
 
 @contextmanager
 def _at_rest(block: nn.Module) -> Any:
-    """Without dropout, and every module's mode as it was afterwards."""
+    """Without dropout and without rounding inputs to 8 bits, which turns a last place into a percent; afterwards every
+    module is as it was."""
     modes = {module: module.training for module in block.modules()}
+    recipes = {module: module.recipe for module in block.modules() if isinstance(module, Packed)}
     block.eval()
+    for module, recipe in recipes.items():
+        module.recipe = recipe._replace(dynamic=False)
     try:
         yield
     finally:
         for module, mode in modes.items():
             module.training = mode
+        for module, recipe in recipes.items():
+            module.recipe = recipe
 
 
 def _outcome(block: Any, x: Tensor, positions: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor] | str:

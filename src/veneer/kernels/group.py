@@ -16,7 +16,7 @@ words why it must run by its own forward.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -45,6 +45,13 @@ class Store(NamedTuple):
     recipe: Recipe
 
 
+def unpacked(weight: Tensor | Store, dtype: torch.dtype) -> Tensor | Store:
+    """A storage that multiplies in the activations' type is unpacked here, so that the product can add as it writes."""
+    if isinstance(weight, Tensor) or (weight.recipe.kind != "nf4" and weight.recipe.dynamic):
+        return weight
+    return storage_of(weight.recipe).unpack(weight.parts, weight.shape, dtype, weight.recipe)
+
+
 @dataclass(slots=True)
 class Bare:
     """A linear layer as a few tensors. W (out, in) and the bias are frozen."""
@@ -64,30 +71,33 @@ class Bare:
 
     def forward(self, x: Tensor, h: Tensor | None, b: Tensor | None) -> Tensor:
         """x W^T + bias + h B^T."""
-        if isinstance(self.weight, Store):
-            y = storage_of(self.weight.recipe).product(x, *self.weight)
+        weight = unpacked(self.weight, x.dtype)
+        if isinstance(weight, Store):
+            y = storage_of(weight.recipe).product(x, *weight)
             if h is not None:
                 y.addmm_(h, b.T)
             return y if self.bias is None else y.add_(self.bias)
         if h is None:
-            return F.linear(x, self.weight, self.bias)
+            return F.linear(x, weight, self.bias)
         y = h @ b.T if self.bias is None else torch.addmm(self.bias.to(h.dtype), h, b.T)
-        return y.addmm_(x, self.weight.T)
+        return y.addmm_(x, weight.T)
 
     def onto(self, c: Tensor, x: Tensor, h: Tensor | None, b: Tensor | None) -> Tensor:
         """c + x W^T + bias + h B^T in fresh memory: a layer that writes into the residual stream."""
-        if isinstance(self.weight, Store):
+        weight = unpacked(self.weight, x.dtype)
+        if isinstance(weight, Store):
             return self.forward(x, h, b).add_(c)
         y = c.clone() if h is None else kernels_for(c).add_product(c, h, b)
-        y.addmm_(x, self.weight.T)
+        y.addmm_(x, weight.T)
         return y if self.bias is None else y.add_(self.bias)
 
     def back(self, g: Tensor, dx: Tensor | None) -> Tensor:
         """g W, added to dx where there is one."""
-        if isinstance(self.weight, Store):
-            own = storage_of(self.weight.recipe).product_back(g, *self.weight)
+        weight = unpacked(self.weight, g.dtype)
+        if isinstance(weight, Store):
+            own = storage_of(weight.recipe).product_back(g, *weight)
             return own if dx is None else dx.add_(own)
-        return g @ self.weight if dx is None else dx.addmm_(g, self.weight)
+        return g @ weight if dx is None else dx.addmm_(g, weight)
 
 
 def lay_bare(layer: nn.Module, dtype: torch.dtype) -> Bare | str:
@@ -296,29 +306,27 @@ class Group:
         return found
 
 
+@torch.no_grad()
 def factors_of(groups: Sequence[Group], dtype: torch.dtype) -> list[Factors]:
     """The factors of several groups. Where they are plain they are gathered, scaled and rounded all at once: three
     small kernels instead of one or two for each factor."""
-    layers = [layer for group in groups for layer in group.layers]
-    scales = {s for layer in layers for _, _, s in layer.adapters}
-    if len(scales) != 1 or any(len(layer.adapters) > 1 for layer in layers):
+    held = [[layer.adapters for layer in group.layers] for group in groups]
+    pairs = [adapters[0] for group in held for adapters in group if adapters]
+    scales = {s for _, _, s in pairs}
+    if len(scales) != 1 or any(len(adapters) > 1 for group in held for adapters in group):
         return [group.factors(dtype) for group in groups]
-    pairs = [layer.adapters[0] for layer in layers if layer.adapters]
     flat = torch.cat([a.reshape(-1) for a, _, _ in pairs] + [b.reshape(-1) for _, b, _ in pairs])
-    size = sum(a.numel() for a, _, _ in pairs)
-    flat[:size].mul_(scales.pop())
-    flat = flat.to(dtype)
-    places = iter(flat[size:].split([b.numel() for _, b, _ in pairs]))
-    found, at = [], 0
-    for group in groups:
-        held = [layer.adapters[0] for layer in group.layers if layer.adapters]
-        rows = sum(a.shape[0] for a, _, _ in held)
-        width = held[0][0].shape[1] if held else 0
-        a = flat[at : at + rows * width].view(rows, width) if held else None
-        at += rows * width
-        bs = tuple(next(places).view(layer.adapters[0][1].shape) if layer.adapters else None for layer in group.layers)
-        found.append(Factors(a, bs))
-    return found
+    sizes = [sum(each[0][0].numel() for each in group if each) for group in held]
+    flat.narrow(0, 0, sum(sizes)).mul_(scales.pop())
+    pieces = iter(flat.to(dtype).split([*sizes, *(b.numel() for _, b, _ in pairs)]))
+    ups = [next(pieces) for _ in sizes]
+    return [_shaped(group, a, pieces) for group, a in zip(held, ups, strict=True)]
+
+
+def _shaped(group: list[list[tuple[Tensor, Tensor, float]]], a: Tensor, bs: Iterator[Tensor]) -> Factors:
+    width = next((each[0][0].shape[1] for each in group if each), 0)
+    shaped = tuple(next(bs).view(each[0][1].shape) if each else None for each in group)
+    return Factors(a.view(-1, width) if width else None, shaped)
 
 
 def _joined(bs: list[Tensor]) -> Tensor | None:
