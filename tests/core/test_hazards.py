@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 import veneer
 from veneer import LoRA
-from veneer.core.model import parameters, sites
+from veneer.core.model import activate, adapter_of, attach, parameters, put, sites, tensors
 from veneer.errors import CheckpointError, ConfigError, StateError, TargetError
 
 
@@ -469,3 +469,18 @@ def test_overrides_and_layers_pick_ranks_and_blocks() -> None:
     veneer.detach(model)
     veneer.attach(model, LoRA(rank=2, layers=[-1]))
     assert set(sites(model)) == {"layers.1.up_proj", "layers.1.down_proj"}
+
+
+def test_a_start_travels_with_the_values_that_count_from_it() -> None:
+    model = nn.Sequential(nn.Linear(6, 8))
+    attach(model, LoRA(rank=2, targets=["0"], init="pissa"))
+    adapter_of(model[0], "default").delta.A.data.add_(0.1)
+    attach(model, LoRA(rank=2, targets=["0"]), "again", init=False)
+    put(model, "again", tensors(model, "default"))
+    x = torch.randn(3, 6)
+    assert torch.equal(model(x), (activate(model, "default"), model(x))[1])
+    broken = {key: value[:1] if key[1] == "A0" else value for key, value in tensors(model, "default").items()}
+    attach(model, LoRA(rank=2, targets=["0"]), "third", init=False)
+    with pytest.raises(CheckpointError, match=r"'A0' is \(2, 6\) here and \(1, 6\) in the values"):
+        put(model, "third", broken)
+    assert not adapter_of(model[0], "third").delta.shifted

@@ -13,6 +13,7 @@ import types
 from collections.abc import Callable
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -309,9 +310,13 @@ def merging(monkeypatch: pytest.MonkeyPatch, change: Callable[..., Any]) -> None
     whole = core._merge_layer
     calls: list[nn.Module] = []
 
-    def broken(layer: nn.Module, acting: Any, kept: Any) -> float:
+    def broken(layer: nn.Module, acting: Any, kept: Any, done: Any) -> float:
         calls.append(layer)
-        return change(whole, layer, acting, kept) if len(calls) == 3 else whole(layer, acting, kept)
+        return (
+            change(partial(whole, done=done), layer, acting, kept)
+            if len(calls) == 3
+            else whole(layer, acting, kept, done)
+        )
 
     monkeypatch.setattr(core, "_merge_layer", broken)
 
@@ -364,6 +369,7 @@ def test_the_break_is_caught(case: Case, monkeypatch: pytest.MonkeyPatch, id: st
     mutate(case, monkeypatch)
     proof = case.prove()
     assert not proof[id].passed, str(proof)
+    assert "TypeError" not in proof[id].statement  # a break that no longer fits what it breaks would be caught, too
     assert not proof.passed
     assert f"{id} failed" in proof.line()
     with pytest.raises(ProofFailed) as caught:

@@ -18,6 +18,7 @@ import veneer.prove
 from veneer.ckpt.peft import save
 from veneer.core.combine import COMBINES
 from veneer.core.delta import DELTAS
+from veneer.core.init import INITS, NEEDS
 from veneer.core.model import activate, active_of, adapters, attach, detach, disabled, merge, parameters, unmerge
 from veneer.core.spec import LoRA
 from veneer.errors import CheckpointError, ProofFailed, StateError
@@ -139,6 +140,17 @@ def test_every_delta_and_combine_rule(make_model: Callable[..., nn.Module], delt
     assert proof.passed, str(proof)
 
 
+@pytest.mark.parametrize("init", sorted(INITS))
+@pytest.mark.parametrize("combine", sorted(COMBINES))
+def test_every_init_and_combine_rule(make_model: Callable[..., nn.Module], init: str, combine: str) -> None:
+    model, batch = make_model("llama"), tokens()
+    data = [{**batch, "labels": batch["input_ids"]}]
+    more: dict[str, Any] = {"round_trip": lambda w: w.bfloat16().to(w.dtype)} if init == "loftq" else {}
+    attach(model, LoRA(rank=2, init=init, combine=combine), data=data if init in NEEDS else None, **more)
+    proof = prove(moved(model), batch)
+    assert proof.passed, str(proof)
+
+
 def test_a_fresh_adapter_is_not_one(make_model: Callable[..., nn.Module]) -> None:
     model = make_model("llama")
     attach(model, LoRA(rank=4))
@@ -163,7 +175,7 @@ def test_one_of_several_adapters_is_proved_and_the_others_count_as_frozen(make_m
 
 def test_merging_is_left_out_where_it_would_prove_nothing(make_model: Callable[..., nn.Module]) -> None:
     model = make_model("qwen2")  # its head is tied to its embedding
-    attach(model, LoRA(rank=4, targets=["embed_tokens", "q_proj"]))
+    attach(model, LoRA(rank=4, targets=["embed_tokens", "q_proj"], tied="apart"))
     proof = prove(moved(model), tokens())
     assert proof.passed
     assert {each.id: "tied" in each.reason for each in proof.left_out}["P5"]

@@ -158,10 +158,15 @@ class Lora(Delta):
         super().__init__(scale, dropout)
         self.A = nn.Parameter(start.a)
         self.B = nn.Parameter(start.b)
+        self.shifted = False
         if start.shifted:
-            self.register_buffer("A0", start.a.detach().clone())
-            self.register_buffer("B0", start.b.detach().clone())
-        self.shifted = start.shifted
+            self.begin_here()
+
+    def begin_here(self) -> None:
+        """Count dW from the factors as they are now: A0 = A, B0 = B."""
+        self.register_buffer("A0", self.A.detach().clone())
+        self.register_buffer("B0", self.B.detach().clone())
+        self.shifted = True
 
     def factors(self) -> tuple[Tensor, Tensor]:
         if self.shifted:

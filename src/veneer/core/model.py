@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from veneer.core.combine import COMBINES, Add
-from veneer.core.delta import DELTAS
+from veneer.core.delta import DELTAS, Lora
 from veneer.core.host import (
     NORMS,
     Active,
@@ -933,17 +933,28 @@ def tensors(model: nn.Module, name: str = "default") -> dict[tuple[str, str], Te
 
 
 def put(model: nn.Module, name: str, values: Mapping[tuple[str, str], Tensor]) -> None:
-    """Copy values into an adapter. Checks every name and shape first; on any problem nothing is written."""
+    """Copy values into an adapter. Checks every name and shape first; on any problem nothing is written.
+
+    A start (A0, B0) that the values count from becomes the adapter's, where it has none of its own.
+    """
     own = tensors(model, name)
-    problems = [f"{site}: the adapter has no {key!r}" for site, key in values.keys() - own.keys()]
-    problems += [f"{site}: no value for {key!r}" for site, key in own.keys() - values.keys()]
+    shapes = {place: tuple(tensor.shape) for place, tensor in own.items()}
+    hosts = state_of(model).hosts
+    asked = [site for site, key in values.keys() - own.keys() if key == "A0" and (site, "A") in own]
+    begins = {site: d for site in asked if isinstance(d := adapter_of(hosts[site], name).delta, Lora)}
+    shapes |= {(site, f"{key}0"): shapes[site, key] for site in begins for key in "AB"}
+    problems = [f"{site}: the adapter has no {key!r}" for site, key in values.keys() - shapes.keys()]
+    problems += [f"{site}: no value for {key!r}" for site, key in shapes.keys() - values.keys()]
     problems += [
-        f"{site}: {key!r} is {tuple(own[site, key].shape)} here and {tuple(value.shape)} in the values"
+        f"{site}: {key!r} is {shapes[site, key]} here and {tuple(value.shape)} in the values"
         for (site, key), value in values.items()
-        if (site, key) in own and own[site, key].shape != value.shape
+        if (site, key) in shapes and shapes[site, key] != tuple(value.shape)
     ]
     if problems:
         raise CheckpointError(f"these values do not fit adapter {name!r}", problems=sorted(problems))
+    for delta in begins.values():
+        delta.begin_here()
+    own = tensors(model, name) if begins else own
     with torch.no_grad():
         for key, value in values.items():
             own[key].copy_(value)

@@ -86,11 +86,13 @@ def _differing(model: nn.Module, live: str, again: str) -> list[str]:
     """In words, each layer in which the two adapters are not the same.
 
     Deltas are compared as dW, not by their tensors: a file may hold the same dW with A and B of another rank, or any
-    delta as the plain LoRA it amounts to.
+    delta as the plain LoRA it amounts to. PEFT's layout has both projections of an attention where one is adapted, the
+    other as zeros.
     """
     ours, theirs = sites(model, live), sites(model, again)
     found = [f"{site} is missing" for site in ours.keys() - theirs.keys()]
-    found += [f"{site} was not trained" for site in theirs.keys() - ours.keys()]
+    added = {site: adapter_of(theirs[site], again).delta for site in theirs.keys() - ours.keys()}
+    found += [f"{site} was not trained" for site, delta in added.items() if delta is None or delta.norm()]
     for site in ours.keys() & theirs.keys():
         a, b = adapter_of(ours[site], live).delta, adapter_of(theirs[site], again).delta
         if (a is None) != (b is None):
