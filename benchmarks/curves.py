@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from beside import METHODS, Common, Method, ours, theirs
 from torch import Tensor, nn
 
-from veneer.train.allocate import RankAllocator
+from veneer.core.allocate import RankAllocator
 
 RESULTS = Path(__file__).parent / "results" / "curves.json"
 TARGETS = ("query", "key", "value", "attention.output.dense", "intermediate.dense", "output.dense")
