@@ -248,3 +248,16 @@ def test_one_side_left_apart_merges_only_untied() -> None:
     veneer.merge(model, untie=True)
     assert model.lm_head.weight is not model.embed.weight
     torch.testing.assert_close(model(IDS), y)
+
+
+def test_a_tied_head_that_is_trained_whole_is_refused_by_merge_and_not_a_crash() -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table, self.inner, self.head = nn.Embedding(7, 4), nn.Linear(4, 4), nn.Linear(4, 7, bias=False)
+            self.head.weight = self.table.weight
+
+    model = Tied()
+    veneer.attach(model, LoRA(rank=2, targets=["inner"], modules_to_save=("head",)))
+    with pytest.raises(StateError, match="their weights are tied"):
+        veneer.merge(model)

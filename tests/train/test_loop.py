@@ -355,7 +355,6 @@ def test_a_failed_proof_fails_the_run(run_tiny: Runs, monkeypatch: pytest.Monkey
 @pytest.mark.parametrize(
     "settings,error,said",
     [
-        ({"quant": "nf4"}, ConfigError, "not there yet"),
         ({"targets": ["q_prj"]}, TargetError, "q_proj"),
         ({"delta": "lorra"}, ConfigError, "Did you mean 'lora'"),
         ({"val": 12}, DataError, "val = 12 of 12 rows"),
@@ -418,7 +417,7 @@ MIXED: list[dict[str, Any]] = [
     {"modules_to_save": ["lm_head"]},
     {"modules_to_save": ["embed_tokens", "lm_head"]},
     {"combine": "dora", "bias": "all"},
-    {"targets": ["q_proj", "lm_head"], "dropout": 0.1},
+    {"targets": ["q_proj", "lm_head"], "dropout": 0.1, "tied": "apart"},
     {"method": "full", "r": ...},
     {"method": "freeze", "r": ..., "layers": 1},
 ]

@@ -847,7 +847,8 @@ def _is_one_change(acting: Mapping[str, list[tuple[Any, float]]], owners: list[s
     """Whether all layers that share a weight show the same change of it, which may then be written once."""
 
     def shown(site: str) -> list[tuple[int, float]]:
-        return [(id(getattr(adapter.delta, "source", adapter.delta)), w) for adapter, w in acting.get(site, ())]
+        changes = [(getattr(held, "delta", held), w) for held, w in acting.get(site, ())]  # or a module trained whole
+        return [(id(getattr(change, "source", change)), w) for change, w in changes]
 
     return bool(shown(owners[0])) and all(shown(owner) == shown(owners[0]) for owner in owners)
 
