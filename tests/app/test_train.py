@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from veneer.app.demo import SETTINGS
 from veneer.train.run import Run
 
 QUICK = ("--steps", 6, "--batch-size", 2, "--lr", "1e-2", "--r", 2)
@@ -313,4 +314,4 @@ def test_the_demo_is_a_run_with_its_own_settings(
     assert said.code == 0 and "saved runs/demo" in said.out and "proofs hold" in said.out and "wanted" in said.out
     assert veneer("demo", "--steps", 2, "--quiet").code == 0 and Path("runs/demo-2/report.html").exists()
     settings = Run("runs/demo").config().settings
-    assert (settings.steps, settings.r, settings.lr, settings.alpha) == (2, 2, 1e-3, 32)
+    assert (settings.steps, settings.r, settings.lr, settings.alpha) == (2, 2, SETTINGS["lr"], 32)
