@@ -142,7 +142,7 @@ def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 class UnitKept(NamedTuple):
     """What a gated unit keeps besides its input."""
 
-    gate_up: tuple[Tensor, ...] | None
+    gate_up: tuple[Tensor, ...]  # empty where they are computed again
     entry: Thin
     down: Thin
 
@@ -243,7 +243,7 @@ class Mlp(torch.autograd.Function):
         rows, factors = rows_of(x), tuple(factors_of([unit.entry, unit.down], x.dtype))
         y, kept = unit_forward(unit, rows, factors, None)
         ctx.save_for_backward(x, *(() if again else kept.gate_up))
-        ctx.rest = unit, factors, kept._replace(gate_up=None)
+        ctx.rest = unit, factors, kept._replace(gate_up=())
         assert y is not None
         return y.view(*x.shape[:-1], y.shape[-1])
 
@@ -368,7 +368,7 @@ class Tail(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, o: Tensor, block: Block, again: bool, *tensors: Tensor) -> Tensor:
         y, kept = tail_forward(block, rows_of(x), rows_of(o))
         ctx.save_for_backward(o, kept.middle, *(() if again else kept.unit.gate_up))
-        ctx.rest = block, kept._replace(middle=None, unit=kept.unit._replace(gate_up=None))
+        ctx.rest = block, kept._replace(middle=None, unit=kept.unit._replace(gate_up=()))
         assert y is not None
         return y.view(x.shape)
 
