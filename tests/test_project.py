@@ -202,7 +202,12 @@ def test_modules_say_what_they_are_for_and_what_they_offer(name: str) -> None:
     path = ROOT / "src" / name.replace(".", "/")
     tree = ast.parse(path.with_suffix(".py").read_text())
     assert ast.get_docstring(tree), f"{name} does not open with what it is for"
-    module = importlib.import_module(name)
+    try:
+        module = importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name == "triton" and name.endswith(".cuda"):
+            pytest.skip("kernels for a GPU; Triton comes with torch's builds for one")
+        raise
     for public in getattr(module, "__all__", ()):
         assert hasattr(module, public), f"{name}.__all__ lists {public}, which it lacks"
 

@@ -10,8 +10,8 @@ merging refuses         and works after dequantize
 from __future__ import annotations
 
 import copy
-import io
 import itertools
+import pickle
 
 import pytest
 import torch
@@ -104,7 +104,9 @@ def test_gradients_are_those_of_the_dense_weight(storage: str, kind: str, combin
 
 DELTA_OPTIONS = {"tokens": {"rows": (1, 2, 3, 5)}, "fused": {"parts": [(0, 2), (4, 8)]}}
 STARTS = [
-    (d, i) for d, i in itertools.product(DELTAS, INITS) if i not in NEEDS and (DELTAS[d].takes_init or i == "kaiming")
+    (d, i)
+    for d, i in itertools.product(DELTAS, INITS)
+    if i not in (*NEEDS, "loftq") and (DELTAS[d].takes_init or i == "kaiming")
 ]
 
 
@@ -170,9 +172,7 @@ def test_copies_pickles_and_state(storage: str, kind: str, adapted: bool) -> Non
         spread(net)
     y = net(x)
     assert torch.equal(copy.deepcopy(net)(x), y)
-    file = io.BytesIO()
-    torch.save(net, file)  # not pickle.dumps: torch's tensors of 8-bit floats do not survive it
-    assert torch.equal(torch.load(io.BytesIO(file.getvalue()), weights_only=False)(x), y)
+    assert torch.equal(pickle.loads(pickle.dumps(net))(x), y)
     if not adapted:
         for p in fresh.parameters():
             p.data.zero_()

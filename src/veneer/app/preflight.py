@@ -25,7 +25,7 @@ from veneer.data.encode import Encodings
 from veneer.data.preview import runs
 from veneer.errors import ConfigError, DoesNotFit
 from veneer.train.base import config_of, precision_of
-from veneer.train.prepare import encode_rows, make_task, read_data, refuse_quant, settle_length
+from veneer.train.prepare import encode_rows, make_task, read_data, settle_length
 from veneer.train.settings import Reads, Resolved
 
 __all__ = ["Checked", "preflight"]
@@ -88,7 +88,6 @@ def preflight(resolved: Resolved, tell: Tell) -> Checked:
     settings = Reads(resolved)
     if settings.model is None or settings.data is None:
         raise ConfigError("a model and data are needed", "command line", "veneer check MODEL DATA")
-    refuse_quant(settings.quant)
     parts = read_data(settings, None, tell)
     task = make_task(settings, settings.model, None, parts, tell)
     settle_length(settings, settings.model)

@@ -17,7 +17,7 @@ from __future__ import annotations
 import json
 import re
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -63,6 +63,7 @@ class Source:
     task: str = "causal_lm"
     labels: LabelSet | None = None
     plain: bool = False
+    quant: Mapping[str, Any] | None = None  # how the base was packed in training, and so is asked
 
     @property
     def name(self) -> str | None:
@@ -108,7 +109,7 @@ def told_by(folder: Path) -> dict[str, Any]:
     except ValueError as error:
         raise CheckpointError(f"task.json is damaged: {error}", str(path), "copy it again") from None
     labels = LabelSet(told.get("kind", "one"), tuple(told["labels"])) if "labels" in told else None
-    return {"task": told.get("task", "causal_lm"), "labels": labels}
+    return {"task": told.get("task", "causal_lm"), "labels": labels, "quant": told.get("quant")}
 
 
 @dataclass
@@ -208,7 +209,11 @@ def _tokenizer(where: str) -> Any:
 def _base(source: Source, task: Task, device: torch.device, dtype: torch.dtype) -> nn.Module:
     import transformers
 
+    from veneer.quant.hf import VeneerConfig  # transformers then also knows a folder that was saved packed
+
     options = task.model_options() if source.labels is not None else {}
+    if source.quant is not None:
+        options |= {"quantization_config": VeneerConfig(**source.quant), "device_map": {"": device}}
     with _plain_errors(source.base, "model"), quiet_transformers():
         model = getattr(transformers, task.auto_class).from_pretrained(source.base, dtype=dtype, **options)
     return model.to(device).eval()

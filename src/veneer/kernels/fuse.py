@@ -33,7 +33,7 @@ from veneer.kernels.parts import (
     mlp_parts,
     norm_parts,
 )
-from veneer.quant.layer import Packed
+from veneer.quant.layer import unrounded
 
 __all__ = ["Fused", "fuse", "is_fused", "set_recompute", "unfuse"]
 
@@ -294,17 +294,13 @@ def _at_rest(block: nn.Module) -> Any:
     """Without dropout and without rounding inputs to 8 bits, which turns a last place into a percent; afterwards every
     module is as it was."""
     modes = {module: module.training for module in block.modules()}
-    recipes = {module: module.recipe for module in block.modules() if isinstance(module, Packed)}
     block.eval()
-    for module, recipe in recipes.items():
-        module.recipe = recipe._replace(dynamic=False)
     try:
-        yield
+        with unrounded(block):
+            yield
     finally:
         for module, mode in modes.items():
             module.training = mode
-        for module, recipe in recipes.items():
-            module.recipe = recipe
 
 
 def _outcome(block: Any, x: Tensor, positions: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor] | str:

@@ -31,6 +31,7 @@ from veneer.prove.merging import merges_and_returns
 from veneer.prove.mixing import adds_up
 from veneer.prove.proof import Check, LeftOut, Proof
 from veneer.prove.reload import reloads_equal
+from veneer.quant.layer import rounds_inputs, unrounded
 
 __all__ = ["prove", "prove_run"]
 
@@ -113,13 +114,22 @@ def _of_adapter(subject: Subject, before: Before | None, folder: str | Path | No
         "P3": lambda: reloads_equal(subject, folder),
         "P4": lambda: differs_and_returns(subject, remembered),
         "P5": lambda: merges_and_returns(subject),
-        "P6": lambda: adds_up(subject),
+        "P6": lambda: _sums(subject),
     }
     found = []
     for id, check in checks.items():
         activate(subject.model, subject.name)  # each begins with the adapter acting, whatever the one before left
         found.append(_tried(id, check))
     return found
+
+
+def _sums(subject: Subject) -> Outcome:
+    """A sum of adapters is computed in another order than one of them. A base that rounds its inputs to 8 bits turns a
+    last place into a percent, so it is asked without rounding then, for both."""
+    if not rounds_inputs(subject.model):
+        return adds_up(subject)
+    with unrounded(subject.model):
+        return adds_up(Subject.of(subject.model, subject.name, subject.inputs))
 
 
 def _tried(id: str, check: Callable[[], Outcome]) -> Outcome:

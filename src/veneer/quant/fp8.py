@@ -6,6 +6,9 @@ INT8 keeps a fixed step; a row with a few large values suffers less.
 
 The instruction wants its right matrix by columns. W^T is, by nature; W itself is turned for each backward pass, which
 costs about a fiftieth of a step and saves a second copy of the codes.
+
+The codes are kept as bytes. As a floating-point type they would be taken for ordinary weights by whoever asks a model
+for its type, turns it to another one, or pickles it.
 """
 
 from __future__ import annotations
@@ -14,7 +17,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from veneer.quant.eight import multiplies, quantize_rows
+from veneer.quant.eight import multiplies, quantize_rows, turned
 from veneer.quant.storage import STORAGES, Parts, Recipe, Storage
 
 __all__ = ["Fp8"]
@@ -26,30 +29,30 @@ class Fp8(Storage):
     names = ("weight_scale",)
 
     def pack(self, w: Tensor, recipe: Recipe) -> Parts:
-        return quantize_rows(w, E4M3)
+        codes, scale = quantize_rows(w, E4M3)
+        return codes.view(torch.uint8), scale
 
     def unpack(self, parts: Parts, shape: tuple[int, int], dtype: torch.dtype, recipe: Recipe) -> Tensor:
-        return (parts[0].to(torch.float32) * parts[1][:, None]).to(dtype)
+        return (parts[0].view(E4M3).to(torch.float32) * parts[1][:, None]).to(dtype)
 
     def rows(
         self, parts: Parts, shape: tuple[int, int], index: Int[Tensor, " n"], dtype: torch.dtype, recipe: Recipe
     ) -> Tensor:
-        codes = parts[0].view(torch.uint8)[index].view(E4M3)  # few functions know the type; all know bytes
-        return self.unpack((codes, parts[1][index]), (len(index), shape[1]), dtype, recipe)
+        return self.unpack((parts[0][index], parts[1][index]), (len(index), shape[1]), dtype, recipe)
 
     def product(self, x: Float[Tensor, "t cols"], parts: Parts, shape: tuple[int, int], recipe: Recipe) -> Tensor:
         codes, scale = parts
         if not multiplies(x, shape, "fp8", recipe):
             return super().product(x, parts, shape, recipe)
         x_q, s = quantize_rows(x, E4M3)
-        return _product(x_q, s, codes.t(), scale, x.dtype)
+        return _product(x_q, s, codes.view(E4M3).t(), scale, x.dtype)
 
     def product_back(self, g: Float[Tensor, "t rows"], parts: Parts, shape: tuple[int, int], recipe: Recipe) -> Tensor:
         codes, scale = parts
         if not multiplies(g, shape, "fp8", recipe):
             return super().product_back(g, parts, shape, recipe)
         g_q, s = quantize_rows(g, E4M3, scale)
-        return _product(g_q, s, codes.t().contiguous().t(), scale.new_ones(shape[1]), g.dtype)
+        return _product(g_q, s, turned(codes).view(E4M3).t(), scale.new_ones(shape[1]), g.dtype)
 
 
 STORAGES["fp8"] = Fp8()

@@ -14,8 +14,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from veneer.quant.eight import multiplies, quantize_rows
-from veneer.quant.storage import STORAGES, Parts, Recipe, Storage
+from veneer.quant.eight import multiplies, quantize_rows, turned
+from veneer.quant.storage import STORAGES, Parts, Recipe, Storage, use_kernels
 
 __all__ = ["Int8"]
 
@@ -53,13 +53,17 @@ class Int8(Storage):
         if not multiplies(g, shape, "int8", recipe):
             return super().product_back(g, parts, shape, recipe)
         g_q, s = quantize_rows(g, torch.int8, scale)
-        return _scaled(int_product(g_q, codes), s, None, g.dtype)
+        return _scaled(int_product(g_q, turned(codes).T), s, None, g.dtype)
 
 
 STORAGES["int8"] = Int8()
 
 
 def _scaled(whole: Tensor, rows: Tensor, columns: Tensor | None, dtype: torch.dtype) -> Tensor:
+    if not torch.compiler.is_compiling() and use_kernels(whole):
+        from veneer.quant.cuda import rescale
+
+        return rescale(whole, rows, columns, dtype)
     y = whole * rows[:, None]
     return (y if columns is None else y * columns).to(dtype)
 

@@ -15,8 +15,8 @@ the change of a weight is large, so `write_weight` refuses.
 from __future__ import annotations
 
 import copyreg
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
 from typing import Any
 
@@ -30,7 +30,16 @@ from veneer.quant import fp8, int8, nf4  # noqa: F401  (each registers its stora
 from veneer.quant.linear import packed_linear
 from veneer.quant.storage import Parts, Recipe, storage_of
 
-__all__ = ["Packed", "is_packable", "pack_layer", "packed_class", "put_parts", "unpack_layer"]
+__all__ = [
+    "Packed",
+    "is_packable",
+    "pack_layer",
+    "packed_class",
+    "put_parts",
+    "rounds_inputs",
+    "unpack_layer",
+    "unrounded",
+]
 
 
 class PackedType(type):
@@ -132,6 +141,25 @@ def _without_saving(layer: Packed, w: Tensor) -> AbstractContextManager[Any]:
         return kept if isinstance(kept, Tensor) else layer.dense(kept)
 
     return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
+
+
+def rounds_inputs(model: nn.Module) -> bool:
+    """Whether some layer rounds its inputs to 8 bits."""
+    return any(isinstance(m, Packed) and m.recipe.dynamic and m.recipe.kind != "nf4" for m in model.modules())
+
+
+@contextmanager
+def unrounded(model: nn.Module) -> Iterator[None]:
+    """8-bit layers leave their inputs as they are for the length of the block. Two ways of computing the same thing may
+    then be compared: rounding turns a difference in the last place into one of a percent."""
+    recipes = {module: module.recipe for module in model.modules() if isinstance(module, Packed)}
+    for module, recipe in recipes.items():
+        module.recipe = recipe._replace(dynamic=False)
+    try:
+        yield
+    finally:
+        for module, recipe in recipes.items():
+            module.recipe = recipe
 
 
 # --- from plain to packed and back -----------------------------------------------------------------------------------

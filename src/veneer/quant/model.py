@@ -16,14 +16,14 @@ from veneer.core.host import Whole, plain_modules
 from veneer.core.leaf import Leaf
 from veneer.core.model import is_merged
 from veneer.core.op import op_for
-from veneer.core.select import PRESETS, output_head, select
+from veneer.core.select import PRESETS, block_index, ends_with, output_head, select
 from veneer.core.spec import LoRA
 from veneer.core.weight import is_packed, is_plain
 from veneer.errors import StateError, TargetError
 from veneer.quant.layer import Packed, is_packable, pack_layer, unpack_layer
 from veneer.quant.storage import Recipe, storage_of
 
-__all__ = ["Quantized", "dequantize", "quantize", "round_trip"]
+__all__ = ["Quantized", "choose", "dequantize", "quantize", "round_trip"]
 
 
 @dataclass(frozen=True)
@@ -61,17 +61,19 @@ def quantize(
     dynamic: bool = True,
     outliers: float | None = None,
     compute_dtype: torch.dtype | None = None,
+    whole: Sequence[str] = (),
 ) -> Quantized:
     """Store the frozen weights of `model` in 4 or 8 bits ("nf4", "int8", "fp8"), in place.
 
     targets, exclude: as in LoRA. embedding, head: pack the token embedding and the output head, too; where they share
-    one weight, either packs both. compute_dtype: what products run in; the input's own type when None. The other
+    one weight, either packs both. compute_dtype: what products run in; the input's own type when None. whole:
+    modules that will be trained whole, by their names' endings; all inside them stays as it is. The other
     options are those of `Recipe`. Layers stay the same objects; adapters may be there already or come later.
     """
     recipe = Recipe(kind, block, double, dynamic, outliers).checked()
     if is_merged(model):
         raise StateError("the model is merged, so W + dW would be packed", fix="unmerge(model) first")
-    chosen, left = _chosen(model, targets, exclude, embedding, head)
+    chosen, left = choose(model, targets, exclude, embedding, head, whole)
     _check(chosen, kind)
     before = weight_bytes(model)
     done: dict[int, Packed] = {}
@@ -81,6 +83,7 @@ def quantize(
         pack_layer(layer, recipe, compute_dtype, shared)
         done[id(weight)] = shared or layer  # type: ignore[assignment]
         del weight  # so that one layer's dense weight is gone before the next is packed
+    _tell_transformers(model, whole)
     return Quantized(kind, tuple(chosen), left, before, weight_bytes(model))
 
 
@@ -105,7 +108,16 @@ def dequantize(model: nn.Module, dtype: torch.dtype | None = None) -> tuple[str,
         done[id(codes)] = unpack_layer(layer, dtype or layer.weight_dtype, done.get(id(codes)))
     if dtype is not None:
         model.to(dtype)
+    _tell_transformers(model)
     return tuple(packed)
+
+
+def _tell_transformers(model: nn.Module, whole: Sequence[str] = ()) -> None:
+    """What `save_pretrained` writes into config.json decides how the folder loads again."""
+    if hasattr(model, "save_pretrained") and hasattr(model, "config"):
+        from veneer.quant.hf import note_packing
+
+        note_packing(model, whole)
 
 
 def round_trip(w: Tensor, kind: str = "nf4", *, block: int = 64, double: bool = True) -> Tensor:
@@ -133,17 +145,37 @@ def _own_tensors(model: nn.Module) -> Iterator[Tensor]:
 # --- choosing and checking -------------------------------------------------------------------------------------------
 
 
-def _chosen(
-    model: nn.Module, targets: str | Sequence[str], exclude: str | Sequence[str], embedding: bool, head: bool
+def choose(
+    model: nn.Module,
+    targets: str | Sequence[str],
+    exclude: str | Sequence[str],
+    embedding: bool,
+    head: bool,
+    whole: Sequence[str] = (),
 ) -> tuple[dict[str, nn.Module], dict[str, str]]:
     """The layers to pack, by name; and those that a preset covers but that cannot be packed, with the reason."""
-    found = select(model, LoRA(targets=targets, exclude=exclude))
-    found |= _ends(model, embedding, head)
+    found = select(model, LoRA(targets=targets, exclude=exclude)) if targets else {}
+    preset = isinstance(targets, str) and targets in PRESETS
+    outside = _outside_blocks(found) if preset else {}
+    ends = _ends(model, embedding, head)
+    outside |= {name: "trained whole" for name in found if _is_inside(name, whole)}
+    found = {**{name: layer for name, layer in found.items() if name not in outside}, **ends}
     reasons = {name: reason for name, layer in found.items() if (reason := _reason(model, name, layer))}
-    if reasons and not (isinstance(targets, str) and targets in PRESETS):
+    if reasons and (not preset or reasons.keys() & ends.keys()):
         raise TargetError("these layers cannot be packed", problems=[f"{n}: {r}" for n, r in reasons.items()])
     chosen = {name: layer for name, layer in found.items() if name not in reasons}
-    return {**chosen, **_sharing(model, chosen)}, reasons
+    return {**chosen, **_sharing(model, chosen)}, {**outside, **reasons}
+
+
+def _is_inside(name: str, modules: Sequence[str]) -> bool:
+    parts = name.split(".")
+    return any(ends_with(".".join(parts[:i]), module) for i in range(1, len(parts) + 1) for module in modules)
+
+
+def _outside_blocks(found: Mapping[str, nn.Module]) -> dict[str, str]:
+    """Poolers, projections and new heads, where a model has numbered blocks: small, and often trained whole."""
+    inside = {name for name in found if block_index(name) is not None}
+    return {name: "outside the numbered blocks; name it to pack it" for name in found if inside and name not in inside}
 
 
 def _ends(model: nn.Module, embedding: bool, head: bool) -> dict[str, nn.Module]:

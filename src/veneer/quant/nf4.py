@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from veneer.quant.storage import STORAGES, Parts, Recipe, Storage
+from veneer.quant.storage import STORAGES, Parts, Recipe, Storage, use_kernels
 
 __all__ = ["NESTED_BLOCK", "QUANTILES", "Nf4", "dynamic_values", "unpack_absmax"]
 
@@ -26,21 +26,22 @@ QUANTILES = (
     0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
 )  # fmt: skip
 NESTED_BLOCK = 256
-PIECE = 1 << 22  # weights packed at a time: what packing needs beside the result stays below 100 MB
+PIECE = {"cpu": 1 << 19, "cuda": 1 << 24}  # weights packed at a time: about 20 bytes of scratch for each
+CACHED = 1 << 17  # bytes unpacked at a time on a CPU
 PAIR = {2: torch.int32, 4: torch.int64}  # an integer that holds two weights
 
 
 @cache
 def quantiles(device: torch.device) -> Float[Tensor, " 16"]:
-    return torch.tensor(QUANTILES, device=device)
+    return torch.tensor(QUANTILES, device="cpu").to(device)
 
 
 @cache
 def dynamic_values(device: torch.device) -> Float[Tensor, " 256"]:
     """Signed values whose exponent takes as many of the 7 bits as it needs and leaves the rest to the fraction."""
-    values = [torch.zeros(1), torch.ones(1)]
+    values = [torch.tensor([0.0, 1.0], device="cpu")]
     for exponent in range(7):
-        edges = torch.linspace(0.1, 1, 2**exponent + 1, dtype=torch.float32)
+        edges = torch.linspace(0.1, 1, 2**exponent + 1, dtype=torch.float32, device="cpu")
         middles = (edges[:-1] + edges[1:]) / 2 * 10 ** (exponent - 6)
         values += [middles, -middles]
     return torch.cat(values).sort().values.to(device)
@@ -90,7 +91,7 @@ class Nf4(Storage):
     def pack(self, w: Tensor, recipe: Recipe) -> Parts:
         values, flat = quantiles(w.device), w.reshape(-1)
         codes, scales = [], []
-        for piece in flat.split(PIECE):
+        for piece in flat.split(PIECE.get(w.device.type, PIECE["cpu"])):
             index, absmax = quantize_blocks(piece.float(), recipe.block, values)
             if len(index) % 2:
                 index = torch.cat([index, index.new_full((1,), 7)])  # half a byte too many: a zero
@@ -106,7 +107,7 @@ class Nf4(Storage):
 
     def unpack(self, parts: Parts, shape: tuple[int, int], dtype: torch.dtype, recipe: Recipe) -> Tensor:
         codes = parts[0]
-        if codes.is_cuda or torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or _has_kernel(codes):
             whole = torch.ops.veneer.nf4_unpack(list(parts), recipe.block, shape[0] * shape[1], dtype)
         else:
             whole = unpack_plain(parts, recipe.block, shape[0] * shape[1], dtype)
@@ -125,6 +126,15 @@ class Nf4(Storage):
 STORAGES["nf4"] = Nf4()
 
 
+def _has_kernel(codes: Tensor) -> bool:
+    """Triton comes with PyTorch for GPUs; the kernel is registered when the first of them is used."""
+    if not use_kernels(codes):
+        return False
+    import veneer.quant.cuda  # noqa: F401
+
+    return True
+
+
 def unpack_plain(parts: Parts, block: int, n: int, dtype: torch.dtype) -> Float[Tensor, " n"]:
     """The reference. The product with the scale is formed in fp32 and rounded once, as in bitsandbytes."""
     if dtype == torch.float64:
@@ -134,7 +144,7 @@ def unpack_plain(parts: Parts, block: int, n: int, dtype: torch.dtype) -> Float[
         flat = quantiles(codes.device)[torch.stack([codes >> 4, codes & 15], dim=1).int()].flatten()
         return (blocks_of(flat[:n], block) * absmax[:, None]).flatten()[:n].to(dtype)
     out = torch.empty(2 * len(codes), dtype=dtype)
-    step = PIECE // 32 // block * block or block  # bytes; the pieces stay in the processor's cache
+    step = CACHED // block * block or block  # bytes; the pieces stay in the processor's cache
     table = pairs(torch.float32, codes.device)
     for at in range(0, len(codes), step):
         pair = torch.index_select(table, 0, codes[at : at + step].int()).view(torch.float32)

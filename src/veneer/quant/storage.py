@@ -12,8 +12,10 @@ its own type overrides `product` and `product_back`; the ones here take the matr
 
 from __future__ import annotations
 
+import os
 import warnings
 from abc import ABC, abstractmethod
+from importlib.util import find_spec
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -24,7 +26,7 @@ from torch import Tensor
 from veneer.core.registry import Registry
 from veneer.errors import ConfigError
 
-__all__ = ["STORAGES", "Parts", "Recipe", "Storage", "say_once", "storage_of"]
+__all__ = ["STORAGES", "Parts", "Recipe", "Storage", "say_once", "storage_of", "use_kernels"]
 
 Parts = tuple[Tensor, ...]
 """The tensors that a packed matrix is made of, the codes first."""
@@ -95,6 +97,17 @@ STORAGES: Registry[Storage] = Registry("storage")
 
 def storage_of(recipe: Recipe) -> Storage:
     return STORAGES[recipe.kind]
+
+
+def use_kernels(x: Tensor) -> bool:
+    """Whether cuda.py's kernels run for x. VENEER_KERNELS=plain keeps a GPU on the references; inside torch.compile
+    the compiler writes its own."""
+    if not x.is_cuda or os.environ.get("VENEER_KERNELS") == "plain":
+        return False
+    if find_spec("triton") is None:
+        say_once("quant: Triton is not installed, so packed weights are handled by plain PyTorch; slower")
+        return False
+    return True
 
 
 _said: set[str] = set()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,6 +19,7 @@ __all__ = [
     "dtype_of",
     "fit_head",
     "load_model",
+    "packing",
     "precision_of",
     "quiet",
     "recomputing",
@@ -71,12 +72,27 @@ def tokenizer_of(model: nn.Module | str) -> Any:
     return _from_pretrained(AutoTokenizer, where)
 
 
-def load_model(where: str, task: Task, precision: str, device: torch.device) -> nn.Module:
+def load_model(
+    where: str, task: Task, precision: str, device: torch.device, quant: str = "none", whole: Sequence[str] = ()
+) -> nn.Module:
+    """The base on its device. With `quant` its weights are packed one by one as they are read, so that no more than one
+    is ever there in full; `whole`: modules that will be trained, and so stay as they are."""
     import transformers
 
+    import veneer.quant.hf  # noqa: F401 - transformers then knows a folder that was saved packed
+
     kind, options = getattr(transformers, task.auto_class), task.model_options()
+    if quant != "none":
+        options |= packing(quant, whole, device)
     with quiet():
         return _from_pretrained(kind, where, dtype=DTYPES[precision], **options).to(device)
+
+
+def packing(kind: str, whole: Sequence[str], device: torch.device) -> dict[str, Any]:
+    """The options of `from_pretrained` that pack a base as it is read."""
+    from veneer.quant.hf import VeneerConfig
+
+    return {"quantization_config": VeneerConfig(kind, whole=tuple(whole)), "device_map": {"": device}}
 
 
 @contextmanager

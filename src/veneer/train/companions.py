@@ -36,4 +36,7 @@ def write_companions(folder: Path, task: Task, model: nn.Module) -> None:
         told |= {"labels": list(task.labels.names), "kind": task.labels.kind}
     if task.renderer is not None:
         told |= {"template": task.renderer.name, "template_fingerprint": task.renderer.fingerprint}
+    packed: Any = getattr(getattr(model, "config", None), "quantization_config", None)
+    if getattr(packed, "quant_method", None) == "veneer":
+        told["quant"] = {"kind": packed.kind, "whole": list(packed.whole)}  # the base is asked as it was in training
     (folder / "task.json").write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")

@@ -21,6 +21,7 @@ import torch
 from torch import nn
 
 from veneer.advise.lr import learning_rate
+from veneer.core.host import plain_modules
 from veneer.core.init import NEEDS
 from veneer.data.batch import batches, pad_id_of
 from veneer.data.dataset import Dataset, Split, load, split
@@ -31,6 +32,8 @@ from veneer.data.preview import runs
 from veneer.data.template import Renderer
 from veneer.data.types import Encoded, Example
 from veneer.errors import ConfigError, DataError
+from veneer.quant.layer import Packed
+from veneer.quant.model import quantize
 from veneer.tasks.base import TASKS, Task
 from veneer.train import base
 from veneer.train.method import lora_of, place
@@ -80,7 +83,6 @@ def prepare(run: Run, settings: Reads, model: Any, data: Any, tokenizer: Any, te
         lora_of(settings)  # what cannot be built is said before anything is read
     named = settings.model or ""
     source = model if isinstance(model, nn.Module) else named
-    refuse_quant(settings.quant)
 
     parts = read_data(settings, data, tell)
     task = make_task(settings, source, tokenizer, parts, tell)
@@ -89,7 +91,11 @@ def prepare(run: Run, settings: Reads, model: Any, data: Any, tokenizer: Any, te
 
     device = settle_precision(settings, source, tell)
     tell("doing", text="loading the model")
-    model = source if isinstance(source, nn.Module) else base.load_model(source, task, settings.precision, device)
+    if isinstance(source, nn.Module):
+        model = source
+        pack_base(model, settings, tell)
+    else:
+        model = base.load_model(source, task, settings.precision, device, settings.quant, settings.modules_to_save)
     base.fit_head(model, task)
     trained = place(model, settings, task.heads(model), **to_look_at(settings, task, train.samples, device, tell))
     if not trained:
@@ -196,11 +202,14 @@ def settle_length(settings: Reads, source: Any) -> None:
 # ------------------------------------------------------------------ the model
 
 
-def refuse_quant(quant: str) -> None:
-    if quant != "none":
-        raise ConfigError(
-            f"quant: {quant} is not there yet", fix="leave quant out; precision: bf16 halves the base's memory"
-        )
+def pack_base(model: nn.Module, settings: Reads, tell: Tell) -> None:
+    """A model that came loaded is packed where it stands; one that came packed stays as it is."""
+    if settings.quant == "none":
+        return
+    held = {m.recipe.kind for m in plain_modules(model).values() if isinstance(m, Packed)}
+    if held == {settings.quant}:
+        return
+    tell("note", text=str(quantize(model, settings.quant, whole=settings.modules_to_save)))
 
 
 def settle_precision(settings: Reads, source: Any, tell: Tell) -> torch.device:
