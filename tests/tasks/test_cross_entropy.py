@@ -102,9 +102,10 @@ def test_a_module_that_names_no_head_is_run_the_plain_way() -> None:
     assert "does not say" in head_split(nn.Linear(3, 3), {}).why
 
 
-def test_an_adapted_tied_head_gets_its_gradient(make_model: Callable[..., nn.Module]) -> None:
+@pytest.mark.parametrize("tied", ["apart", "together"])
+def test_an_adapted_tied_head_gets_its_gradient(make_model: Callable[..., nn.Module], tied: str) -> None:
     model = make_model("qwen2")
-    attach(model, LoRA(rank=2, targets=["q_proj", "lm_head"]))
+    attach(model, LoRA(rank=2, targets=["q_proj", "lm_head"], tied=tied))
     ids = torch.randint(0, 384, (2, 9))
     split = head_split(model, {"input_ids": ids})
     hidden = split.body(input_ids=ids)[0]
