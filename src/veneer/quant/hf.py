@@ -152,7 +152,7 @@ class VeneerQuantizer(HfQuantizer):
         return model
 
     def param_needs_quantization(self, model: Any, param_name: str, **_: Any) -> bool:
-        layer, _, name = param_name.rpartition(".")
+        layer, _dot, name = param_name.rpartition(".")
         module = model.get_submodule(layer)
         return not self.pre_quantized and isinstance(module, Packed) and name in module_parts(module)
 
