@@ -36,6 +36,7 @@ _HOME = {
     "swap": "veneer.ckpt.pool",
     "save": "veneer.ckpt.peft",
     "load": "veneer.ckpt.peft",
+    **dict.fromkeys(("load_shared", "save_shared"), "veneer.ckpt.shared"),
     "merge_to_disk": "veneer.ckpt.stream",
     "train": "veneer.train.loop",
     "recommend": "veneer.advise.recommend",
@@ -61,6 +62,7 @@ __all__ = [
     "extract",
     "fuse",
     "load",
+    "load_shared",
     "merge",
     "merge_to_disk",
     "prove",
@@ -69,6 +71,7 @@ __all__ = [
     "resize",
     "routed",
     "save",
+    "save_shared",
     "summary",
     "swap",
     "train",
@@ -81,6 +84,7 @@ if TYPE_CHECKING:
     from veneer.advise.recommend import recommend
     from veneer.ckpt.peft import load, save
     from veneer.ckpt.pool import Pool, swap
+    from veneer.ckpt.shared import load_shared, save_shared
     from veneer.ckpt.stream import merge_to_disk
     from veneer.core.mixing import combine, convert, extract, resize
     from veneer.core.model import (

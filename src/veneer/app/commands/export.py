@@ -1,0 +1,28 @@
+"""veneer export: the adapter of a run (or an adapter's folder) in the layout of those it is meant for.
+
+The same as `veneer convert`, for what was trained here.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from veneer.app.commands.convert import add_options, convert
+from veneer.app.output import Output
+from veneer.app.subjects import find_run
+
+EXAMPLES = """  veneer export last --to diffusers --out style.safetensors
+  veneer export runs/style-0917-a1 --to kohya --out style.safetensors
+  veneer export adapters/style --to kohya --base sdxl --part unet --out style.safetensors"""
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("source", metavar="RUN", help="a run, last, or an adapter's folder")
+    add_options(parser)
+    parser.add_argument("--root", default="runs", help="the folder that holds the runs [runs]")
+
+
+def run(args: argparse.Namespace, out: Output) -> int:
+    found = find_run(args.source, args.root)
+    return convert(Path(args.source) if found is None else found.best, args, out)
