@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from veneer.infer.load import load, source_of_folder
+from veneer.quant.layer import Packed
 from veneer.tasks import causal_lm
 from veneer.train.loop import train
 
@@ -17,9 +17,7 @@ ROWS = [{"prompt": f"say {word}", "completion": word} for word in ("tar", "find"
 
 
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
-def test_a_run_on_a_packed_base(
-    kind: str, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_on_a_packed_base(kind: str, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(causal_lm, "SHOWN_TOKENS", 3)
     events: list[dict[str, Any]] = []
     run = train(
@@ -30,6 +28,6 @@ def test_a_run_on_a_packed_base(
     assert not any(check["id"] == "P5" and not check["passed"] for check in run.proof["checks"])
     told = json.loads((run.best / "task.json").read_text())
     assert told["quant"] == {"kind": kind, "whole": []}
-    ready = load(str(tiny_folder), [source_of_folder(str(run.best))], device=torch.device("cpu")) if False else None
-    source = source_of_folder(str(run.best), str(tiny_folder))
-    assert source.quant == told["quant"] and ready is None
+    ready = load([source_of_folder(str(run.best), str(tiny_folder))], device="cpu", say=lambda _: None)
+    assert any(isinstance(m, Packed) for m in ready.model.modules())
+    assert "answered as when" in next(iter(ready.evidence.values()))
