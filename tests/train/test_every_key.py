@@ -78,6 +78,7 @@ CASES: dict[str, tuple[Any, dict[str, Any], list[dict[str, Any]]]] = {
     "seed": (1, {}, ROWS),
     "precision": ("bf16", {}, ROWS),
     "recompute": ("full", {}, ROWS),
+    "fuse": ("on", {}, ROWS),
     "save_every": (1, {}, ROWS),
     "out": ("elsewhere", {}, ROWS),
     "name": ("mine", {}, ROWS),

@@ -49,6 +49,7 @@ from veneer.prove.frozen import Before, snapshot
 from veneer.tasks.cross_entropy import evaluating
 from veneer.train.base import recomputing
 from veneer.train.companions import write_companions
+from veneer.train.fast import fused
 from veneer.train.finish import finish, show
 from veneer.train.memory import back_off
 from veneer.train.method import ADAPTER, allocator_of, optimizer_of, write_model
@@ -87,7 +88,8 @@ def train(
     with session(asked, report) as (run, settings, tell, stop), same_random(settings.seed):
         job = prepare(run, settings, model, data, tokenizer, tell)
         loop = Loop(job, run, tell, stop)
-        with recomputing(job.model, settings.recompute == "full"):
+        again = settings.recompute == "full"
+        with fused(job.model, settings.fuse == "on", again, tell) as kept, recomputing(job.model, again and not kept):
             loop.run_steps()
         if stop.requested:
             run.update(status="stopped")

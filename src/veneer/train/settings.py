@@ -80,6 +80,7 @@ TASKS = {
     **dict.fromkeys(["sft", "clm", "text_generation"], "causal_lm"),
     **dict.fromkeys(["classification", "text_classification", "seq_cls"], "sequence_classification"),
     **dict.fromkeys(["ner", "token_cls"], "token_classification"),
+    **dict.fromkeys(["image", "images", "vision", "image_cls"], "image_classification"),
     **dict.fromkeys(["text2text", "seq_2_seq_lm"], "seq2seq"),
 }
 
@@ -103,8 +104,8 @@ class Settings:
 
     # The method
     task: str = choice(
-        "causal_lm", "causal_lm sequence_classification token_classification seq2seq",
-        "What is learned: answers (causal_lm), a label per text, a label per word, or text from text.",
+        "causal_lm", "causal_lm sequence_classification token_classification seq2seq image_classification",
+        "What is learned: answers (causal_lm), a label per text, word or image, or text from text.",
         also=TASKS, group="method",
     )  # fmt: skip
     method: str = choice(
@@ -260,6 +261,10 @@ class Settings:
     recompute: str = choice(
         "none", "none full", "Compute activations twice instead of keeping them: less memory, a third more time.",
         also={True: "full", False: "none", "unsloth": "full"}, group="training",
+    )  # fmt: skip
+    fuse: str = choice(
+        "off", "off on", "Run decoder blocks as functions written by hand: faster on a GPU, and less is kept.",
+        also={True: "on", False: "off"}, group="training",
     )  # fmt: skip
 
     # How the run is kept: none of these changes what is learned
