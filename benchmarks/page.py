@@ -145,7 +145,7 @@ def train_gpu(found: dict[str, Any]) -> str:
     if any("note" in r for r in found["rows"]):
         lines.append("(1) From a run that waited for the device after each step, which costs a few per cent.")
     lines.append(
-        "The loss starts alike everywhere. In the first steps on these random weights it falls faster with compiled and "
+        "The loss starts alike everywhere. On these random weights it then falls faster with compiled and "
         "with fused blocks than with eager ones, PEFT's and ours; why is not known yet."
     )
     return "\n\n".join(lines)
