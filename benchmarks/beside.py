@@ -45,6 +45,8 @@ class Method:
     kind: str = "delta"
     rank: int | None = None  # where the method's own rank means something else
     freeze: tuple[str, ...] = field(default=())  # parts of PEFT's parameter names that stay as they are
+    before: Callable[[nn.Module, Any, Iterable[Any]], None] | None = None  # what PEFT wants done before it wraps,
+    after: Callable[[nn.Module, Any, Iterable[Any]], None] | None = None  # and after; both see some batches
 
     def common(self, common: Common) -> Common:
         rank = self.rank or common.rank
@@ -88,6 +90,58 @@ def _other(name: str, **more: Any) -> Callable[[Common], Any]:
     return config
 
 
+def _data(init: str, name: str, config: Callable[[], Any]) -> Callable[[Common], Any]:
+    """A config of PEFT's for an init that looks at data, `name` being the field for the init's own config."""
+    return lambda c: _lora(init_lora_weights=init, **{name: config()})(c)
+
+
+def _corda_config() -> Any:
+    from peft.tuners.lora.config import CordaConfig
+
+    return CordaConfig()
+
+
+def _eva_config() -> Any:
+    from peft import EvaConfig
+
+    return EvaConfig(use_label_mask=False)  # labels here are classes, not tokens
+
+
+def _lora_ga_config() -> Any:
+    from peft import LoraGAConfig
+
+    return LoraGAConfig()
+
+
+def _covariances(model: nn.Module, config: Any, batches: Iterable[Any]) -> None:
+    from peft.tuners.lora.corda import preprocess_corda  # needs the package attrs
+
+    def look() -> None:
+        with torch.no_grad():
+            for batch in batches:
+                for i in range(len(batch["labels"])):  # PEFT's hooks take one row at a time
+                    model(**{key: value[i : i + 1] for key, value in batch.items()})
+
+    preprocess_corda(model, config, run_model=look)
+
+
+def _gradients(model: nn.Module, config: Any, batches: Iterable[Any]) -> None:
+    from peft import preprocess_loraga
+
+    def look() -> None:
+        for batch in batches:
+            model(**batch).loss.backward()
+
+    preprocess_loraga(model, config, look)
+
+
+def _eva_start(model: nn.Module, config: Any, batches: Iterable[Any]) -> None:
+    from peft import initialize_lora_eva_weights
+
+    initialize_lora_eva_weights(model, list(batches), show_progress_bar=False)
+
+
+FOLLOWS = ("pissa", "olora", "eva", "corda", "lora_ga")  # starts that follow from the base and the data
 METHODS: dict[str, Method] = {
     "lora": Method({}, _lora()),
     "rslora": Method({"scaling": "rslora"}, _lora(use_rslora=True), rate=1e-3, kind="scaling"),
@@ -103,9 +157,17 @@ METHODS: dict[str, Method] = {
     "orthogonal": Method({"init": "orthogonal"}, _lora(init_lora_weights="orthogonal"), kind="init"),
     "pissa": Method({"init": "pissa"}, _lora(init_lora_weights="pissa"), rate=5e-4, kind="init"),
     "olora": Method({"init": "olora"}, _lora(init_lora_weights="olora"), rate=5e-4, kind="init"),
-    "eva": Method({"init": "eva"}, rate=5e-4, kind="init"),
-    "corda": Method({"init": "corda"}, rate=5e-4, kind="init"),
-    "lora_ga": Method({"init": "lora_ga"}, rate=5e-4, kind="init"),
+    "eva": Method({"init": "eva"}, _data("eva", "eva_config", _eva_config), rate=5e-4, kind="init", after=_eva_start),
+    "corda": Method(
+        {"init": "corda"}, _data("corda", "corda_config", _corda_config), rate=5e-4, kind="init", before=_covariances
+    ),
+    "lora_ga": Method(
+        {"init": "lora_ga"},
+        _data("lora_ga", "lora_ga_config", _lora_ga_config),
+        rate=5e-4,
+        kind="init",
+        before=_gradients,
+    ),
 }
 
 
@@ -129,17 +191,24 @@ def take_start(model: nn.Module, like: Any) -> None:
         names = {**adapter_of(sites(model)[site]).delta.saved} if site in sites(model) else {}  # type: ignore[union-attr]
         word = f"{site}.{names.get(key)}.default"
         value = next((drawn[n] for n in (word, f"{word}.weight") if n in drawn), None)
-        if value is not None and spec_of(model).init not in ("pissa", "olora"):
+        if value is not None and spec_of(model).init not in FOLLOWS:
             own.copy_(value)
 
 
-def theirs(model: nn.Module, method: Method, common: Common) -> tuple[Any, dict[str, nn.Parameter]]:
+def theirs(
+    model: nn.Module, method: Method, common: Common, data: Iterable[Any] = ()
+) -> tuple[Any, dict[str, nn.Parameter]]:
     from peft import get_peft_model
 
     assert method.config is not None, "PEFT has no such method"
+    config = method.config(method.common(common))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        wrapped = get_peft_model(model, method.config(method.common(common)))  # type: ignore[arg-type]
+        if method.before is not None:
+            method.before(model, config, data)
+        wrapped = get_peft_model(model, config)  # type: ignore[arg-type]
+        if method.after is not None:
+            method.after(wrapped, config, data)
     for name, p in wrapped.named_parameters():
         if any(part in name for part in method.freeze):
             p.requires_grad_(False)

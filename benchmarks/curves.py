@@ -75,7 +75,7 @@ def run(library: str, method: Method, start: nn.Module, common: Common, rows: li
     torch.manual_seed(0)
     model: Any = copy.deepcopy(start)
     if method.config is not None:
-        model, trained = theirs(model, method, common)
+        model, trained = theirs(model, method, common, rows[:4])
     if library == "veneer":
         like, model = (model, copy.deepcopy(start)) if method.config is not None else (None, model)
         trained = ours(model, method, common, rows[:4], like)
