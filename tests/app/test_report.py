@@ -164,7 +164,10 @@ def test_the_page_stands_beside_the_run(make_run: Make) -> None:
 
 
 def test_every_part_is_there(make_run: Make) -> None:
-    page = page_of(make_run())
+    run = make_run()
+    sorted_out = {"classes": ["cat", "dog"], "counts": [[3, 1], [0, 4]]}  # a classifier's run has this one, too
+    run.path("detail.json").write_text(json.dumps({"confusion": sorted_out}))
+    page = page_of(run)
     assert [id for id, _, _ in SECTIONS if id not in page.ids] == []
     assert len(page.ids) == len(set(page.ids))
     assert {link.removeprefix("#") for link in page.values("href")} <= set(page.ids)

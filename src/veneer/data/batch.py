@@ -4,6 +4,7 @@
 | --- | --- |
 | one sample each | input_ids, attention_mask (padding on the right) |
 | packed | input_ids, position_ids that start again with each sample; no mask, no cache |
+| pictures | pixel_values |
 
 From positions that start again transformers builds the block-diagonal causal mask itself, in the form that each layer
 and each attention kernel needs (sliding windows, flex and varlen kernels included; a 4-D mask of our own would replace
@@ -57,7 +58,7 @@ class Batch:
 
     @property
     def padding_share(self) -> float:
-        return 1 - self.tokens / self.inputs["input_ids"].numel()
+        return 1 - self.tokens / self.inputs["input_ids"].numel() if "input_ids" in self.inputs else 0.0
 
     def sequence_ids(self) -> Int[Tensor, "rows tokens"]:
         """Which sample of its row each token belongs to; -1 for padding."""
@@ -96,6 +97,8 @@ def _moved(value: Any, device: torch.device | str) -> Any:
 def collate(samples: Sequence[Encoded], pad_id: int = 0, *, flat: bool = False) -> Batch:
     """One batch of these samples. `flat`: all of them in one row, without padding, kept apart as packed samples are:
     for varlen kernels, which take a single row."""
+    if samples and samples[0].pixels is not None:
+        return _pictures(samples)
     rows = [_joined(samples)] if flat else list(samples)
     width = max(map(len, rows))
     inputs: dict[str, Any] = {"input_ids": _padded([row.input_ids for row in rows], pad_id, width)}
@@ -108,6 +111,14 @@ def collate(samples: Sequence[Encoded], pad_id: int = 0, *, flat: bool = False) 
     trained = sum(sample.trained_tokens for sample in samples)
     places = tuple(sample.where for sample in samples)
     return Batch(inputs, _labels(rows, width), trained, tuple(row.segments for row in rows), places)
+
+
+def _pictures(samples: Sequence[Encoded]) -> Batch:
+    values = torch.stack([torch.as_tensor(sample.pixels()) for sample in samples if sample.pixels is not None])
+    places = tuple(sample.where for sample in samples)
+    return Batch(
+        {"pixel_values": values}, _labels(samples, 1), len(samples), tuple(s.segments for s in samples), places
+    )
 
 
 def batches(samples: Sequence[Encoded], rows: int, pad_id: int = 0, *, flat: bool = False) -> Iterator[Batch]:

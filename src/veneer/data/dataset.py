@@ -20,7 +20,7 @@ from veneer.data.formats import FORMATS, Format, RowError, detect, example_of
 from veneer.data.labels import LabelSet, labels_of
 from veneer.data.read import READERS, Found, Problem, files_in, read, read_documents, read_text, suffix_of
 from veneer.data.turns import kind_of
-from veneer.data.types import Example, Labelled, Row, Tagged
+from veneer.data.types import Example, Labelled, Pictured, Row, Tagged
 from veneer.errors import DataError
 
 __all__ = ["Data", "Dataset", "Split", "load", "split"]
@@ -66,7 +66,7 @@ class Dataset:
     @cached_property
     def labels(self) -> LabelSet:
         """The classes of labelled or tagged rows."""
-        return labels_of(example for example in self if isinstance(example, Labelled | Tagged))
+        return labels_of(example for example in self if isinstance(example, Labelled | Pictured | Tagged))
 
     def facts(self) -> dict[str, Any]:
         """What data.json records."""

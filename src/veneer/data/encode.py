@@ -42,6 +42,9 @@ NOTICES = {
     "altered": "in {n:,} the template leaves out part of a trained answer (reasoning that it strips?)",
     "split tokens": "in {n:,} a token joins the prompt's end and the answer's start; does the prompt end in a space?",
     "endless": "{n:,} end without EOS: the tokenizer has none",
+    "grey": "{n:,} pictures have no colours and were given three equal channels",
+    "see-through": "{n:,} pictures are partly transparent; what is behind was taken as black",
+    "resized": "{n:,} pictures differ in size from the others; all are brought to the model's size",
 }
 
 

@@ -11,6 +11,7 @@
 | tagged (token classification) | tokens, tags |
 | labelled (sequence classification) | text, label, pair? |
 | text | text |
+| image (image classification) | image (a path, or what a data set holds), label |
 
 Detection takes the first format in this file's order that half of the rows fit, and every row is then held to it: a
 format found by majority alone would call {text, label} rows plain text as soon as one label is missing.
@@ -26,7 +27,7 @@ from typing import Any, NoReturn
 
 from veneer.core.registry import Registry, near
 from veneer.data.turns import RowError, conversation, json_list, kind_of, tool_list
-from veneer.data.types import Chat, Completion, Example, Labelled, Message, Pair, Row, Tagged, Text, Tokens
+from veneer.data.types import Chat, Completion, Example, Labelled, Message, Pair, Pictured, Row, Tagged, Text, Tokens
 from veneer.errors import DataError
 
 __all__ = ["FORMATS", "Fields", "Format", "RowError", "detect", "example_of"]
@@ -314,6 +315,22 @@ def _label(fields: Fields) -> Any:
     if not isinstance(value, str | int | float | list):
         raise RowError(f"field {fields.name('label')!r} is {kind_of(value)}; a class, a number or a list is expected")
     return value.strip() if isinstance(value, str) else value
+
+
+@_format(
+    "image",
+    Pictured,
+    "image|img|picture|path|file|file_name|filename|filepath|image_path label|labels|class|category|target|fine_label",
+)
+def _pictured(fields: Fields) -> Pictured:
+    value = fields.value("image")
+    if isinstance(value, Mapping):  # as `datasets` keeps pictures that it has not decoded
+        value = value.get("bytes") or value.get("path")
+    if not isinstance(value, str | bytes) and not hasattr(value, "tobytes"):
+        raise RowError(f"field {fields.name('image')!r} is {kind_of(value)}; a path or an image is expected")
+    if isinstance(value, str | bytes) and not value.strip():
+        raise RowError(f"field {fields.name('image')!r} is empty")
+    return Pictured(value, _label(fields))
 
 
 @_format("text", Text, "text|content|document")

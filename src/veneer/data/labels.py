@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from veneer.core.registry import near
-from veneer.data.types import Label, Labelled, Tagged
+from veneer.data.types import Label, Labelled, Pictured, Tagged
 from veneer.errors import DataError
 
 __all__ = ["LabelSet", "labels_of"]
@@ -59,7 +59,7 @@ class LabelSet:
         return f"{len(self.names)} classes{' (several may hold)' if self.kind == 'several' else ''}: {shown}"
 
 
-def labels_of(examples: Iterable[Labelled | Tagged]) -> LabelSet:
+def labels_of(examples: Iterable[Labelled | Pictured | Tagged]) -> LabelSet:
     """
     >>> str(labels_of([Labelled("a", "pos"), Labelled("b", "neg")]))
     '2 classes: neg, pos'

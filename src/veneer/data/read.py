@@ -59,6 +59,7 @@ LISTS = ("input_ids", "tokens", "words")  # fields that are lists in every row
 # Lists of objects that are one field of a row; any other list of objects in a JSON object is the list of rows.
 ROW_LISTS = {"messages", "conversations", "conversation", "tools", "prompt", "completion", "chosen", "rejected"}
 CUT = "(a cut download or copy?)"
+PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".pgm", ".ppm")
 SPLITS = {
     "train": ("train", "training"),
     "validation": ("validation", "valid", "val", "dev", "eval"),
@@ -90,6 +91,7 @@ def files_in(folder: Path, split: str) -> list[Path]:
     """The files of one split: those named after it (train.jsonl, validation/a.csv), or all if none is named so."""
     files = sorted(path for path in folder.rglob("*") if path.is_file() and suffix_of(path) in READERS)
     files = [path for path in files if not path.name.startswith((".", "README", "LICENSE", "dataset_info", "state."))]
+    files = [path for path in files if suffix_of(path) not in PICTURES] or files  # a table beside pictures names them
     named = {path: _split_of(path.relative_to(folder)) for path in files}
     if not any(named.values()):
         return files if split == "train" else []
@@ -378,6 +380,12 @@ def _kind(value: Any) -> str:
 
 
 # Tables
+
+
+@READERS.register(*PICTURES)
+def read_picture(path: Path) -> Iterator[Found]:
+    """A file of a folder of pictures, whose class is the name of the folder that it stands in."""
+    yield Row({"image": str(path), "label": path.parent.name}, str(path))
 
 
 @READERS.register(".csv")

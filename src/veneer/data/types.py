@@ -11,6 +11,7 @@
 | text, label | `Labelled` | sequence classification |
 | tokens, tags | `Tagged` | token classification |
 | source, target | `Pair` | seq2seq |
+| image, label | `Pictured` | image classification |
 
 Examples are frozen and hold text only; every one knows the place it came from, so that a complaint made at any later
 stage still names file and line.
@@ -20,7 +21,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal, Protocol, Required, TypeAlias, TypedDict, runtime_checkable
@@ -38,6 +39,7 @@ __all__ = [
     "Message",
     "Overlong",
     "Pair",
+    "Pictured",
     "Row",
     "Tagged",
     "Text",
@@ -144,7 +146,22 @@ class Pair(_Example):
     target: str
 
 
-Example: TypeAlias = Chat | Completion | Text | Tokens | Labelled | Tagged | Pair
+@dataclass(frozen=True)
+class Pictured(_Example):
+    """A picture and its class: the path of a file, or what a data set holds (bytes, or an image of PIL or numpy)."""
+
+    image: Any
+    label: Label
+
+    @cached_property
+    def id(self) -> str:
+        """A hash of the label and of the path, or of the bytes where there is no file."""
+        image = self.image
+        data = image.encode() if isinstance(image, str) else image if isinstance(image, bytes) else image.tobytes()
+        return hashlib.sha256(f"{self.label}\0".encode() + data).hexdigest()[:16]
+
+
+Example: TypeAlias = Chat | Completion | Text | Tokens | Labelled | Tagged | Pair | Pictured
 
 
 @dataclass(frozen=True)
@@ -165,6 +182,7 @@ class Encoded:
     where: str = ""
     id: str = ""  # of the example it came from
     token_type_ids: Ids | None = None  # BERT's, for a pair of texts
+    pixels: Callable[[], Any] | None = None  # gives the picture that takes the place of tokens, read when it is needed
 
     def __post_init__(self) -> None:
         if not self.segments:

@@ -53,6 +53,7 @@ class Task(ABC):
 
     name: ClassVar[str] = ""
     auto_class: ClassVar[str]  # of transformers
+    reader: ClassVar[str] = "AutoTokenizer"  # of transformers: what turns rows into what the model takes
     kinds: ClassVar[tuple[type[Any], ...]]  # of example, in veneer.data.types
     renders: ClassVar[bool] = False  # whether rows are conversations or plain text that a template may write
     labelled: ClassVar[bool] = False  # whether rows hold classes, and the model a head for them
@@ -113,6 +114,10 @@ class Task(ABC):
     def shown(self, model: nn.Module, examples: Sequence[Any]) -> list[Shown]:
         """A few rows with the model's answers, for people to look at."""
         return []
+
+    def detail(self, model: nn.Module, batches: Iterable[Batch]) -> dict[str, Any]:
+        """What the report shows of the held-out rows beyond numbers; kept in the run's detail.json."""
+        return {}
 
     def metrics(self, predicted: Sequence[Any], wanted: Sequence[Any]) -> dict[str, float]:
         return {}

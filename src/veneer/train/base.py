@@ -60,16 +60,17 @@ def config_of(model: nn.Module | str) -> Any:
     return _from_pretrained(AutoConfig, model)
 
 
-def tokenizer_of(model: nn.Module | str) -> Any:
-    """The tokenizer that belongs to the model."""
+def tokenizer_of(model: nn.Module | str, reader: str = "AutoTokenizer") -> Any:
+    """The tokenizer that belongs to the model, or its processor of images."""
     where = model if isinstance(model, str) else getattr(model, "name_or_path", "")
     if not where:
         raise ConfigError(
             f"{type(model).__name__} was given without its tokenizer", fix="veneer.train(model, data, tokenizer=...)"
         )
-    from transformers import AutoTokenizer
+    import transformers
 
-    return _from_pretrained(AutoTokenizer, where)
+    with quiet():
+        return _from_pretrained(getattr(transformers, reader), where)
 
 
 def load_model(

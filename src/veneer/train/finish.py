@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from veneer.ckpt.atomic import atomic_write
+from veneer.data.batch import Batch, batches
 from veneer.prove.frozen import Before
 from veneer.prove.run import prove_run
 from veneer.train.method import ADAPTER
@@ -31,6 +32,8 @@ def finish(job: Job, run: Run, progress: Progress, before: Before | None, tell: 
         text = f"the best held-out loss, {result['val_after']:.4g}, is not below the base's {result['val_before']:.4g}"
         tell("warning", text=f"{text}: lower lr, more data or fewer steps may help")
     show(job, run, "after", tell)
+    if found := job.task.detail(job.model, held_out(job, progress.micro_batch)):
+        run.write_json("detail.json", found)
     tell("doing", text="proving the adapter")
     proof = prove_run(
         job.model,
@@ -52,6 +55,10 @@ def finish(job: Job, run: Run, progress: Progress, before: Before | None, tell: 
     proof.save(folder)
     proof.raise_if_failed(run.folder)
     run.update(status="done", result=result)
+
+
+def held_out(job: Job, rows: int) -> Iterator[Batch]:
+    return (batch.to(job.device) for batch in batches(job.val, rows, job.pad))
 
 
 def outcome(run: Run, progress: Progress) -> dict[str, Any]:

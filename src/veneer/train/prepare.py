@@ -151,7 +151,7 @@ def make_task(settings: Reads, source: Any, tokenizer: Any, parts: Split, tell: 
     kind = TASKS[settings.task]
     if tokenizer is None:
         tell("doing", text="loading the tokenizer")
-        tokenizer = base.tokenizer_of(source)
+        tokenizer = base.tokenizer_of(source, kind.reader)
     labels = parts.train.labels if kind.labelled else None
     renderer = Renderer(tokenizer, settings.template, settings.system) if kind.renders else None
     if labels is not None:

@@ -19,6 +19,7 @@ from pathlib import Path
 
 from veneer.app.markup import Html, join, raw, tag
 from veneer.app.report.change import change
+from veneer.app.report.confusion import confusion
 from veneer.app.report.evidence import data, proofs, samples
 from veneer.app.report.learning import learning, speed
 from veneer.app.report.origin import environment, events, reproduce, settings
@@ -32,6 +33,7 @@ __all__ = ["SECTIONS", "page", "write_report"]
 SECTIONS: list[tuple[str, str, Callable[[Record], Html | None]]] = [
     ("learning", "Learning", learning),
     ("samples", "Before and after", samples),
+    ("confusion", "What is taken for what", confusion),
     ("proofs", "Proofs", proofs),
     ("change", "What changed in the model", change),
     ("data", "Data", data),

@@ -49,6 +49,7 @@ class Record:
     events: Sequence[Row] = field(default_factory=list)
     data: Row = field(default_factory=dict)
     proof: Row = field(default_factory=dict)
+    detail: Row = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -110,6 +111,7 @@ def read(folder: str | Path) -> Record:
         run.events(),
         _json(run.path("data.json")),
         _json(run.path("proof.json")),
+        _json(run.path("detail.json")),
     )
 
 

@@ -1,0 +1,152 @@
+"""Pictures to pixels: by PIL and the model's own processor, which decides size, cropping and normalising.
+
+| a picture | becomes |
+| --- | --- |
+| with one channel, a palette, 16 bits or CMYK | RGB, and it is said how many there were |
+| partly transparent | RGB on black, and said |
+| of another size than the others | resized by the processor, and said |
+| that cannot be read | a problem of the data, with its file |
+
+All files are opened before training begins, so that a broken one is not found in the second hour; but no pixels are
+kept: each is read again when its batch is made. A path in a table is meant from the table's own folder, or from here.
+"""
+
+from __future__ import annotations
+
+import io
+from array import array
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from veneer.data.encode import Encodings, finished
+from veneer.data.labels import LabelSet
+from veneer.data.lengths import Lengths
+from veneer.data.types import Encoded, Pictured
+from veneer.errors import DataError
+from veneer.extras import need
+
+__all__ = ["encode_pictures", "open_picture"]
+
+PLAIN = "RGB"
+REPORTED = 256  # rows between two reports
+
+
+def open_picture(example: Pictured) -> Any:
+    """The picture as PIL has it, not read yet; raises DataError if there is none."""
+    pil = need("PIL.Image", extra="vision", use="read pictures")
+    image = example.image
+    try:
+        if isinstance(image, str):
+            return pil.open(_place(image, example.where))
+        if isinstance(image, bytes):
+            return pil.open(io.BytesIO(image))
+        return image if isinstance(image, pil.Image) else pil.fromarray(image)
+    except FileNotFoundError:
+        raise DataError("there is no such file", str(image)) from None
+    except (OSError, ValueError, TypeError, AttributeError, pil.DecompressionBombError) as error:
+        raise DataError(f"it cannot be read as a picture ({_short(error)})", _name(example)) from None
+
+
+def _place(path: str, where: str) -> Path:
+    """Beside the table that names it, else as it stands."""
+    found = Path(path).expanduser()
+    beside = Path(where.rpartition(":")[0] or where).parent / found
+    return beside if not found.is_absolute() and beside.is_file() else found
+
+
+def _name(example: Pictured) -> str:
+    return example.image if isinstance(example.image, str) else example.where
+
+
+def _short(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0][:120]
+
+
+def in_colours(picture: Any) -> Any:
+    """RGB, whatever the file has. Sixteen bits are scaled, for PIL itself would cut them off."""
+    if picture.mode == PLAIN:
+        return picture
+    if picture.mode.startswith("I") or picture.mode == "F":
+        import numpy
+
+        values = numpy.asarray(picture, dtype="float64")
+        top = 65535 if values.max() > 255 else 255
+        pil = need("PIL.Image", extra="vision", use="read pictures")
+        picture = pil.fromarray((values.clip(0, top) * (255 / top)).round().astype("uint8"))
+    if "A" in picture.mode or "transparency" in picture.info:
+        pil = need("PIL.Image", extra="vision", use="read pictures")
+        whole = picture.convert("RGBA")
+        return pil.alpha_composite(pil.new("RGBA", whole.size, (0, 0, 0, 255)), whole).convert(PLAIN)
+    return picture.convert(PLAIN)
+
+
+@dataclass(frozen=True)
+class Pixels:
+    """What a sample gives when its batch is made."""
+
+    example: Pictured
+    processor: Any
+
+    def __call__(self) -> Any:
+        try:
+            picture = in_colours(open_picture(self.example))
+        except OSError as error:
+            raise DataError(f"it can no longer be read ({_short(error)})", _name(self.example)) from None
+        return self.processor(images=picture, return_tensors="np")["pixel_values"][0]
+
+
+def encode_pictures(
+    examples: Sequence[Pictured],
+    processor: Any,
+    labels: LabelSet,
+    *,
+    max_len: int | None = None,
+    overlong: str = "drop",
+    skip_bad: bool = False,
+    report: Callable[[int, int], None] | None = None,
+) -> Encodings:
+    """One sample a picture. None is too long, so `max_len` and `overlong` decide nothing."""
+    counts: Counter[str] = Counter()
+    sizes: Counter[tuple[int, int]] = Counter()
+    problems: list[str] = []
+    samples = []
+    for number, example in enumerate(examples, 1):
+        try:
+            label = labels.encode(example.label)
+            size = _looked_at(example, counts)
+        except DataError as error:
+            problems.append(f"{error.where or example.where}: {error.what}")
+            continue
+        sizes[size] += 1
+        values = label if isinstance(label, list) else [label]
+        pixels = Pixels(example, processor)
+        samples.append(Encoded(array("i", [0]), values, "row", where=example.where, id=example.id, pixels=pixels))
+        if report and (number % REPORTED == 0 or number == len(examples)):
+            report(number, len(examples))
+    counts["resized"] = len(samples) - max(sizes.values(), default=0)
+    return finished(samples, len(examples), Lengths(array("i", [1] * len(samples))), counts, problems, None, skip_bad)
+
+
+def _looked_at(example: Pictured, counts: Counter[str]) -> tuple[int, int]:
+    """Read one picture to its end, so that a file that is cut short is found now."""
+    picture = open_picture(example)
+    try:
+        picture.load()
+    except (OSError, ValueError, SyntaxError) as error:
+        _close(picture, example)
+        raise DataError(f"the picture is damaged ({_short(error)})", _name(example)) from None
+    _close(picture, example)
+    if min(picture.size) < 1:
+        raise DataError("the picture is empty", _name(example))
+    counts["grey"] += picture.mode in ("1", "L", "LA", "I", "F") or picture.mode.startswith("I;")
+    counts["see-through"] += "A" in picture.mode or "transparency" in picture.info
+    return picture.size
+
+
+def _close(picture: Any, example: Pictured) -> None:
+    """A file that was opened here; a picture that came with its row stays as it is."""
+    if isinstance(example.image, str | bytes):
+        picture.close()
