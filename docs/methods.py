@@ -39,8 +39,8 @@ of the encoder, {batch} reviews a step, {steps} steps; the loss is on {held_out}
 method, both libraries begin with the same random numbers and see the same rows, so two curves that lie on each other
 say that the two compute the same thing. Each method has one rate, the same in both libraries and not tuned, and one
 seed: the picture shows that a method learns, not which one is best. AdaLoRA's curves part: PEFT's term for
-orthogonal factors is a norm where the paper has its square (eq. 4). EVA, CorDA and LoRA-GA compute their starts from the
-same four batches, each library in its own way, so those curves need not agree.
+orthogonal factors is a norm where the paper has its square (eq. 4). EVA, CorDA and LoRA-GA compute their starts
+from the same four batches, each library in its own way, so those curves need not agree.
 """
 
 

@@ -93,7 +93,8 @@ def packing(kind: str, whole: Sequence[str], device: torch.device) -> dict[str, 
     """The options of `from_pretrained` that pack a base as it is read."""
     from veneer.quant.hf import VeneerConfig
 
-    return {"quantization_config": VeneerConfig(kind, whole=tuple(whole)), "device_map": {"": device}}
+    config = VeneerConfig(kind, whole=tuple(whole))  # pyright: ignore[reportCallIssue] - the decorator hides __init__
+    return {"quantization_config": config, "device_map": {"": device}}
 
 
 @contextmanager
