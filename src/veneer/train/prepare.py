@@ -88,6 +88,7 @@ def prepare(run: Run, settings: Reads, model: Any, data: Any, tokenizer: Any, te
     task = make_task(settings, source, tokenizer, parts, tell)
     settle_length(settings, source)
     train, val = encode_rows(task, settings, parts, tell)
+    check_token_rows(settings, len(task.tokenizer or ()), train.samples, tell)
 
     device = settle_precision(settings, source, tell)
     tell("doing", text="loading the model")
@@ -260,6 +261,20 @@ def device_name(device: torch.device) -> str:
 
 
 # ------------------------------------------------------------------ the plan
+
+
+def check_token_rows(settings: Reads, words: int, samples: Sequence[Encoded], tell: Tell) -> None:
+    """Rows of the vocabulary that no sample uses would stay as they are. Those beyond its `words` are attach's."""
+    asked = settings.token_rows
+    named = asked.values() if isinstance(asked, Mapping) else (asked,)
+    rows = {row for some in named for row in some if row < words}
+    unused = sorted(rows.difference(*(sample.input_ids for sample in samples)))
+    if not unused:
+        return
+    text = f"no training sample has token {', '.join(map(str, unused[:8]))}{' ...' * (len(unused) > 8)}"
+    if len(unused) == len(rows):
+        raise ConfigError(f"{text}, so nothing of token_rows would be trained", "token_rows", "check the ids")
+    tell("warning", text=f"{text}: these rows of token_rows stay as they are")
 
 
 def settle_packing(

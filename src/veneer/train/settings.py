@@ -489,6 +489,9 @@ def _contradictions(settings: Settings, given: dict[str, Given]) -> list[str]:
             found.append(f"{_at(origin)}{name} has no effect with {now}; it is for {meant}. Leave it out")
     if settings.method == "freeze" and not isinstance(settings.layers, (int, type(None))):
         found.append("layers: with method freeze say how many of the last layers train, as a number")
+    if settings.init == "loftq":
+        way = "attach(model, LoRA(init='loftq'), round_trip=...), then quantize(model), and save both"
+        found.append(f"init: loftq writes the base anew, and a run keeps the adapter alone. In Python: {way}")
     if settings.optimizer == "lora_fa" and settings.delta != "lora_fa":
         found.append(f"optimizer lora_fa is for delta lora_fa, whose A is frozen, not for {settings.delta}")
     if settings.global_batch is not None and settings.global_batch < settings.batch_size and "batch_size" in given:
