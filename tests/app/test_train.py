@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import transformers
 
 from veneer.app.demo import SETTINGS
 from veneer.train.run import Run
@@ -315,3 +316,27 @@ def test_the_demo_is_a_run_with_its_own_settings(
     assert veneer("demo", "--steps", 2, "--quiet").code == 0 and Path("runs/demo-2/report.html").exists()
     settings = Run("runs/demo").config().settings
     assert (settings.steps, settings.r, settings.lr, settings.alpha) == (2, 2, SETTINGS["lr"], 32)
+
+
+def test_pictures_from_the_command_line(veneer: Callable[..., Any], own_folder: Path) -> None:
+    """checked, trained, judged; and there is nobody to chat with."""
+    image = pytest.importorskip("PIL.Image")
+    config = transformers.ViTConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, image_size=32, patch_size=8
+    )
+    transformers.ViTForImageClassification(config).save_pretrained(own_folder / "vit")
+    processor = {"image_processor_type": "ViTImageProcessor", "size": {"height": 32, "width": 32}}
+    (own_folder / "vit" / "preprocessor_config.json").write_text(json.dumps(processor))
+    for shade, label in ((60, "night"), (200, "day")):
+        (own_folder / "pictures" / label).mkdir(parents=True)
+        for i in range(12):
+            image.new("RGB", (32, 32), (shade + i, shade, shade)).save(own_folder / "pictures" / label / f"{i}.png")
+    checked = veneer("check", "vit", "pictures", "--task", "image", "--json")
+    assert checked.code == 0 and checked.json["fits"], checked.err
+    flags = ("--steps", 8, "--batch-size", 4, "--lr", 1e-2, "--val", 8, "--name", "seen")
+    said = veneer("train", "vit", "pictures", "--task", "image", *flags)
+    assert said.code == 0 and "proofs hold" in said.out, said.err
+    judged = veneer("eval", "seen", "--json").json["metrics"]["after"]
+    assert judged["accuracy"] == 1 and judged["loss"] == pytest.approx(Run("runs/seen").result["val_after"], rel=1e-4)
+    refused = veneer("chat", "seen", "-p", "hi")
+    assert refused.code == 2 and "has no answers" in refused.err

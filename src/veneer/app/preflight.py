@@ -32,6 +32,7 @@ __all__ = ["Checked", "preflight"]
 
 Tell = Callable[..., Any]
 
+PICTURES = "image_classification"
 # what memory depends on, under one name in the settings and in the estimate
 SHARED = (
     "task", "method", "r", "targets", "exclude", "modules_to_save", "layers", "dropout", "combine", "quant",
@@ -119,7 +120,7 @@ def _memory(settings: Reads, train: Encodings, labels: int) -> tuple[Estimate, i
     device = usual_device()
     free = free_memory(device)
     precision = settings.precision if settings.precision != "auto" else precision_of(str(settings.model))[0]
-    longest = max((len(sample) for sample in train.samples), default=settings.max_len)
+    longest, _ = _lengths(settings, train)
     found = estimate_memory(
         config_of(str(settings.model)),
         memory=free,
@@ -128,9 +129,27 @@ def _memory(settings: Reads, train: Encodings, labels: int) -> tuple[Estimate, i
         labels=max(labels, 1),
         max_len=longest,
         accumulate=settings.global_batch > settings.batch_size,
-        **{name: getattr(settings, name) for name in SHARED},
+        **_shared(settings),
     )
     return found, free
+
+
+def _shared(settings: Reads) -> dict[str, Any]:
+    found = {name: getattr(settings, name) for name in SHARED}
+    if settings.task == PICTURES:  # to memory and time a picture is a row of patches
+        found["task"] = "sequence_classification"
+    return found
+
+
+def _lengths(settings: Reads, train: Encodings) -> tuple[int, float]:
+    """Tokens of the longest row, and of all on the average; a picture has a token for each patch, and one more."""
+    if settings.task == PICTURES:
+        config = config_of(str(settings.model))
+        sizes = getattr(config, "image_size", 224), getattr(config, "patch_size", 16)
+        image, patch = (max(size) if isinstance(size, list | tuple) else int(size) for size in sizes)
+        return (image // patch) ** 2 + 1, (image // patch) ** 2 + 1
+    longest = max((len(sample) for sample in train.samples), default=settings.max_len)
+    return longest, train.tokens / max(len(train), 1)
 
 
 def _tell_memory(memory: Estimate, free: int, tell: Tell) -> None:
@@ -164,9 +183,8 @@ def _plan(settings: Reads, train: Encodings, memory: Estimate, tell: Tell) -> tu
 
 def _duration(settings: Reads, train: Encodings, steps: int, memory: Estimate, tell: Tell) -> Duration:
     tell("doing", text="measuring the speed of this machine")
-    tokens = steps * settings.global_batch * train.tokens / max(len(train), 1)
-    plan = {name: getattr(settings, name) for name in SHARED}
-    mean = max(1, round(train.tokens / max(len(train), 1)))
-    found = estimate_time(memory.shapes, tokens, **{**plan, "max_len": mean, "precision": memory.plan.precision})
+    _, mean = _lengths(settings, train)
+    plan = _shared(settings) | {"max_len": max(1, round(mean)), "precision": memory.plan.precision}
+    found = estimate_time(memory.shapes, steps * settings.global_batch * mean, **plan)
     tell("time", text=str(found))
     return found

@@ -173,7 +173,8 @@ def load(sources: Sequence[Source], *, device: str | None = None, dtype: str | N
 
 def _task(source: Source) -> Task:
     """The task with the tokenizer, the classes and, for conversations, the renderer that it was trained with."""
-    kind, tokenizer = TASKS[source.task], _tokenizer(source.tokenizer)
+    kind = TASKS[source.task]
+    tokenizer = _tokenizer(source.tokenizer, kind.reader)
     renderer = Renderer(tokenizer, source.template, source.system) if kind.renders else None
     return kind(tokenizer, source.labels, renderer)
 
@@ -181,7 +182,8 @@ def _task(source: Source) -> Task:
 def _manner(task: Task, source: Source) -> tuple[Any, ...]:
     """What has to agree for two adapters to be asked in one batch."""
     written = task.renderer.fingerprint if task.renderer is not None else None
-    return written, _stops(task), source.plain, task.name, len(task.tokenizer)
+    words = len(task.tokenizer) if hasattr(task.tokenizer, "get_vocab") else 0  # an image processor has none
+    return written, _stops(task), source.plain, task.name, words
 
 
 def _stops(task: Task) -> tuple[int, ...]:
@@ -199,11 +201,11 @@ def _dtype(name: str | None, device: torch.device) -> torch.dtype:
     return torch.float32
 
 
-def _tokenizer(where: str) -> Any:
-    from transformers import AutoTokenizer
+def _tokenizer(where: str, reader: str) -> Any:
+    import transformers
 
-    with _plain_errors(where, "tokenizer"):
-        return AutoTokenizer.from_pretrained(where)
+    with _plain_errors(where, "image processor" if "Image" in reader else "tokenizer"), quiet_transformers():
+        return getattr(transformers, reader).from_pretrained(where)
 
 
 def _base(source: Source, task: Task, device: torch.device, dtype: torch.dtype) -> nn.Module:
@@ -287,12 +289,20 @@ def _has_canary(proof: Path) -> bool:
 
 @torch.no_grad()
 def _change(ready: Ready, name: str) -> float:
-    """How far the adapter moves the logits of a few ordinary words."""
-    ids = torch.tensor([list(ready.tokenizer(PROBE)["input_ids"])[:32]])
-    inputs = {"input_ids": ids}
-    if getattr(ready.model.config, "is_encoder_decoder", False):
-        inputs["decoder_input_ids"] = ids[:, :8]
+    """How far the adapter moves the logits of a few ordinary words, or of a picture of noise."""
+    inputs = _picture(ready.tokenizer) if ready.task.reader == "AutoImageProcessor" else _words(ready)
     activate(ready.model, name)
     with_adapter = first_tensor(call(ready.model, inputs)).float()
     with disabled(ready.model):
         return float((with_adapter - first_tensor(call(ready.model, inputs)).float()).abs().max())
+
+
+def _words(ready: Ready) -> dict[str, torch.Tensor]:
+    ids = torch.tensor([list(ready.tokenizer(PROBE)["input_ids"])[:32]])
+    more = {"decoder_input_ids": ids[:, :8]} if getattr(ready.model.config, "is_encoder_decoder", False) else {}
+    return {"input_ids": ids, **more}
+
+
+def _picture(processor: Any) -> dict[str, torch.Tensor]:
+    noise = torch.randint(0, 256, (64, 64, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    return {"pixel_values": processor(noise.numpy(), return_tensors="pt")["pixel_values"]}

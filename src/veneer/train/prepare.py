@@ -88,7 +88,7 @@ def prepare(run: Run, settings: Reads, model: Any, data: Any, tokenizer: Any, te
     task = make_task(settings, source, tokenizer, parts, tell)
     settle_length(settings, source)
     train, val = encode_rows(task, settings, parts, tell)
-    check_token_rows(settings, len(task.tokenizer or ()), train.samples, tell)
+    check_token_rows(settings, task, train.samples, tell)
 
     device = settle_precision(settings, source, tell)
     tell("doing", text="loading the model")
@@ -263,11 +263,12 @@ def device_name(device: torch.device) -> str:
 # ------------------------------------------------------------------ the plan
 
 
-def check_token_rows(settings: Reads, words: int, samples: Sequence[Encoded], tell: Tell) -> None:
-    """Rows of the vocabulary that no sample uses would stay as they are. Those beyond its `words` are attach's."""
-    asked = settings.token_rows
+def check_token_rows(settings: Reads, task: Task, samples: Sequence[Encoded], tell: Tell) -> None:
+    """Rows of the vocabulary that no sample uses would stay as they are; attach knows about those beyond it."""
+    if not (asked := settings.token_rows):
+        return
     named = asked.values() if isinstance(asked, Mapping) else (asked,)
-    rows = {row for some in named for row in some if row < words}
+    rows = {row for some in named for row in some if row < len(task.tokenizer)}
     unused = sorted(rows.difference(*(sample.input_ids for sample in samples)))
     if not unused:
         return
