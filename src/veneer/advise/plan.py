@@ -13,7 +13,7 @@ __all__ = ["CHOICES", "FLOAT_BYTES", "Plan"]
 
 FLOAT_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 CHOICES = {
-    "task": ("causal_lm", "sequence_classification", "token_classification", "seq2seq"),
+    "task": ("causal_lm", "sequence_classification", "token_classification", "seq2seq", "image_classification"),
     "method": ("lora", "full", "freeze"),
     "precision": ("fp32", "bf16", "fp16"),
     "quant": ("none", "nf4", "int8", "fp8"),

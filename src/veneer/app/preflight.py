@@ -32,7 +32,6 @@ __all__ = ["Checked", "preflight"]
 
 Tell = Callable[..., Any]
 
-PICTURES = "image_classification"
 # what memory depends on, under one name in the settings and in the estimate
 SHARED = (
     "task", "method", "r", "targets", "exclude", "modules_to_save", "layers", "dropout", "combine", "quant",
@@ -129,21 +128,14 @@ def _memory(settings: Reads, train: Encodings, labels: int) -> tuple[Estimate, i
         labels=max(labels, 1),
         max_len=longest,
         accumulate=settings.global_batch > settings.batch_size,
-        **_shared(settings),
+        **{name: getattr(settings, name) for name in SHARED},
     )
     return found, free
 
 
-def _shared(settings: Reads) -> dict[str, Any]:
-    found = {name: getattr(settings, name) for name in SHARED}
-    if settings.task == PICTURES:  # to memory and time a picture is a row of patches
-        found["task"] = "sequence_classification"
-    return found
-
-
 def _lengths(settings: Reads, train: Encodings) -> tuple[int, float]:
     """Tokens of the longest row, and of all on the average; a picture has a token for each patch, and one more."""
-    if settings.task == PICTURES:
+    if settings.task == "image_classification":
         config = config_of(str(settings.model))
         sizes = getattr(config, "image_size", 224), getattr(config, "patch_size", 16)
         image, patch = (max(size) if isinstance(size, list | tuple) else int(size) for size in sizes)
@@ -184,7 +176,10 @@ def _plan(settings: Reads, train: Encodings, memory: Estimate, tell: Tell) -> tu
 def _duration(settings: Reads, train: Encodings, steps: int, memory: Estimate, tell: Tell) -> Duration:
     tell("doing", text="measuring the speed of this machine")
     _, mean = _lengths(settings, train)
-    plan = _shared(settings) | {"max_len": max(1, round(mean)), "precision": memory.plan.precision}
+    plan = {name: getattr(settings, name) for name in SHARED} | {
+        "max_len": max(1, round(mean)),
+        "precision": memory.plan.precision,
+    }
     found = estimate_time(memory.shapes, steps * settings.global_batch * mean, **plan)
     tell("time", text=str(found))
     return found
