@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import veneer
 from veneer import LoRA
-from veneer.core.model import adapter_of, parameters
+from veneer.core.model import adapter_of, parameters, sites
 from veneer.errors import ConfigError, StateError, TargetError
 
 
@@ -151,6 +151,26 @@ def test_an_expert_without_a_token_is_said_and_a_dead_adapter_is_still_found() -
     with pytest.raises(StateError, match="3 adapters got no gradient") as error:
         veneer.check_alive(model)
     assert all("layers.0.experts" in problem for problem in error.value.problems)
+
+
+@pytest.mark.parametrize("trainable", [True, False])
+def test_an_adapter_that_is_dead_beside_a_live_one_is_found(trainable: bool) -> None:
+    """Both stand on the same experts; where the live one got a gradient, or none is trained, nothing is excused."""
+    model, x = Stack(), torch.randn(5, 8)
+    for name in ("live", "dead"):
+        veneer.attach(model, LoRA(rank=2, targets=["up_proj"]), name, trainable=name == "dead" or trainable)
+    veneer.activate(model, ["live", "dead"])
+    spread(model)
+    model(x, ((0, 1, 2), (0, 1, 2))).square().sum().backward()
+    dead = ("layers.0.experts.0.up_proj", "layers.1.experts.0.up_proj")
+    for expert in range(3) if not trainable else (0,):
+        for layer in range(2):
+            for p in sites(model)[f"layers.{layer}.experts.{expert}.up_proj"].slots["dead"].parameters():  # type: ignore[union-attr, index]
+                p.grad = None
+    with pytest.raises(StateError) as error:
+        veneer.check_alive(model)
+    assert set(error.value.problems) >= {f"{site} (dead)" for site in dead}
+    assert not any("(live)" in problem for problem in error.value.problems)
 
 
 def test_a_block_is_no_expert() -> None:

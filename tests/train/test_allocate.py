@@ -10,9 +10,9 @@ from torch import nn
 
 import veneer
 from veneer import LoRA
+from veneer.core.allocate import RankAllocator
 from veneer.core.model import adapter_of, parameters, sites
 from veneer.errors import ConfigError
-from veneer.train.allocate import RankAllocator
 
 STEPS = 60
 

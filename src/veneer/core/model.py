@@ -864,18 +864,24 @@ def check_alive(model: nn.Module) -> tuple[str, ...]:
     of them.
     """
     state = state_of(model)
-    silent, alive = {}, set()
+    silent: dict[tuple[str, str], str] = {}
+    alive: dict[str, set[str]] = {name: set() for name in state.active.names}
     for name in state.active.names:
         for site in (*state.placed[name].sites, *state.placed[name].saved):
             module = state.hosts[site].slots[name]  # type: ignore[index, union-attr]
             trained = [p for p in module.parameters() if p.requires_grad]
-            if not trained or any(p.grad is not None and bool(p.grad.any()) for p in trained):
-                alive.add(site)
-            else:
+            if any(p.grad is not None and bool(p.grad.any()) for p in trained):
+                alive[name].add(site)
+            elif trained:
                 has_none = all(p.grad is None for p in trained)
-                silent[site] = f"{site} ({name})" + ("" if has_none else ": only zeros")
-    idle = [site for site in silent if _is_idle_expert(unwrapped(model), site, alive)]
-    problems = [said for site, said in silent.items() if site not in idle]
+                silent[name, site] = f"{site} ({name})" + ("" if has_none else ": only zeros")
+    reached = set().union(*alive.values())  # layers that some adapter got a gradient through: they were not idle
+    idle = [
+        (name, site)
+        for name, site in silent
+        if site not in reached and _is_idle_expert(unwrapped(model), site, alive[name])
+    ]
+    problems = [said for place, said in silent.items() if place not in idle]
     if problems:
         raise StateError(
             f"{len(problems)} adapters got no gradient",
@@ -883,7 +889,8 @@ def check_alive(model: nn.Module) -> tuple[str, ...]:
             fix="their layers' forward never ran or does not reach the loss. Something reads the weight directly, "
             "replaced forward after attach (attach last), or skips these layers",
         )
-    return tuple(f"{site} got no gradient: its expert was sent no token of this batch" for site in idle)
+    sites = dict.fromkeys(site for _, site in idle)
+    return tuple(f"{site} got no gradient: its expert was sent no token of this batch" for site in sites)
 
 
 def _is_idle_expert(model: nn.Module, site: str, alive: Collection[str]) -> bool:

@@ -19,12 +19,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from veneer.core.allocate import RankAllocator
 from veneer.core.deltas.adalora import AdaLora
 from veneer.core.model import attach, parameters
 from veneer.core.select import block_index
 from veneer.core.spec import LoRA
 from veneer.errors import ConfigError
-from veneer.train.allocate import RankAllocator
 from veneer.train.base import quiet
 from veneer.train.optim import Masters, adamw
 

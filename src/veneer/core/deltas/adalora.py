@@ -20,12 +20,12 @@ class AdaLora(Delta):
     """dW = s P diag(E) Q (eq. 3), written here as B diag(E) A.
 
     A and B start normal with deviation 0.02 and E at zero, so the start is the base. Which entries of E stay is
-    decided during training by `veneer.train.allocate`; an entry set to zero costs nothing in a saved file, because
+    decided during training by `veneer.core.allocate`; an entry set to zero costs nothing in a saved file, because
     only the others are written.
     """
 
     saved: ClassVar[dict[str, str]] = {"A": "lora_A", "B": "lora_B", "E": "lora_E"}
-    options: ClassVar[dict[str, Any]] = {  # how `veneer.train.allocate` is to share the ranks out; None: by rule
+    options: ClassVar[dict[str, Any]] = {  # how `veneer.core.allocate` is to share the ranks out; None: by rule
         "target_rank": None,
         "warmup": 0.1,
         "final": 0.3,
