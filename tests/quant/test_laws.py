@@ -26,7 +26,9 @@ from veneer.core.init import INITS, NEEDS
 from veneer.core.model import check_alive, disabled, parameters
 from veneer.core.weight import is_packed, read_weight
 from veneer.errors import StateError
+from veneer.quant import eight
 from veneer.quant.layer import Packed
+from veneer.quant.storage import storage_of
 
 PRODUCT = list(itertools.product(STORAGES, LAYERS, COMBINES, DTYPES))
 
@@ -220,3 +222,34 @@ def test_autocast_and_compute_dtype() -> None:
     other, _ = make("linear", torch.float32)
     veneer.quantize(other, "nf4", targets=["layer"], compute_dtype=torch.bfloat16)
     assert other(x).dtype == torch.float32 and 0 < error(other(x), net(x)) < 1e-2
+
+
+@pytest.mark.parametrize("kind", ["int8", "fp8"])
+def test_emulated_products_are_products_of_the_rounded_numbers(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So quality can be measured as it will be on hardware that this machine is not."""
+    net, x = make("linear", torch.float32)
+    pack(net, kind)
+    unrounded = nn.functional.linear(x, read_weight(net.layer), net.layer.bias)
+    monkeypatch.setenv("VENEER_KERNELS", "emulate")
+    monkeypatch.setattr(eight, "_against", lambda *_: "none here")
+    inp = x.clone().requires_grad_()
+    y = net(inp)
+    assert 1e-3 < error(y, unrounded) < {"int8": 0.02, "fp8": 0.05}[kind]
+    code = storage_of(net.layer.recipe).code
+    codes, scale = eight.quantize_plain(x.flatten(0, 1), code)
+    rounded = (codes.double() * scale[:, None]).view(x.shape)
+    wanted = nn.functional.linear(rounded, read_weight(net.layer).double(), net.layer.bias.double())
+    torch.testing.assert_close(y.double(), wanted, rtol=1e-5, atol=1e-5)
+    g = torch.randn_like(y)
+    (dx,) = torch.autograd.grad(y, inp, g)
+    assert 1e-3 < error(dx, g @ read_weight(net.layer)) < {"int8": 0.02, "fp8": 0.05}[kind]
+
+
+@pytest.mark.skipif(torch.backends.cpu.get_cpu_capability() not in ("AVX512", "AMX"), reason="no 8-bit products")
+def test_emulated_int8_is_int8(monkeypatch: pytest.MonkeyPatch) -> None:
+    net, x = make("linear", torch.float32)
+    pack(net, "int8")
+    y = net(x)
+    monkeypatch.setenv("VENEER_KERNELS", "emulate")
+    monkeypatch.setattr(eight, "_against", lambda *_: "none here")
+    torch.testing.assert_close(net(x), y, rtol=1e-6, atol=1e-6)

@@ -1,19 +1,92 @@
-"""What the two 8-bit storages share: rounding row by row, and whether this device multiplies in 8 bits."""
+"""What the two 8-bit storages share: W as 8-bit codes and one fp32 scale a row, multiplied as such both ways.
+
+    forward    y = (x_q W_q^T) s_x s_w        x_q: each row of x rounded to 8 bits as it comes
+    backward   dx = ((g s_w)_q W_q) s_g       the scales of W's rows are folded into g, so the same codes serve
+
+int8.py and fp8.py say what a code is and which instruction multiplies. A device without the instruction unpacks W for
+each product and leaves inputs unrounded, or, with VENEER_KERNELS=emulate, rounds them all the same and multiplies the
+rounded numbers in fp32: the reference, and what quality is measured with where there is no such hardware.
+"""
 
 from __future__ import annotations
 
+import os
 import weakref
+from abc import abstractmethod
+from collections.abc import Callable
+from typing import ClassVar
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
-from veneer.quant.storage import Recipe, say_once, use_kernels
+from veneer.quant.storage import Parts, Recipe, Storage, say_once, use_kernels
 
-__all__ = ["LARGEST", "multiplies", "quantize_plain", "quantize_rows", "turned"]
+__all__ = ["LARGEST", "RowScaled", "quantize_plain", "quantize_rows"]
 
 LARGEST = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
 TINY = 1e-12  # a row of zeros gets this scale
+
+
+class RowScaled(Storage):
+    names = ("weight_scale",)
+    kind: ClassVar[str]
+    code: ClassVar[torch.dtype]
+    held: ClassVar[torch.dtype]  # what the codes are kept as
+
+    @abstractmethod
+    def multiply(
+        self, a: Tensor, rows: Tensor, b: Tensor, columns: Tensor | None, dtype: torch.dtype
+    ) -> Float[Tensor, "t m"]:
+        """Codes (t, n) times codes (n, m), times the scale of each row and, where given, of each column."""
+
+    def pack(self, w: Tensor, recipe: Recipe) -> Parts:
+        codes, scale = quantize_rows(w, self.code)
+        return codes.view(self.held), scale
+
+    def unpack(self, parts: Parts, shape: tuple[int, int], dtype: torch.dtype, recipe: Recipe) -> Tensor:
+        return (parts[0].view(self.code).to(torch.float32) * parts[1][:, None]).to(dtype)
+
+    def rows(
+        self, parts: Parts, shape: tuple[int, int], index: Int[Tensor, " n"], dtype: torch.dtype, recipe: Recipe
+    ) -> Tensor:
+        return self.unpack((parts[0][index], parts[1][index]), (len(index), shape[1]), dtype, recipe)
+
+    def product(self, x: Float[Tensor, "t cols"], parts: Parts, shape: tuple[int, int], recipe: Recipe) -> Tensor:
+        if (multiply := self._way(x, shape, recipe)) is None:
+            return super().product(x, parts, shape, recipe)
+        codes, scale = parts
+        x_q, s = quantize_rows(x, self.code)
+        return multiply(x_q, s, codes.view(self.code).T, scale, x.dtype)
+
+    def product_back(self, g: Float[Tensor, "t rows"], parts: Parts, shape: tuple[int, int], recipe: Recipe) -> Tensor:
+        if (multiply := self._way(g, shape, recipe)) is None:
+            return super().product_back(g, parts, shape, recipe)
+        codes, scale = parts
+        g_q, s = quantize_rows(g, self.code, scale)
+        return multiply(g_q, s, turned(codes).view(self.code).T, None, g.dtype)
+
+    def _way(self, x: Tensor, shape: tuple[int, int], recipe: Recipe) -> Multiply | None:
+        """How 8-bit products are formed here; None where W is unpacked instead, and why is said once."""
+        if not recipe.dynamic or not x.shape[0]:
+            return None
+        reason = _against(x.device, self.kind) or _shape_against(shape, x, self.kind)
+        if reason is None:
+            return self.multiply
+        if os.environ.get("VENEER_KERNELS") == "emulate":
+            return multiply_plain
+        why = f"{self.kind}: {reason}, so weights are unpacked for each product; slower, and inputs stay unrounded"
+        say_once(why)
+        return None
+
+
+Multiply = Callable[[Tensor, Tensor, Tensor, Tensor | None, torch.dtype], Tensor]
+
+
+def multiply_plain(a: Tensor, rows: Tensor, b: Tensor, columns: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """The reference: the same rounded numbers, multiplied in fp32."""
+    y = (a.float() @ b.float()) * rows[:, None]
+    return (y if columns is None else y * columns).to(dtype)
 
 
 def quantize_rows(
@@ -63,16 +136,6 @@ def quantize_plain(x: Tensor, dtype: torch.dtype, columns: Tensor | None = None)
         scaled = scaled.round()
     limit = LARGEST[dtype]
     return scaled.clamp(-limit, limit).to(dtype), scale
-
-
-def multiplies(x: Tensor, shape: tuple[int, int], kind: str, recipe: Recipe) -> bool:
-    """Whether the product is formed in 8 bits here; where not, why is said once."""
-    if not recipe.dynamic or not x.shape[0]:
-        return False
-    reason = _against(x.device, kind) or _shape_against(shape, x, kind)
-    if reason is not None:
-        say_once(f"{kind}: {reason}, so weights are unpacked for each product; slower, and inputs stay unrounded")
-    return reason is None
 
 
 def _against(device: torch.device, kind: str) -> str | None:

@@ -100,8 +100,8 @@ def storage_of(recipe: Recipe) -> Storage:
 
 
 def use_kernels(x: Tensor) -> bool:
-    """Whether cuda.py's kernels run for x. VENEER_KERNELS=plain keeps a GPU on the references; inside torch.compile
-    the compiler writes its own."""
+    """Whether cuda.py's kernels run for x. VENEER_KERNELS=plain keeps a GPU on the references (emulate: see
+    eight.py); inside torch.compile the compiler writes its own."""
     if not x.is_cuda or os.environ.get("VENEER_KERNELS") == "plain":
         return False
     if find_spec("triton") is None:
