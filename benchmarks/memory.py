@@ -46,6 +46,10 @@ LLAMA_8B = {
     "model_type": "llama", "hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32,
     "num_key_value_heads": 8, "intermediate_size": 14336, "vocab_size": 128256, "tie_word_embeddings": False,
 }  # fmt: skip
+LLAMA_3B = {
+    "model_type": "llama", "hidden_size": 3072, "num_hidden_layers": 28, "num_attention_heads": 24,
+    "num_key_value_heads": 8, "intermediate_size": 8192, "vocab_size": 128256, "tie_word_embeddings": True,
+}  # fmt: skip
 LLAMA = {
     "model_type": "llama", "hidden_size": 640, "num_hidden_layers": 10, "num_attention_heads": 10,
     "num_key_value_heads": 5, "intermediate_size": 1792, "vocab_size": 8192, "tie_word_embeddings": False,
@@ -104,6 +108,8 @@ CASES = {
         case("8B lora bf16", LLAMA_8B, 2, 2048, "bf16", gpu=True),
         case("8B lora bf16 recompute", LLAMA_8B, 4, 2048, "bf16", gpu=True, recompute="full"),
         case("8B lora bf16 r64 one row", LLAMA_8B, 1, 4096, "bf16", gpu=True, r=64),
+        case("3B full bf16", LLAMA_3B, 1, 2048, "bf16", gpu=True, method="full", recompute="full"),
+        case("3B lora bf16", LLAMA_3B, 1, 2048, "bf16", gpu=True, recompute="full"),
     )
 }
 
@@ -286,6 +292,10 @@ def main() -> None:
         sizes = f"{mib['estimated']:10.1f} {mib['measured']:10.1f} {row['ratio']:6.3f} {mib['rss']:10.1f}"
         print(f"{name:28} {sizes}  {row['peak']}", flush=True)
     _write(rows)
+    held = {row["name"]: row["measured_bytes"] for row in rows}
+    for name, size in held.items():
+        if (full := held.get(name.replace("lora", "full"))) and "lora" in name:
+            print(f"{name}: {size / full:.1%} of the memory of full fine-tuning", flush=True)
 
 
 def _write(rows: list[dict[str, Any]]) -> None:

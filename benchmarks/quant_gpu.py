@@ -5,7 +5,9 @@
 Random weights of the true shapes, packed layer by layer as they are made; random tokens; r = 16 on all seven linears of
 every layer; fused blocks (veneer.fuse), eager. A step is forward, backward and the optimiser. Tokens a second are the
 median of the steps after the warm-up, the peak is the allocator's. A capped case runs with the allocator held to the
-cap less 0.5 GiB for the CUDA context, and fails where it needs more.
+cap less 0.5 GiB for the CUDA context, and fails where it needs more. The allocator's segments may grow
+(PYTORCH_ALLOC_CONF=expandable_segments:True, unless something else is said): under a cap, pieces that are free but
+too small are what runs out first.
 """
 
 from __future__ import annotations
@@ -46,14 +48,19 @@ class Case:
     length: int
     recompute: str = "none"
     embedding: bool = False  # packed, too
+    head: bool = False  # packed, too
     optimizer: str = "adamw"
     offload: bool = False  # what blocks keep lies in host memory
     cap_gib: float | None = None
     steps: int = 4
 
     @property
+    def _extras(self) -> tuple[tuple[str, bool], ...]:
+        return ("embedding", self.embedding), ("head", self.head), ("offload", self.offload)
+
+    @property
     def name(self) -> str:
-        more = "".join(f" {word}" for word, on in (("embedding", self.embedding), ("offload", self.offload)) if on)
+        more = "".join(f" {word}" for word, on in self._extras if on)
         return f"{self.shape} {self.storage} {self.batch}x{self.length} {self.recompute}{more}"
 
 
@@ -69,7 +76,8 @@ CASES = [
     Case("8b", "int8", 4, 2048, "input"),
     Case("7b", "none", 1, 2048, "input", cap_gib=16, steps=3),
     Case("7b", "nf4", 1, 2048, "input", embedding=True, cap_gib=8, steps=3),
-    Case("13b", "nf4", 1, 1024, "input", embedding=True, optimizer="adamw8bit", offload=True, cap_gib=8, steps=3),
+    Case("13b", "nf4", 1, 1024, "input", True, True, "adamw8bit", offload=True, cap_gib=8, steps=3),
+    Case("13b", "nf4", 1, 512, "input", True, True, "adamw8bit", offload=True, cap_gib=8, steps=3),
     Case("33b", "nf4", 1, 2048, "input", embedding=True, optimizer="adamw8bit", cap_gib=24, steps=3),
     Case("70b", "nf4", 1, 2048, "input", embedding=True, optimizer="adamw8bit", offload=True, cap_gib=48, steps=3),
 ]
@@ -101,8 +109,8 @@ def build(case: Case, device: torch.device) -> nn.Module:
                 w = torch.empty(p.shape, dtype=p.dtype, device=device)
                 nn.init.normal_(w, std=0.02) if p.ndim > 1 else nn.init.ones_(w)
                 layer._parameters[key] = nn.Parameter(w, requires_grad=False)
-        packed = any(ends_with(name, t) for t in TARGETS) or (case.embedding and isinstance(layer, nn.Embedding))
-        if packed and case.storage != "none":
+        ends = (case.embedding and isinstance(layer, nn.Embedding)) or (case.head and name == "lm_head")
+        if (ends or any(ends_with(name, t) for t in TARGETS)) and case.storage != "none":
             pack_layer(layer, Recipe(case.storage), None, None)
         if hasattr(layer, "original_inv_freq"):  # not a parameter, and made on the meta device
             layer.inv_freq, layer.attention_scaling = layer.compute_default_rope_parameters(config, device=device)
@@ -310,7 +318,8 @@ def table() -> str:
     ]
     for c in cases.values():
         base = "bf16" if c["storage"] == "none" else c["storage"]
-        ends = base if c["embedding"] else "bf16"
+        ends = " + head" if c.get("head") else ""
+        ends = base + ends if c["embedding"] else "bf16"
         cap = f"{c['cap_gib']:g}" if c["cap_gib"] else "-"
         kept = {"none": "all", "input": "inputs of blocks"}[c["recompute"]]
         lines.append(
@@ -332,6 +341,7 @@ def main() -> None:
         before, _, rest = PAGE.read_text().partition(BEGIN)
         PAGE.write_text(f"{before}{BEGIN}\n{table()}\n{END}{rest.partition(END)[2]}")
         return
+    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # read at the first allocation
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     record: dict[str, Any] = {"command": sys.argv, "torch": torch.__version__, "device": str(device), "cases": []}
     if device.type == "cuda":

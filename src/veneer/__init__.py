@@ -38,6 +38,7 @@ _HOME = {
     "load": "veneer.ckpt.peft",
     **dict.fromkeys(("load_shared", "save_shared"), "veneer.ckpt.shared"),
     "merge_to_disk": "veneer.ckpt.stream",
+    "save_bitsandbytes": "veneer.ckpt.bnb",
     "train": "veneer.train.loop",
     "recommend": "veneer.advise.recommend",
     "estimate_memory": "veneer.advise.memory",
@@ -71,6 +72,7 @@ __all__ = [
     "resize",
     "routed",
     "save",
+    "save_bitsandbytes",
     "save_shared",
     "summary",
     "swap",
@@ -82,6 +84,7 @@ __all__ = [
 if TYPE_CHECKING:
     from veneer.advise.memory import estimate_memory
     from veneer.advise.recommend import recommend
+    from veneer.ckpt.bnb import save_bitsandbytes
     from veneer.ckpt.peft import load, save
     from veneer.ckpt.pool import Pool, swap
     from veneer.ckpt.shared import load_shared, save_shared
