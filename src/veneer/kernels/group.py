@@ -1,7 +1,7 @@
 """Linear layers that read one input, with the adapters on them: forwards and backwards by hand.
 
     forward    h   = x [s1 A1; s2 A2; ..]^T           (tokens, R)    one product for all siblings, x is read once
-               y_i = h_i B_i^T + bias, then += x W_i^T               thin first: the large product adds as it writes
+               y_i = h_i B_i^T, then += x W_i^T, then += bias        thin first: the large product adds as it writes
 
     backward   d_i = g_i B_i                          (tokens, r_i)
                dx  = [d1 d2 ..] [s1 A1; s2 A2; ..], then += g_i W_i
@@ -9,6 +9,8 @@
 
 Beginning with the thin product is what makes the adapters cheap: a large product that adds to what is there costs a
 few per cent more than one that does not, while adding a thin one afterwards reads and writes the whole result again.
+And it is what lets them learn in half precision: the share of a young adapter is smaller than the spacing of numbers
+around x W^T, so added to a rounded x W^T most of it is lost (benchmarks/first_steps.py).
 
 `lay_bare` says what a layer amounts to right now - its adapters, weights and storage may change between calls - or in
 words why it must run by its own forward.
@@ -27,7 +29,6 @@ from torch import Tensor, nn
 from veneer.core.delta import Lora
 from veneer.core.host import Adapted, Adapter, Hosted, original_class
 from veneer.core.weight import is_plain
-from veneer.kernels.pieces import kernels_for
 from veneer.quant.layer import Packed
 from veneer.quant.storage import Parts, Recipe, storage_of
 
@@ -70,26 +71,24 @@ class Bare:
         return list(db.split([b.shape[1] for _, b, _ in self.adapters], dim=1))
 
     def forward(self, x: Tensor, h: Tensor | None, b: Tensor | None) -> Tensor:
-        """x W^T + bias + h B^T."""
+        """x W^T + bias + h B^T. The bias comes last: into numbers of its size h B^T would round away."""
         weight = unpacked(self.weight, x.dtype)
         if isinstance(weight, Store):
             y = storage_of(weight.recipe).product(x, *weight)
             if h is not None:
                 y.addmm_(h, b.T)
-            return y if self.bias is None else y.add_(self.bias)
-        if h is None:
+        elif h is None:
             return F.linear(x, weight, self.bias)
-        y = h @ b.T if self.bias is None else torch.addmm(self.bias.to(h.dtype), h, b.T)
-        return y.addmm_(x, weight.T)
+        else:
+            y = (h @ b.T).addmm_(x, weight.T)
+        return y if self.bias is None else y.add_(self.bias)
 
     def onto(self, c: Tensor, x: Tensor, h: Tensor | None, b: Tensor | None) -> Tensor:
-        """c + x W^T + bias + h B^T in fresh memory: a layer that writes into the residual stream."""
-        weight = unpacked(self.weight, x.dtype)
-        if isinstance(weight, Store):
-            return self.forward(x, h, b).add_(c)
-        y = c.clone() if h is None else kernels_for(c).add_product(c, h, b)
-        y.addmm_(x, weight.T)
-        return y if self.bias is None else y.add_(self.bias)
+        """c + x W^T + bias + h B^T in fresh memory: a layer that writes into the residual stream.
+
+        c comes last for the same reason.
+        """
+        return self.forward(x, h, b).add_(c)
 
     def back(self, g: Tensor, dx: Tensor | None) -> Tensor:
         """g W, added to dx where there is one."""
