@@ -22,7 +22,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -31,7 +31,7 @@ from torch.autograd.function import once_differentiable
 from veneer.kernels.group import Bare, Factors, Group, Thin, factors_of
 from veneer.kernels.pieces import Pair, kernels_for
 
-__all__ = ["LEVELS", "Attend", "Block", "Norm", "Unit", "norm", "rotated", "run_block", "run_mlp"]
+__all__ = ["LEVELS", "Attend", "Block", "Ending", "Norm", "Unit", "norm", "rotated", "run_block", "run_mlp"]
 
 THIN = 64  # ranks up to this are added inside other kernels
 LEVELS = ("none", "gate_up", "middle", "input")
@@ -59,6 +59,7 @@ class Unit:
     entry: Group
     down: Group
     act: str
+    up_first: bool = False  # of one layer: whether up is its first half, as diffusers has it
 
     @property
     def is_lean(self) -> bool:
@@ -150,7 +151,13 @@ class UnitKept(NamedTuple):
 def unit_gates(unit: Unit, x: Tensor, entry: Thin, factors: Factors) -> tuple[Tensor, ...]:
     """gate and up, in a lean unit without the adapters' share; slices of one tensor where one layer gives both."""
     ys = unit.entry.outputs(x, None if unit.is_lean else entry.h, factors.bs)
-    return tuple(ys) if len(ys) == 2 else tuple(ys[0].chunk(2, dim=-1))
+    return tuple(ys) if len(ys) == 2 else _halves(unit, ys[0], -1)
+
+
+def _halves(unit: Unit, t: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+    """gate's and up's half of what belongs to the one layer that gives both."""
+    first, second = t.chunk(2, dim)
+    return (second, first) if unit.up_first else (first, second)
 
 
 def gate_pairs(unit: Unit, entry: Thin, factors: Factors) -> tuple[Pair, Pair]:
@@ -160,7 +167,7 @@ def gate_pairs(unit: Unit, entry: Thin, factors: Factors) -> tuple[Pair, Pair]:
         return None, None
     if len(bs) == 1:
         assert bs[0] is not None
-        return tuple((h, b) for b in bs[0].chunk(2))  # type: ignore[return-value]
+        return tuple((h, b) for b in _halves(unit, bs[0], 0))  # type: ignore[return-value]
     return tuple(b if b is None else (h[:, span], b) for b, span in zip(bs, unit.entry.spans, strict=True))  # type: ignore[return-value]
 
 
@@ -194,7 +201,7 @@ def unit_back(
         return _lean_back(unit, g, x, d, (gate, up), kept, factors)
     d_product = unit.down.input_gradient([g], d, kept.down, factors[1])
     gs = _room_for_gates(unit, d_product)
-    d_gate, d_up = gs if len(gs) == 2 else gs[0].chunk(2, dim=-1)
+    d_gate, d_up = gs if len(gs) == 2 else _halves(unit, gs[0], -1)
     product = kernels_for(g).glu_back(d_product, gate, up, unit.act, d_gate, d_up)
     d_down = unit.down.factor_gradients(product, [g], d, kept.down)
     del product, d_product, gate, up
@@ -211,7 +218,7 @@ def _lean_back(
     entry, down = factors
     d_product = unit.down.layers[0].back(g, None)
     gs = _room_for_gates(unit, d_product)
-    d_gate, d_up = gs if len(gs) == 2 else gs[0].chunk(2, dim=-1)
+    d_gate, d_up = gs if len(gs) == 2 else _halves(unit, gs[0], -1)
     da, *dbs = kernels_for(g).thin_glu_back(
         d_product, *gate_up, unit.act, d_gate, d_up, *gate_pairs(unit, kept.entry, entry),
         None if d is None or down.a is None else (d, down.a),
@@ -222,7 +229,7 @@ def _lean_back(
     dx = unit.entry.input_gradient(gs, d_thin, kept.entry, entry)
     d_entry = [] if d_thin is None else unit.entry.a_gradients(x, d_thin, kept.entry)
     if len(unit.entry.layers) == 1 and dbs[0] is not None:
-        dbs = [torch.cat(dbs)]
+        dbs = [torch.cat(dbs[::-1] if unit.up_first else dbs)]
     for layer, db in zip(unit.entry.layers, dbs, strict=False):
         d_entry += [] if db is None else layer.split_b(db)
     return dx, [*d_entry, *d_down]
@@ -327,19 +334,33 @@ def _projected_gradients(block: Block, gs: Sequence[Tensor], cos: Tensor, sin: T
 # ------------------------------------------------------------------ the second half
 
 
+@runtime_checkable
+class Ending(Protocol):
+    """What the second half of a block needs to know: blocks of other builds end so, too."""
+
+    @property
+    def out(self) -> Group: ...
+    @property
+    def second(self) -> Any: ...  # a norm, with Norm's methods
+    @property
+    def unit(self) -> Unit: ...
+    @property
+    def factors(self) -> Sequence[Factors]: ...  # the first is another's; then of `out` and of the unit's two
+
+
 class TailKept(NamedTuple):
     middle: Tensor | None
-    rstd: Tensor
+    rstd: Any  # whatever the norm keeps of each row
     out: Thin
     unit: UnitKept
 
 
-def tail_tensors(block: Block) -> list[Tensor]:
+def tail_tensors(block: Ending) -> list[Tensor]:
     return [*block.out.tensors(), *block.unit.entry.tensors(), *block.unit.down.tensors()]
 
 
 def tail_forward(
-    block: Block, x: Tensor | None, o: Tensor, middle: Tensor | None = None, want: bool = True
+    block: Ending, x: Tensor | None, o: Tensor, middle: Tensor | None = None, want: bool = True
 ) -> tuple[Tensor | None, TailKept]:
     """From the attention's output to the block's; without that where only what is kept is wanted."""
     _, own, *units = block.factors
@@ -351,11 +372,11 @@ def tail_forward(
     return y, TailKept(middle, rstd, out, unit)
 
 
-def tail_back(block: Block, g: Tensor, o: Tensor, kept: TailKept) -> tuple[Tensor, Tensor, list[Tensor | None]]:
+def tail_back(block: Ending, g: Tensor, o: Tensor, kept: TailKept) -> tuple[Tensor, Tensor, list[Tensor | None]]:
     """The gradients of x, of o, and of the factors."""
     assert kept.middle is not None
     normed, _ = block.second.forward(kept.middle, kept.rstd)
-    d_normed, d_unit = unit_back(block.unit, g, normed, kept.unit, block.factors[2:])
+    d_normed, d_unit = unit_back(block.unit, g, normed, kept.unit, (block.factors[2], block.factors[3]))
     del normed
     d_middle = block.second.back(d_normed, kept.middle, kept.rstd, g)
     d_o, d_out = block.out.back(o, [d_middle], kept.out, block.factors[1])
@@ -365,7 +386,7 @@ def tail_back(block: Block, g: Tensor, o: Tensor, kept: TailKept) -> tuple[Tenso
 
 class Tail(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, o: Tensor, block: Block, again: bool, *tensors: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, o: Tensor, block: Ending, again: bool, *tensors: Tensor) -> Tensor:
         y, kept = tail_forward(block, rows_of(x), rows_of(o))
         ctx.save_for_backward(o, kept.middle, *(() if again else kept.unit.gate_up))
         ctx.rest = block, kept._replace(middle=None, unit=kept.unit._replace(gate_up=()))

@@ -12,18 +12,20 @@ run both ways on a few tokens, forwards and backwards, and left alone where the 
 
 from __future__ import annotations
 
+import importlib
 import math
 import warnings
 from collections import Counter
+from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from veneer.core.host import plain_modules
+from veneer.core.host import original_class, plain_modules
 from veneer.errors import ConfigError, StateError
 from veneer.kernels.block import LEVELS, Block, norm, run_block, run_mlp
 from veneer.kernels.group import factors_of
@@ -35,7 +37,7 @@ from veneer.kernels.parts import (
 )
 from veneer.quant.layer import unrounded
 
-__all__ = ["Fused", "fuse", "is_fused", "set_recompute", "unfuse"]
+__all__ = ["FAMILIES", "Family", "Fused", "fuse", "is_fused", "set_recompute", "unfuse"]
 
 TOKENS = 7  # that a block is tried on
 
@@ -166,6 +168,35 @@ def _rebuild(kind: type, base: type) -> Any:
     return made.__new__(made)
 
 
+# ------------------------------------------------------------------ kinds of modules that a library names
+
+
+class Family(NamedTuple):
+    """A kind of module that is known by its class, where names of children do not tell."""
+
+    label: str  # in the report
+    kind: type[FusedModule]
+    parts: Callable[[nn.Module], Any]  # or the reason why not
+    differs: Callable[[nn.Module], str | None]  # from its own forward, tried out
+
+
+FAMILIES: dict[str, Family] = {}  # by the dotted name of the library's class
+HOMES = {"diffusers": "veneer.kernels.image_fuse"}  # library -> the module that fills in its families
+
+
+def _families(modules: dict[str, nn.Module]) -> dict[str, Family]:
+    """Of the modules that there are, by their names."""
+    for library in {base.__module__.partition(".")[0] for m in modules.values() for base in type(m).__mro__}:
+        if library in HOMES:
+            importlib.import_module(HOMES[library])
+    found = {name: FAMILIES.get(_dotted(original_class(type(module)))) for name, module in modules.items()}
+    return {name: family for name, family in found.items() if family is not None}
+
+
+def _dotted(kind: type) -> str:
+    return f"{kind.__module__}.{kind.__qualname__}"
+
+
 # ------------------------------------------------------------------ fuse
 
 
@@ -179,6 +210,9 @@ def fuse(model: nn.Module, recompute: str = "none", *, verbose: bool = True) -> 
     report = Fused(recompute=recompute)
     modules = plain_modules(model)
     taken: set[int] = set()
+    for name, family in _families(modules).items():
+        if _take_family(modules[name], name, family, recompute, report):
+            taken |= {id(inside) for inside in modules[name].modules()}
     for name, module in modules.items():
         if _looks_like_block(module) and _take(module, name, FusedBlock, block_parts(module), recompute, report):
             taken |= {id(inside) for inside in module.modules()}
@@ -217,6 +251,20 @@ def _take(module: nn.Module, name: str, kind: type, parts: Any, recompute: str, 
         return False
     report.replaced[{FusedBlock: "blocks", FusedMlp: "gated units", FusedNorm: "norms"}[kind]] += 1
     return True
+
+
+def _take_family(module: nn.Module, name: str, family: Family, recompute: str, report: Fused) -> bool:
+    parts = family.parts(module)
+    if not isinstance(parts, str):
+        module.__class__ = fused_class(family.kind, type(module))
+        module.__dict__["fused"] = FusedState(parts, recompute, name)
+        if (why := family.differs(module)) is None:
+            report.replaced[family.label] += 1
+            return True
+        _restore(module)
+        parts = why
+    report.skipped[name] = parts
+    return False
 
 
 def _restore(module: nn.Module) -> None:

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from veneer.core.delta import Lora
 from veneer.core.host import Adapted, Adapter, Hosted, original_class
 from veneer.core.weight import is_plain
+from veneer.kernels.image_pieces import image_kernels_for
 from veneer.quant.layer import Packed
 from veneer.quant.storage import Parts, Recipe, storage_of
 
@@ -73,22 +74,18 @@ class Bare:
     def forward(self, x: Tensor, h: Tensor | None, b: Tensor | None) -> Tensor:
         """x W^T + bias + h B^T. The bias comes last: into numbers of its size h B^T would round away."""
         weight = unpacked(self.weight, x.dtype)
-        if isinstance(weight, Store):
-            y = storage_of(weight.recipe).product(x, *weight)
-            if h is not None:
-                y.addmm_(h, b.T)
-        elif h is None:
+        if h is None and isinstance(weight, Tensor):
             return F.linear(x, weight, self.bias)
-        else:
-            y = (h @ b.T).addmm_(x, weight.T)
+        y = _multiplied(weight, x, h, b)
         return y if self.bias is None else y.add_(self.bias)
 
     def onto(self, c: Tensor, x: Tensor, h: Tensor | None, b: Tensor | None) -> Tensor:
         """c + x W^T + bias + h B^T in fresh memory: a layer that writes into the residual stream.
 
-        c comes last for the same reason.
+        c and the bias come last for the same reason, in one pass.
         """
-        return self.forward(x, h, b).add_(c)
+        y = _multiplied(unpacked(self.weight, x.dtype), x, h, b)
+        return y.add_(c) if self.bias is None else image_kernels_for(y).add_channels(y, c, self.bias)
 
     def back(self, g: Tensor, dx: Tensor | None) -> Tensor:
         """g W, added to dx where there is one."""
@@ -97,6 +94,14 @@ class Bare:
             own = storage_of(weight.recipe).product_back(g, *weight)
             return own if dx is None else dx.add_(own)
         return g @ weight if dx is None else dx.addmm_(g, weight)
+
+
+def _multiplied(weight: Tensor | Store, x: Tensor, h: Tensor | None, b: Tensor | None) -> Tensor:
+    """x W^T + h B^T."""
+    if isinstance(weight, Store):
+        y = storage_of(weight.recipe).product(x, *weight)
+        return y if h is None else y.addmm_(h, b.T)
+    return x @ weight.T if h is None else (h @ b.T).addmm_(x, weight.T)
 
 
 def lay_bare(layer: nn.Module, dtype: torch.dtype) -> Bare | str:
