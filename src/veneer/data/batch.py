@@ -4,12 +4,14 @@
 | --- | --- |
 | one sample each | input_ids, attention_mask (padding on the right) |
 | packed | input_ids, position_ids that start again with each sample; no mask, no cache |
+| flat, for attention by samples | one row of all samples without padding, position_ids, where each sample begins |
 | pictures | pixel_values |
 
 From positions that start again transformers builds the block-diagonal causal mask itself, in the form that each layer
 and each attention kernel needs (sliding windows, flex and varlen kernels included; a 4-D mask of our own would replace
 the window of a sliding layer). It does so only without an attention mask and without a cache, hence `use_cache=False`:
 a model whose config says otherwise would let samples see each other in silence. `isolation.py` proves it on the model.
+Where the model's attention takes bounds (kernels/varlen.py) no mask is built at all: `by_samples`.
 """
 
 from __future__ import annotations
@@ -24,6 +26,8 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from veneer.data.types import IGNORE, Encoded
+from veneer.errors import StateError
+from veneer.kernels.varlen import MARK
 
 __all__ = ["Batch", "batches", "collate", "pad_id_of"]
 
@@ -94,11 +98,16 @@ def _moved(value: Any, device: torch.device | str) -> Any:
     return pinned.to(device, non_blocking=True)
 
 
-def collate(samples: Sequence[Encoded], pad_id: int = 0, *, flat: bool = False) -> Batch:
-    """One batch of these samples. `flat`: all of them in one row, without padding, kept apart as packed samples are:
-    for varlen kernels, which take a single row."""
-    if samples and samples[0].pixels is not None:
+def collate(samples: Sequence[Encoded], pad_id: int = 0, *, flat: bool = False, by_samples: bool = False) -> Batch:
+    """One batch of these samples. `flat`: all of them in one row, without padding, kept apart as packed samples are.
+    `by_samples`: the same for a model whose attention takes the bounds, which stand in for a mask."""
+    if not samples:
+        raise StateError("a batch of no samples", fix="give collate at least one")
+    if samples[0].pixels is not None:
         return _pictures(samples)
+    if by_samples:
+        row = collate(samples, pad_id, flat=True)
+        return replace(row, inputs={**row.inputs, **row.varlen(), "attention_mask": torch.ones(MARK).bool()})
     rows = [_joined(samples)] if flat else list(samples)
     width = max(map(len, rows))
     inputs: dict[str, Any] = {"input_ids": _padded([row.input_ids for row in rows], pad_id, width)}
@@ -121,9 +130,12 @@ def _pictures(samples: Sequence[Encoded]) -> Batch:
     )
 
 
-def batches(samples: Sequence[Encoded], rows: int, pad_id: int = 0, *, flat: bool = False) -> Iterator[Batch]:
+def batches(
+    samples: Sequence[Encoded], rows: int, pad_id: int = 0, *, flat: bool = False, by_samples: bool = False
+) -> Iterator[Batch]:
     """The samples in micro-batches of `rows`, in their order."""
-    return (collate(samples[start : start + rows], pad_id, flat=flat) for start in range(0, len(samples), rows))
+    starts = range(0, len(samples), rows)
+    return (collate(samples[start : start + rows], pad_id, flat=flat, by_samples=by_samples) for start in starts)
 
 
 def pad_id_of(tokenizer: Any) -> int:

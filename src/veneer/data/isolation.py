@@ -29,9 +29,10 @@ __all__ = ["check"]
 LENGTHS = (9, 7)
 
 
-def check(model: nn.Module) -> float:
+def check(model: nn.Module, *, by_samples: bool = False) -> float:
     """Raise StateError if packed samples influence each other in `model`. Returns how far the logits of a packed sample
-    are from those of the same sample alone, as a share of their size: rounding."""
+    are from those of the same sample alone, as a share of their size: rounding. `by_samples`: as such batches are given
+    (kernels/varlen.py), against samples alone as the model usually takes them."""
     if why := obstacle(model):
         _refuse(why)
     size = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator, union-attr]
@@ -39,7 +40,7 @@ def check(model: nn.Module) -> float:
     first, second = (torch.randint(0, size, (length,), generator=random).tolist() for length in LENGTHS)
     other = [(token + 1) % size for token in first]
     with _at_rest(model):
-        packed, changed = _logits(model, first, second), _logits(model, other, second)
+        packed, changed = (_logits(model, one, second, by_samples=by_samples) for one in (first, other))
         alone = torch.cat([_logits(model, first), _logits(model, second)])
     start = LENGTHS[0]
     if not torch.equal(packed[start:], changed[start:]):
@@ -64,8 +65,8 @@ def _at_rest(model: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
-def _logits(model: nn.Module, *samples: list[int]) -> Tensor:
-    batch = collate([Encoded(ids, ids) for ids in samples], flat=True)
+def _logits(model: nn.Module, *samples: list[int], by_samples: bool = False) -> Tensor:
+    batch = collate([Encoded(ids, ids) for ids in samples], flat=True, by_samples=by_samples)
     device = next(model.parameters()).device
     return model(**batch.to(device).inputs).logits[0]
 
