@@ -142,6 +142,9 @@ def obstacle(model: nn.Module) -> str | None:
     able = getattr(model, "_can_set_attn_implementation", None)
     if able is None or not able() or not hasattr(model, "set_attn_implementation"):
         return "its attention is not looked up in transformers' table"
+    weight = next(model.parameters())
+    if weight.is_cuda and (weight.dtype == torch.float32 or getattr(config, "attention_dropout", 0)):
+        return "on a GPU the kernel takes bf16 and no dropout of attention"
     return None
 
 

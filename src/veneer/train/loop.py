@@ -45,6 +45,7 @@ from veneer.data.batch import Batch, batches
 from veneer.data.loader import Loader, Step
 from veneer.data.types import Encoded
 from veneer.errors import Diverged
+from veneer.kernels.varlen import within
 from veneer.prove.frozen import Before, snapshot
 from veneer.tasks.cross_entropy import evaluating
 from veneer.train.base import recomputing
@@ -89,7 +90,11 @@ def train(
         job = prepare(run, settings, model, data, tokenizer, tell)
         loop = Loop(job, run, tell, stop)
         again = settings.recompute == "full"
-        with fused(job.model, settings.fuse == "on", again, tell) as kept, recomputing(job.model, again and not kept):
+        with (
+            within(job.model, job.by_samples),
+            fused(job.model, settings.fuse == "on", again, tell) as kept,
+            recomputing(job.model, again and not kept),
+        ):
             loop.run_steps()
         if stop.requested:
             run.update(status="stopped")
@@ -136,7 +141,7 @@ class Loop:
         """Remember the model as it is, take up the last checkpoint if there is one, and try the heaviest batches."""
         job = self.job
         job.model.train()
-        first = next(self.batches(job.val[:4] or job.train[:4], 4))
+        first = next(batches(job.val[:4] or job.train[:4], 4, job.pad)).to(job.device)
         self.before = snapshot(job.model, ADAPTER, [first.inputs])
         self.tell("note", text=job.task.prepare(job.model, first))
         self.run.update(status="training", total_steps=job.steps)
@@ -368,7 +373,7 @@ class Loop:
     # ---------------------------------------------------------------- means
 
     def batches(self, samples: Sequence[Encoded], rows: int) -> Iterator[Batch]:
-        for batch in batches(samples, rows, self.job.pad):
+        for batch in batches(samples, rows, self.job.pad, by_samples=self.job.by_samples):
             self.run.beat()
             yield batch.to(self.job.device)
 

@@ -31,7 +31,8 @@ from veneer.data.pack import obstacle, pack, packed_times
 from veneer.data.preview import runs
 from veneer.data.template import Renderer
 from veneer.data.types import Encoded, Example
-from veneer.errors import ConfigError, DataError
+from veneer.errors import ConfigError, DataError, StateError
+from veneer.kernels import varlen
 from veneer.quant.layer import Packed
 from veneer.quant.model import quantize
 from veneer.tasks.base import TASKS, Task
@@ -63,6 +64,7 @@ class Job:
     trained: Mapping[str, nn.Parameter]
     samples: list[Encoded]  # the training samples before packing
     shown: list[Example]  # rows that are looked at before and after
+    by_samples: bool = False  # batches are one row each, without padding, and attention stays within the samples
 
     @property
     def device(self) -> torch.device:
@@ -103,13 +105,15 @@ def prepare(run: Run, settings: Reads, model: Any, data: Any, tokenizer: Any, te
         raise ConfigError("nothing would be trained", fix="choose other targets or layers")
     tell("model", text=size_of(model, trained), **numbers_of(model, trained))
 
+    by_samples = tell_attention(task, model, tell)
     rows = settle_packing(settings, task, model, train, device, tell)
     settle_plan(settings, model, len(rows), tell)
     run.write_config(settings.resolved)
     run.write_json("data.json", {**facts(parts, train, val, rows), "preview": previews(task, train.samples)})
     run.update(device=device_name(device), base=named or type(model).__name__)
     shown = (parts.validation.examples or parts.train.examples)[:SHOWN]
-    return Job(settings, task, model, rows, by_length(val.samples), trained, train.samples, list(shown))
+    held_out = by_length(val.samples)
+    return Job(settings, task, model, rows, held_out, trained, train.samples, list(shown), by_samples)
 
 
 # ------------------------------------------------------------------ data and tokens
@@ -276,6 +280,22 @@ def check_token_rows(settings: Reads, task: Task, samples: Sequence[Encoded], te
     if len(unused) == len(rows):
         raise ConfigError(f"{text}, so nothing of token_rows would be trained", "token_rows", "check the ids")
     tell("warning", text=f"{text}: these rows of token_rows stay as they are")
+
+
+def tell_attention(task: Task, model: nn.Module, tell: Tell) -> bool:
+    """Whether batches go without padding: all samples in one row, and attention within each. Tried out on the model."""
+    if not task.renders:
+        return False
+    if (why := obstacle(model) or varlen.obstacle(model)) is None:
+        try:
+            with varlen.within(model):
+                off = check_isolation(model, by_samples=True)
+            tell("note", text=f"no padding: attention runs within each sample of a batch (rounding {off:.1g})")
+            return True
+        except (StateError, TypeError, ValueError, RuntimeError, KeyError) as error:
+            why = str(error).splitlines()[0]
+    tell("note", text=f"batches are padded: {why}")
+    return False
 
 
 def settle_packing(
