@@ -1,0 +1,320 @@
+"""Images per second and peak memory of a LoRA training step of an SDXL-shaped UNet on one GPU, beside diffusers + PEFT.
+
+    python benchmarks/sdxl_gpu.py [--shape sdxl] [--batch 4] [--json FILE] [--profile FOLDER] [VARIANT ...]
+
+Random weights of SDXL's UNet (2.6 billion), latents of 1024 x 1024 pixels (128 x 128 x 4), 77 words of text, r = 16 on
+q, k, v and out of every attention, as diffusers' own training script has it; noise prediction, AdamW. Nothing is
+computed twice: all of it fits.
+
+    peft             diffusers' training script: adapters in fp32 on a bf16 base, under autocast
+    peft-bf16        adapters in bf16, no autocast
+    peft-compiled    the same, its transformer blocks compiled (compile_repeated_blocks, as diffusers recommends)
+    peft-compiled+   its residual blocks compiled, too, channels last in memory
+    plain            veneer.attach
+    fused            veneer.attach, veneer.fuse
+    fused-gate_up    the same, the unit's gate and up computed again
+    fused-graph      the same as fused, a whole step captured once as a CUDA graph and replayed
+
+Every variant runs in a process of its own: the median of `--steps` steps that follow each other without a wait, the
+seconds of the warm-up (compilation among them) apart, peaks allocated and reserved, and the loss of every step.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from train_gpu import ceiling
+
+SHAPES: dict[str, dict[str, Any]] = {
+    "sdxl": {"side": 128, "text": 2048, "pooled": 1280, "words": 77},
+    "tiny": {"side": 16, "text": 32, "pooled": 32, "words": 7},
+}
+TINY: dict[str, Any] = {
+    "cross_attention_dim": 32, "attention_head_dim": [2, 4, 4], "block_out_channels": [32, 64, 64],
+    "addition_time_embed_dim": 8, "projection_class_embeddings_input_dim": 80,
+    "transformer_layers_per_block": [1, 1, 2],
+}  # fmt: skip
+TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
+CUDA = torch.cuda.is_available()
+
+
+def base(shape: str, device: str) -> nn.Module:
+    from diffusers import UNet2DConditionModel
+
+    from veneer.ckpt.unets import SDXL
+
+    with torch.device("meta"):
+        model = UNet2DConditionModel.from_config(SDXL | (TINY if shape == "tiny" else {})).bfloat16()
+    model = model.to_empty(device=device)
+    torch.manual_seed(0)
+    for name, p in model.named_parameters():
+        if p.ndim > 1:
+            nn.init.normal_(p, std=p[0].numel() ** -0.5)
+        else:
+            nn.init.constant_(p, float(name.endswith("weight")))
+    return model.requires_grad_(False).train()
+
+
+def peft(shape: str, device: str, dtype: torch.dtype = torch.bfloat16) -> nn.Module:
+    from peft import LoraConfig
+
+    model: Any = base(shape, device)
+    model.add_adapter(LoraConfig(r=16, lora_alpha=16, init_lora_weights="gaussian", target_modules=TARGETS))
+    for p in model.parameters():
+        if p.requires_grad:
+            p.data = p.data.to(dtype)
+    return model
+
+
+def peft_usual(shape: str, device: str) -> nn.Module:
+    return peft(shape, device, torch.float32)
+
+
+def peft_compiled(shape: str, device: str) -> nn.Module:
+    torch._dynamo.config.recompile_limit = 64
+    model: Any = peft(shape, device)
+    model.compile_repeated_blocks(dynamic=False)
+    return model
+
+
+def peft_compiled_more(shape: str, device: str) -> nn.Module:
+    model = peft_compiled(shape, device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    for module in model.modules():
+        if type(module).__name__ == "ResnetBlock2D":
+            module.compile(dynamic=False)
+    return model
+
+
+def plain(shape: str, device: str) -> nn.Module:
+    import veneer
+    from veneer import LoRA
+
+    model = base(shape, device)
+    veneer.attach(model, LoRA(rank=16, alpha=16, targets=TARGETS))
+    return model
+
+
+def fused(recompute: str) -> Callable[[str, str], nn.Module]:
+    def build(shape: str, device: str) -> nn.Module:
+        import veneer
+
+        model = plain(shape, device)
+        report = veneer.fuse(model, recompute, verbose=False)
+        print(report, file=sys.stderr)
+        return model
+
+    return build
+
+
+VARIANTS: dict[str, Callable[[str, str], nn.Module]] = {
+    "peft": peft_usual,
+    "peft-bf16": peft,
+    "peft-compiled": peft_compiled,
+    "peft-compiled+": peft_compiled_more,
+    "plain": plain,
+    "fused": fused("none"),
+    "fused-gate_up": fused("gate_up"),
+    "fused-graph": fused("none"),
+}
+USUAL = ("peft", "peft-bf16", "peft-compiled", "plain", "fused", "fused-graph")
+
+
+def inputs(args: argparse.Namespace, device: str) -> dict[str, Any]:
+    size, n = SHAPES[args.shape], args.batch
+    draw = torch.Generator().manual_seed(0)
+
+    def rand(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=draw).to(device, torch.bfloat16)
+
+    return {
+        "sample": rand(n, 4, size["side"], size["side"]),
+        "timestep": torch.randint(0, 1000, (n,), generator=draw).to(device),
+        "encoder_hidden_states": rand(n, size["words"], size["text"]),
+        "added_cond_kwargs": {
+            "text_embeds": rand(n, size["pooled"]),
+            "time_ids": torch.full((n, 6), 1024.0).to(device),
+        },
+        "noise": rand(n, 4, size["side"], size["side"]),
+    }
+
+
+def stepper(name: str, model: nn.Module, given: dict[str, Any]) -> Callable[[], Tensor]:
+    """One training step, which returns its loss."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True, capturable=CUDA)
+    noise = given.pop("noise").float()
+    device = noise.device.type
+
+    def step() -> Tensor:
+        with torch.autocast(device, torch.bfloat16, enabled=name == "peft"):
+            found = model(**given, return_dict=False)[0]
+        loss = F.mse_loss(found.float(), noise)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss.detach()
+
+    return step
+
+
+def captured(step: Callable[[], Tensor]) -> Callable[[], Tensor]:
+    """The same step as one CUDA graph: no Python and no launches between its kernels."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        loss = step()
+
+    def replay() -> Tensor:
+        graph.replay()
+        return loss.clone()
+
+    return replay
+
+
+def measure(args: argparse.Namespace, name: str) -> dict[str, Any]:
+    device = "cuda" if CUDA else "cpu"
+    started = time.perf_counter()
+    model = VARIANTS[name](args.shape, device)
+    built = time.perf_counter()
+    step = stepper(name, model, inputs(args, device))
+    if name == "fused-graph" and CUDA:
+        step = captured(step)
+    losses = [step() for _ in range(args.warmup)]
+    synchronize()
+    warm = time.perf_counter()
+    if CUDA:
+        torch.cuda.reset_peak_memory_stats()
+    marks = [mark()]
+    for _ in range(args.steps):
+        losses.append(step())
+        marks.append(mark())
+    handed = time.perf_counter()
+    synchronize()
+    seconds = [between(*pair) for pair in pairwise(marks)]
+    peaks = (torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()) if CUDA else (0, 0)
+    if args.profile:
+        profile(step, args.profile / f"{name}.txt")
+    return {
+        "variant": name,
+        "trained": sum(p.numel() for p in model.parameters() if p.requires_grad),
+        "images_per_second": args.batch / statistics.median(seconds),
+        "peak_gib": peaks[0] / 2**30,
+        "reserved_gib": peaks[1] / 2**30,
+        "build_seconds": built - started,
+        "warmup_seconds": warm - built,
+        "host_seconds": (handed - warm) / args.steps,  # in which Python hands out a step
+        "losses": [float(loss) for loss in losses],
+        "seconds": seconds,
+    }
+
+
+def mark() -> Any:
+    """The moment at which the device gets here; nobody waits for it in between, as in a real run."""
+    if not CUDA:
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def between(one: Any, other: Any) -> float:
+    return one.elapsed_time(other) / 1e3 if CUDA else other - one
+
+
+def synchronize() -> None:
+    if CUDA:
+        torch.cuda.synchronize()
+
+
+def profile(step: Callable[[], Tensor], where: Path) -> None:
+    """Where two steps spend the device's time, kernel by kernel."""
+    from torch.profiler import ProfilerActivity
+    from torch.profiler import profile as profiler
+
+    kinds = [ProfilerActivity.CUDA] if CUDA else [ProfilerActivity.CPU]
+    with profiler(activities=kinds) as found:
+        step()
+        step()
+        synchronize()
+    order = "self_cuda_time_total" if CUDA else "self_cpu_time_total"
+    where.write_text(found.key_averages().table(sort_by=order, row_limit=60, max_name_column_width=130))
+
+
+def apart(args: argparse.Namespace, name: str) -> dict[str, Any]:
+    """One variant in a process of its own; what went wrong, where something did."""
+    same = [f"--{k}={getattr(args, k)}" for k in ("shape", "batch", "steps", "warmup")]
+    if args.profile:
+        args.profile.mkdir(parents=True, exist_ok=True)
+        same.append(f"--profile={args.profile}")
+    done = subprocess.run([sys.executable, __file__, name, "--one", *same], capture_output=True, text=True)
+    if done.returncode:
+        return {"variant": name, "failed": done.stderr[-3000:]}
+    said = [line for line in done.stderr.splitlines() if line.startswith(("fused:", "plain:"))]
+    return json.loads(done.stdout.strip().splitlines()[-1]) | ({"said": said} if said else {})
+
+
+def shown(row: dict[str, Any]) -> str:
+    if "failed" in row:
+        return f"{row['variant']}: failed\n{row['failed']}"
+    line = (
+        f"{row['variant']:15} {row['images_per_second']:7.2f} images/s  {row['peak_gib']:6.2f} GiB "
+        f"(reserved {row['reserved_gib']:.1f})  host {1e3 * row['host_seconds']:.0f} ms  "
+        f"build {row['build_seconds']:.0f} s, warm-up {row['warmup_seconds']:.0f} s  "
+        f"loss {row['losses'][0]:.4f} -> {row['losses'][-1]:.4f}"
+    )
+    return "\n  ".join([line, *row.get("said", [])])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("variants", nargs="*", choices=[[], *VARIANTS])
+    parser.add_argument("--shape", choices=SHAPES, default="sdxl")
+    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--warmup", type=int, default=3)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--profile", type=Path, help="write every variant's kernels and their times there")
+    parser.add_argument("--one", action="store_true", help="measure in this process and print JSON")
+    args = parser.parse_args()
+    if args.one:
+        print(json.dumps(measure(args, args.variants[0])))
+        return
+    before, rows = ceiling(), []
+    for name in args.variants or USUAL:
+        rows.append(apart(args, name))
+        print(shown(rows[-1]), flush=True)
+    after = ceiling()
+    print(f"matrix product: {before:.0f} TFLOP/s before, {after:.0f} after")
+    if args.json:
+        record = {
+            "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+            "device": torch.cuda.get_device_name() if CUDA else f"{os.cpu_count()} cores",
+            "torch": torch.__version__,
+            "shape": args.shape,
+            "batch": args.batch,
+            "ceiling_tflops": [before, after],
+            "rows": rows,
+        }
+        args.json.write_text(json.dumps(record, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
