@@ -1,4 +1,4 @@
-"""A checkpoint packed as it is read: how fast, beside reading it plainly, and how much more memory than the packed model.
+"""A checkpoint packed as it is read: how fast, beside reading it plainly, and what it takes beside the packed model.
 
     python benchmarks/load_quant.py [--shape 3b] [--kinds none nf4 int8 fp8] [--json FILE]
 

@@ -78,7 +78,7 @@ def test_transformers_loads_it_with_bitsandbytes(kind: str, family: str, tmp_pat
         warnings.simplefilter("ignore")
         bnb = pytest.importorskip("bitsandbytes")
     model = MODELS[family]()
-    veneer.quantize(model, kind)
+    veneer.quantize(model, kind, rotate=False)
     veneer.save_bitsandbytes(model, tmp_path / "out")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32, device_map="cpu").eval()
     packed = [n for n, m in model.named_modules() if isinstance(m, Packed)]
@@ -103,6 +103,10 @@ def test_what_its_files_cannot_hold(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="Embedding is no linear layer") as told:
         veneer.save_bitsandbytes(model, out)
     assert "stored as fp8" in str(told.value) and "several ways" in str(told.value)
+    model = llama()
+    veneer.quantize(model, "int8")
+    with pytest.raises(CheckpointError, match="rotate=False"):
+        veneer.save_bitsandbytes(model, out)
     model = llama()
     veneer.quantize(model, "nf4")
     veneer.attach(model, LoRA(rank=2))

@@ -31,6 +31,7 @@ STORAGES: dict[str, dict[str, Any]] = {
     "nf4-single": {"kind": "nf4", "double": False, "block": 32},
     "int8": {"kind": "int8"},
     "int8-unpacked": {"kind": "int8", "dynamic": False},
+    "int8-as-it-is": {"kind": "int8", "rotate": False},
     "int8-outliers": {"kind": "int8", "outliers": 2.0},
     "fp8": {"kind": "fp8"},
 }
@@ -86,7 +87,7 @@ def run_twin(plain: nn.Module, x: Tensor) -> Tensor:
 
 
 def tolerance(storage: str, dtype: torch.dtype, kind: str) -> float:
-    rounds = storage in ("int8", "int8-outliers") and ("linear" in kind or kind == "hf-conv1d")
+    rounds = storage in ("int8", "int8-as-it-is", "int8-outliers") and ("linear" in kind or kind == "hf-conv1d")
     return max(CLOSE[dtype], ROUNDED) if rounds else CLOSE[dtype]
 
 

@@ -235,9 +235,10 @@ def test_emulated_products_are_products_of_the_rounded_numbers(kind: str, monkey
     inp = x.clone().requires_grad_()
     y = net(inp)
     assert 1e-3 < error(y, unrounded) < {"int8": 0.02, "fp8": 0.05}[kind]
-    code = storage_of(net.layer.recipe).code
-    codes, scale = eight.quantize_plain(x.flatten(0, 1), code)
-    rounded = (codes.double() * scale[:, None]).view(x.shape)
+    storage = storage_of(net.layer.recipe)
+    width = storage.width(24, net.layer.recipe)
+    codes, scale = eight.quantize_plain(eight.rotated(x.flatten(0, 1), width), storage.code)
+    rounded = eight.rotated(codes.double() * scale[:, None], width).view(x.shape)
     wanted = nn.functional.linear(rounded, read_weight(net.layer).double(), net.layer.bias.double())
     torch.testing.assert_close(y.double(), wanted, rtol=1e-5, atol=1e-5)
     g = torch.randn_like(y)
@@ -253,3 +254,34 @@ def test_emulated_int8_is_int8(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VENEER_KERNELS", "emulate")
     monkeypatch.setattr(eight, "_against", lambda *_: "none here")
     torch.testing.assert_close(net(x), y, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["int8", "fp8"])
+def test_rotation_keeps_the_digits_beside_a_large_column(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Inputs as language models have them: a column far larger than the rest, with weights that are as much smaller."""
+    monkeypatch.setenv("VENEER_KERNELS", "emulate")
+    torch.manual_seed(0)
+    w, x = torch.randn(32, 1024), torch.randn(50, 1024)
+    x[:, 7] *= 100
+    w[:, 7] /= 100
+    off = {}
+    for rotate in (True, False):
+        layer = nn.Linear(1024, 32, bias=False)
+        layer.weight.data = w.clone()
+        net, inp = Net(layer), x.clone().requires_grad_()
+        veneer.quantize(net, kind, targets=["layer"], rotate=rotate)
+        y = net(inp)
+        off[rotate] = error(y, x @ read_weight(net.layer).T)  # of the inputs' rounding alone
+        assert error(read_weight(net.layer), w) < {"int8": 0.012, "fp8": 0.03}[kind]
+        g = torch.randn_like(y)
+        assert error(torch.autograd.grad(y, inp, g)[0], g @ w) < {"int8": 0.015, "fp8": 0.04}[kind]
+    assert off[True] < (0.3 * off[False] if kind == "int8" else 0.1)
+
+
+@pytest.mark.parametrize("width", eight.WIDTHS)
+@pytest.mark.parametrize("dtype", DTYPES.values())
+def test_rotating_twice_is_rotating_back(width: int, dtype: torch.dtype) -> None:
+    x = torch.randn(3, 128).to(dtype)
+    assert error(eight.rotated(eight.rotated(x, width), width), x) < {torch.float32: 1e-6, torch.bfloat16: 6e-3}[dtype]
+    assert torch.equal(eight.hadamard(width, torch.bfloat16, x.device).float() @ torch.eye(width),
+                       eight.hadamard(width, torch.float32, x.device))  # fmt: skip

@@ -62,6 +62,8 @@ def _checked(model: nn.Module, packed: dict[str, Packed]) -> Recipe:
         f"{n}: {type(m).__name__} is no linear layer" for n, m in packed.items() if type(op_of(m)) not in LINEAR
     ]
     problems += [f"layers are stored as {kind}, which bitsandbytes does not know" for kind in _unknown(recipes)]
+    if any(layer.recipe.kind == "int8" and layer.recipe.rotate for layer in packed.values()):
+        problems.append('its int8 weights are not rotated; veneer.quantize(model, "int8", rotate=False)')
     if len(recipes) > 1:
         problems.append("layers are packed in several ways, and its files hold one")
     if problems:

@@ -3,6 +3,12 @@
     forward    y = (x_q W_q^T) s_x s_w        x_q: each row of x rounded to 8 bits as it comes
     backward   dx = ((g s_w)_q W_q) s_g       the scales of W's rows are folded into g, so the same codes serve
 
+Language models have columns of x that are twenty times larger than the rest. A row has one scale for all its values, so
+such a column takes the others' codes, or, in floats, drowns their sum in its own rounding error. With `rotate` x and W
+are turned alike before they are rounded, each 64 neighbouring columns by a Hadamard matrix H (after QuaRot,
+arXiv:2404.00456): x W^T = (x H)(W H)^T, and in x H a large value is spread over 64 equal ones. H is its own inverse, so
+dx is turned back by it; nothing is measured or stored.
+
 int8.py and fp8.py say what a code is and which instruction multiplies. A device without the instruction unpacks W for
 each product and leaves inputs unrounded, or, with VENEER_KERNELS=emulate, rounds them all the same and multiplies the
 rounded numbers in fp32: the reference, and what quality is measured with where there is no such hardware.
@@ -14,6 +20,7 @@ import os
 import weakref
 from abc import abstractmethod
 from collections.abc import Callable
+from functools import cache
 from typing import ClassVar
 
 import torch
@@ -22,10 +29,11 @@ from torch import Tensor
 
 from veneer.quant.storage import Parts, Recipe, Storage, say_once, use_kernels
 
-__all__ = ["LARGEST", "RowScaled", "quantize_plain", "quantize_rows"]
+__all__ = ["LARGEST", "RowScaled", "quantize_plain", "quantize_rows", "rotated"]
 
 LARGEST = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
 TINY = 1e-12  # a row of zeros gets this scale
+WIDTHS = (64, 16, 4)  # of H: powers of 4, whose entries +-1/8, +-1/4 and +-1/2 are exact in every type
 
 
 class RowScaled(Storage):
@@ -41,11 +49,12 @@ class RowScaled(Storage):
         """Codes (t, n) times codes (n, m), times the scale of each row and, where given, of each column."""
 
     def pack(self, w: Tensor, recipe: Recipe) -> Parts:
-        codes, scale = quantize_rows(w, self.code)
+        codes, scale = quantize_rows(w.float(), self.code, width=self.width(w.shape[1], recipe))
         return codes.view(self.held), scale
 
     def unpack(self, parts: Parts, shape: tuple[int, int], dtype: torch.dtype, recipe: Recipe) -> Tensor:
-        return (parts[0].view(self.code).to(torch.float32) * parts[1][:, None]).to(dtype)
+        w = parts[0].view(self.code).to(torch.float32) * parts[1][:, None]
+        return rotated(w, self.width(shape[1], recipe)).to(dtype)
 
     def rows(
         self, parts: Parts, shape: tuple[int, int], index: Int[Tensor, " n"], dtype: torch.dtype, recipe: Recipe
@@ -56,7 +65,7 @@ class RowScaled(Storage):
         if (multiply := self._way(x, shape, recipe)) is None:
             return super().product(x, parts, shape, recipe)
         codes, scale = parts
-        x_q, s = quantize_rows(x, self.code)
+        x_q, s = quantize_rows(x, self.code, width=self.width(shape[1], recipe))
         return multiply(x_q, s, codes.view(self.code).T, scale, x.dtype)
 
     def product_back(self, g: Float[Tensor, "t rows"], parts: Parts, shape: tuple[int, int], recipe: Recipe) -> Tensor:
@@ -64,7 +73,13 @@ class RowScaled(Storage):
             return super().product_back(g, parts, shape, recipe)
         codes, scale = parts
         g_q, s = quantize_rows(g, self.code, scale)
-        return multiply(g_q, s, turned(codes).view(self.code).T, None, g.dtype)
+        dx = multiply(g_q, s, turned(codes).view(self.code).T, None, g.dtype)
+        return rotated(dx, self.width(shape[1], recipe))
+
+    def width(self, cols: int, recipe: Recipe) -> int:
+        """How many neighbouring columns are turned together; 1 for none."""
+        wanted = self.rotates if recipe.rotate is None else recipe.rotate
+        return next((w for w in WIDTHS if cols % w == 0), 1) if wanted else 1
 
     def _way(self, x: Tensor, shape: tuple[int, int], recipe: Recipe) -> Multiply | None:
         """How 8-bit products are formed here; None where W is unpacked instead, and why is said once."""
@@ -89,19 +104,35 @@ def multiply_plain(a: Tensor, rows: Tensor, b: Tensor, columns: Tensor | None, d
     return (y if columns is None else y * columns).to(dtype)
 
 
+@cache
+def hadamard(width: int, dtype: torch.dtype, device: torch.device) -> Float[Tensor, "width width"]:
+    """Of size 1, and H -> [[H, H], [H, -H]]; symmetric, and by its scale orthogonal."""
+    h = torch.ones(1, 1, device="cpu")
+    while len(h) < width:
+        h = torch.cat([torch.cat([h, h], dim=1), torch.cat([h, -h], dim=1)])
+    return (h * width**-0.5).to(device, dtype)
+
+
+def rotated(x: Float[Tensor, "*t n"], width: int) -> Float[Tensor, "*t n"]:
+    """Each `width` neighbouring columns times H; done twice it is x again."""
+    if width == 1:
+        return x
+    return (x.unflatten(-1, (-1, width)) @ hadamard(width, x.dtype, x.device)).flatten(-2)
+
+
 def quantize_rows(
-    x: Float[Tensor, "t n"], dtype: torch.dtype, columns: Float[Tensor, " n"] | None = None
+    x: Float[Tensor, "t n"], dtype: torch.dtype, columns: Float[Tensor, " n"] | None = None, width: int = 1
 ) -> tuple[Tensor, Float[Tensor, " t"]]:
-    """x (times `columns`, where given) as 8-bit codes and one scale for each row: x ~ codes * scale."""
+    """x (rotated by `width`, and times `columns`, where given) as 8-bit codes and a scale for each row."""
     if torch.compiler.is_compiling() or not use_kernels(x) or x.dtype == torch.float64:
-        return quantize_plain(x, dtype, columns)
+        return quantize_plain(rotated(x, width), dtype, columns)
     from veneer.quant.cuda import quantize_rows_kernel
 
     if columns is not None or x.is_inference():
-        return quantize_rows_kernel(x, dtype, columns)
-    state = x._version, dtype
+        return quantize_rows_kernel(rotated(x, width), dtype, columns)
+    state = x._version, dtype, width
     if _last.x is None or _last.x() is not x or _last.state != state:
-        _last.x, _last.state, _last.found = weakref.ref(x), state, quantize_rows_kernel(x, dtype)
+        _last.x, _last.state, _last.found = weakref.ref(x), state, quantize_rows_kernel(rotated(x, width), dtype)
     return _last.found  # type: ignore[return-value]
 
 
@@ -109,7 +140,7 @@ class Last:
     """What was rounded last: q, k and v read one input, gate and up another."""
 
     x: weakref.ref[Tensor] | None = None
-    state: tuple[int, torch.dtype] | None = None
+    state: tuple[int, torch.dtype, int] | None = None
     found: tuple[Tensor, Tensor] | None = None
 
 

@@ -65,7 +65,7 @@ def _ours(layer: Any) -> Plan | str:
         codes, state = _in_order(weight)
         return Recipe("nf4", state.blocksize, state.nested), _parts(codes, state), state.dtype, layer.compute_dtype
     if type(weight).__name__ == "Int8Params" and weight.dtype == torch.int8:
-        recipe = Recipe("int8", outliers=layer.state.threshold or None)
+        recipe = Recipe("int8", outliers=layer.state.threshold or None, rotate=False)
         return recipe, (weight.data, _row_scales(layer) / 127), torch.float16, None
     return f"{type(layer).__name__} with {type(weight).__name__} in {weight.dtype} has no counterpart here"
 

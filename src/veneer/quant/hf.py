@@ -48,6 +48,7 @@ class VeneerConfig(QuantizationConfigMixin):
         double: bool = True,
         dynamic: bool = True,
         outliers: float | None = None,
+        rotate: bool | None = None,
         compute_dtype: str | None = None,
         whole: Sequence[str] = (),
         layers: Mapping[str, str] | None = None,
@@ -56,14 +57,15 @@ class VeneerConfig(QuantizationConfigMixin):
     ) -> None:
         self.quant_method = quant_method  # type: ignore[assignment]
         self.kind, self.block, self.double, self.dynamic, self.outliers = kind, block, double, dynamic, outliers
+        self.rotate = False if rotate is None and layers is not None else rotate  # saved before there was a choice
         self.targets, self.exclude, self.embedding, self.head = targets, exclude, embedding, head
         self.compute_dtype = compute_dtype
         self.whole, self.layers = whole, layers
-        self.recipe.checked()
+        self.recipe  # noqa: B018 - an error now is better than one in the middle of reading
 
     @property
     def recipe(self) -> Recipe:
-        return Recipe(self.kind, self.block, self.double, self.dynamic, self.outliers)
+        return Recipe(self.kind, self.block, self.double, self.dynamic, self.outliers, self.rotate).checked()
 
     @property
     def options(self) -> dict[str, Any]:

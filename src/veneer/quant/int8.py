@@ -1,8 +1,8 @@
 """INT8: each row of W as whole numbers from -127 to 127 with one fp32 scale, multiplied as whole numbers.
 
-Products of whole numbers are exact in 32 bits; all that is lost is in the rounding of W, of x and of g. A few columns
-of x may be a hundred times larger than the rest and cost the others their digits; with `outliers` they are multiplied
-apart, in x's own type (LLM.int8(), arXiv:2208.07339, section 3.2).
+Products of whole numbers are exact in 32 bits; all that is lost is in the rounding of W, of x and of g. Columns of x
+that are far larger than the rest would cost the others their digits. `rotate` (eight.py) spreads them and is the
+default; with `outliers` they are multiplied apart instead, in x's own type (LLM.int8(), arXiv:2208.07339, section 3.2).
 """
 
 from __future__ import annotations
@@ -19,9 +19,13 @@ __all__ = ["Int8"]
 
 class Int8(RowScaled):
     kind, code, held = "int8", torch.int8, torch.int8
+    rotates = True
 
     def multiply(self, a: Tensor, rows: Tensor, b: Tensor, columns: Tensor | None, dtype: torch.dtype) -> Tensor:
         return _scaled(int_product(a, b), rows, columns, dtype)
+
+    def width(self, cols: int, recipe: Recipe) -> int:
+        return super().width(cols, recipe) if recipe.outliers is None else 1
 
     def product(self, x: Float[Tensor, "t cols"], parts: Parts, shape: tuple[int, int], recipe: Recipe) -> Tensor:
         if recipe.outliers is None or self._way(x, shape, recipe) is None:

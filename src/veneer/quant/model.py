@@ -60,6 +60,7 @@ def quantize(
     double: bool = True,
     dynamic: bool = True,
     outliers: float | None = None,
+    rotate: bool | None = None,
     compute_dtype: torch.dtype | None = None,
     whole: Sequence[str] = (),
 ) -> Quantized:
@@ -70,7 +71,7 @@ def quantize(
     modules that will be trained whole, by their names' endings; all inside them stays as it is. The other
     options are those of `Recipe`. Layers stay the same objects; adapters may be there already or come later.
     """
-    recipe = Recipe(kind, block, double, dynamic, outliers).checked()
+    recipe = Recipe(kind, block, double, dynamic, outliers, rotate).checked()
     if is_merged(model):
         raise StateError("the model is merged, so W + dW would be packed", fix="unmerge(model) first")
     chosen, left = choose(model, targets, exclude, embedding, head, whole)

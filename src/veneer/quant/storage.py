@@ -40,7 +40,10 @@ class Recipe(NamedTuple):
     block, double: nf4 only; weights to a scale, and whether the scales are packed in 8 bits, too.
     dynamic: int8 and fp8 only; inputs are rounded to 8 bits row by row and multiplied in 8 bits. Otherwise the matrix
     is unpacked for each product, which is slower and leaves the inputs as they are.
-    outliers: int8 only; input columns with a value of at least this size are multiplied in the input's own type.
+    rotate: int8 and fp8 only; W and its inputs are turned alike before they are rounded, so that no column stands out.
+    None is what the storage does by itself.
+    outliers: int8 only, in place of rotate; input columns with a value of at least this size are multiplied in the
+    input's own type.
     """
 
     kind: str
@@ -48,6 +51,7 @@ class Recipe(NamedTuple):
     double: bool = True
     dynamic: bool = True
     outliers: float | None = None
+    rotate: bool | None = None
 
     def checked(self) -> Recipe:
         storage_of(self)
@@ -60,13 +64,14 @@ class Recipe(NamedTuple):
             problems.append(f"outliers={self.outliers!r} must be above 0")
         if problems:
             raise ConfigError("the base cannot be stored like this", problems=problems)
-        return self
+        return self if self.rotate is not None else self._replace(rotate=storage_of(self).rotates)
 
 
 class Storage(ABC):
     """One way to hold a frozen matrix. All methods get the recipe and the parts; nothing is kept here."""
 
     names: ClassVar[tuple[str, ...]]  # of the parts after the codes, as the layer's buffers are called
+    rotates: ClassVar[bool] = False  # unless the recipe says otherwise
 
     def part_names(self, recipe: Recipe) -> tuple[str, ...]:
         return self.names
