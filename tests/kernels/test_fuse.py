@@ -35,6 +35,7 @@ import veneer
 from veneer import LoRA
 from veneer.core.model import parameters
 from veneer.errors import ConfigError, StateError
+from veneer.kernels import fuse as home
 from veneer.kernels.block import LEVELS
 from veneer.kernels.fuse import FusedModule, fuse, is_fused, set_recompute, unfuse
 from veneer.tasks.cross_entropy import chunked_cross_entropy
@@ -107,9 +108,15 @@ def agree(got: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
 @pytest.fixture(autouse=True)
 def may_say_so() -> Any:
     """What runs plainly says so; the tests here that are about it look."""
+    home._said.clear()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*run plainly")
         yield
+
+
+def said() -> str:
+    """Why something ran plainly, since this test began."""
+    return " ".join(why for _, why in home._said)
 
 
 @pytest.mark.parametrize("build", BUILDS)
@@ -190,14 +197,44 @@ def test_the_law_over_adapters(targets: str, dropout: float, acting: str, level:
         wanted = outcome(model)
         fuse(model, level, verbose=False)
         agree(outcome(model), wanted)
+    assert not said() or (dropout and acting != "one")
+
+
+FUSED_SPECS: dict[str, dict[str, Any]] = {
+    "dora": {"combine": "dora"},
+    "dora dropout": {"combine": "dora", "dropout": 0.3},
+    "dora on some": {"combine": "dora", "targets": r".*\.(k|qkv|o|up|gate_up)_proj"},
+    "dora on others": {"combine": "dora", "targets": r".*\.(v|qkv|down)_proj"},
+    "dora rslora pissa": {"combine": "dora", "scaling": "rslora", "init": "pissa"},
+    "dora vera": {"combine": "dora", "delta": "vera"},
+    "dora biases": {"combine": "dora", "bias": "all"},
+    "biases": {"bias": "all"},
+    "biases of adapted layers": {"bias": "lora_only", "targets": r".*\.(q|o|down|gate|gate_up)_proj"},
+    "bias in B": {"bias": "lora"},
+    "pissa": {"init": "pissa"},
+    "vera": {"delta": "vera"},
+    "adalora": {"delta": "adalora"},
+    "lora-fa": {"delta": "lora_fa"},
+    "lora-xs": {"delta": "lora_xs"},
+    "blocks": {"delta": "block", "options": {"blocks": 2}},
+    "dora on the head": {"combine": "dora", "targets": ["lm_head", "o_proj", "down_proj"]},
+    "rslora": {"scaling": "rslora"},
+}
+
+
+@pytest.mark.parametrize("spec", FUSED_SPECS)
+@pytest.mark.parametrize("build", ["llama-biased", "phi3"])
+@pytest.mark.parametrize("level", LEVELS)
+def test_the_law_over_deltas_and_rules(spec: str, build: str, level: str) -> None:
+    model = model_of(build, **FUSED_SPECS[spec])
+    wanted = outcome(model)
+    fuse(model, level, verbose=False)
+    agree(outcome(model), wanted)
+    assert not said()
 
 
 SPECS: dict[str, dict[str, Any]] = {
-    "dora": {"combine": "dora"},
-    "pissa": {"init": "pissa"},
-    "vera": {"delta": "vera"},
-    "lora bias": {"bias": "lora_only"},
-    "rslora": {"scaling": "rslora"},
+    "loha": {"delta": "loha"},
     "trained norms": {"modules_to_save": ["input_layernorm", "norm"]},
     "trained head": {"modules_to_save": ["lm_head"]},
     "adapted head": {"targets": ["lm_head", "q_proj", "down_proj"]},
@@ -311,8 +348,6 @@ def test_a_hook_is_not_passed_by() -> None:
     fuse(model, verbose=False)
     seen.clear()
     with pytest.warns(UserWarning, match=r"layers\.0.*run plainly, and slower: a hook hangs on it"):
-        from veneer.kernels import fuse as home
-
         home._said.clear()
         agree(outcome(model), wanted)
     assert seen

@@ -13,6 +13,9 @@
 Only what is as wide as the model goes through autograd's saved tensors (and whatever hooks lie on those); what is r
 wide, one number a row or shared by all blocks hangs on the function itself.
 
+DoRA's magnitudes need what their layers gave. q, k and v are there (turned back), gate and up, too; the outputs of o
+and of down are kept besides with none and gate_up, as wide as x each, and computed again with middle and input.
+
 Norms, the activation's product and rotations are always formed again: each is one pass over memory. Everywhere the
 gradient that flows past a norm is added in the pass that goes back through it.
 """
@@ -31,7 +34,7 @@ from torch.autograd.function import once_differentiable
 from veneer.kernels.group import Bare, Factors, Group, Thin, factors_of
 from veneer.kernels.pieces import Pair, kernels_for
 
-__all__ = ["LEVELS", "Attend", "Block", "Ending", "Norm", "Unit", "norm", "rotated", "run_block", "run_mlp"]
+__all__ = ["LEVELS", "Attend", "Block", "Ending", "Norm", "Unit", "norm", "rotated", "run_block", "run_mlp", "through"]
 
 THIN = 64  # ranks up to this are added inside other kernels
 LEVELS = ("none", "gate_up", "middle", "input")
@@ -63,9 +66,9 @@ class Unit:
 
     @property
     def is_lean(self) -> bool:
-        """Whether the adapters' share can be added inside the activation: thin enough for a tile, and no dropout."""
+        """Whether the adapters' share can be added inside the activation: thin enough for a tile, no dropout and no gain."""
         layers = (*self.entry.layers, *self.down.layers)
-        return all(not layer.dropout and layer.rank <= THIN for layer in layers)
+        return all(layer.is_bare and layer.rank <= THIN for layer in layers)
 
 
 @dataclass(slots=True)
@@ -88,7 +91,8 @@ class Block:
     def adds_in_turning(self) -> bool:
         """Whether the adapters' share of q and k can be added as they are rotated."""
         layers = self.qkv.layers
-        return self.turns and len(layers) == 3 and all(layer.rank <= THIN for layer in layers)
+        is_thin = all(layer.rank <= THIN and layer.gain is None for layer in layers)
+        return self.turns and len(layers) == 3 and is_thin
 
 
 def rows_of(x: Tensor) -> Tensor:
@@ -146,6 +150,7 @@ class UnitKept(NamedTuple):
     gate_up: tuple[Tensor, ...]  # empty where they are computed again
     entry: Thin
     down: Thin
+    ys: tuple[Tensor, ...]  # what down gave, where it has a magnitude
 
 
 def unit_gates(unit: Unit, x: Tensor, entry: Thin, factors: Factors) -> tuple[Tensor, ...]:
@@ -182,13 +187,20 @@ def unit_forward(
     else:
         product = kernels_for(x).glu(gate, up, unit.act)
     down = unit.down.thin(product, factors[1].a)
-    y = _through(unit.down.layers[0], product, down, factors[1], plus) if want else None
-    return y, UnitKept((gate, up), entry, down)
+    y, ys = through(unit.down, product, down, factors[1], plus, want)
+    return y, UnitKept((gate, up), entry, down, ys)
 
 
-def _through(layer: Bare, x: Tensor, thin: Thin, factors: Factors, plus: Tensor | None) -> Tensor:
-    args = (x, thin.h, factors.bs[0])
-    return layer.forward(*args) if plus is None else layer.onto(plus, *args)
+def through(
+    group: Group, x: Tensor, thin: Thin, factors: Factors, plus: Tensor | None, want: bool = True
+) -> tuple[Tensor | None, tuple[Tensor, ...]]:
+    """A single layer's output plus `plus`, where it is wanted; and the output alone, where a magnitude needs it."""
+    (layer,), (b,) = group.layers, factors.bs
+    if not group.magnitudes:
+        wanted = None if not want else layer.forward(x, thin.h, b) if plus is None else layer.onto(plus, x, thin.h, b)
+        return wanted, ()
+    y = layer.forward(x, thin.h, b)
+    return (None if not want else y if plus is None else y + plus), (y,)
 
 
 def unit_back(
@@ -196,18 +208,27 @@ def unit_back(
 ) -> tuple[Tensor, list[Tensor | None]]:
     """The gradients of x and of the factors of gate, up and down."""
     gate, up = kept.gate_up or unit_gates(unit, x, kept.entry, factors[0])
-    d = unit.down.thin_gradients([g], factors[1])
+    d_rest, gs = unit.down.rest_gradients([g], kept.ys), unit.down.scaled([g])
+    d = unit.down.thin_gradients(gs, factors[1])
     if unit.is_lean:
-        return _lean_back(unit, g, x, d, (gate, up), kept, factors)
-    d_product = unit.down.input_gradient([g], d, kept.down, factors[1])
-    gs = _room_for_gates(unit, d_product)
-    d_gate, d_up = gs if len(gs) == 2 else _halves(unit, gs[0], -1)
+        dx, d_tensors = _lean_back(unit, g, x, d, (gate, up), kept, factors)
+        return dx, [*d_tensors, *d_rest]
+    d_product = unit.down.input_gradient(gs, d, kept.down, factors[1])
+    into = _room_for_gates(unit, d_product)
+    d_gate, d_up = into if len(into) == 2 else _halves(unit, into[0], -1)
     product = kernels_for(g).glu_back(d_product, gate, up, unit.act, d_gate, d_up)
-    d_down = unit.down.factor_gradients(product, [g], d, kept.down)
-    del product, d_product, gate, up
-    dx, d_entry = unit.entry.back(x, gs, kept.entry, factors[0])
+    d_down = unit.down.factor_gradients(product, gs, d, kept.down)
+    del product, d_product
+    ys = _entry_outputs(unit, gate, up) if unit.entry.magnitudes else []
+    dx, d_entry = unit.entry.back(x, into, kept.entry, factors[0], ys)
     assert dx is not None
-    return dx, [*d_entry, *d_down]
+    return dx, [*d_entry, *d_down, *d_rest]
+
+
+def _entry_outputs(unit: Unit, gate: Tensor, up: Tensor) -> list[Tensor]:
+    if len(unit.entry.layers) == 2:
+        return [gate, up]
+    return [torch.cat([up, gate] if unit.up_first else [gate, up], dim=-1)]
 
 
 def _lean_back(
@@ -232,7 +253,7 @@ def _lean_back(
         dbs = [torch.cat(dbs[::-1] if unit.up_first else dbs)]
     for layer, db in zip(unit.entry.layers, dbs, strict=False):
         d_entry += [] if db is None else layer.split_b(db)
-    return dx, [*d_entry, *d_down]
+    return dx, [*d_entry, *unit.entry.rest_gradients(gs, ()), *d_down]
 
 
 def _room_for_gates(unit: Unit, d_product: Tensor) -> list[Tensor]:
@@ -249,17 +270,18 @@ class Mlp(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, unit: Unit, again: bool, *tensors: Tensor) -> Tensor:
         rows, factors = rows_of(x), tuple(factors_of([unit.entry, unit.down], x.dtype))
         y, kept = unit_forward(unit, rows, factors, None)
-        ctx.save_for_backward(x, *(() if again else kept.gate_up))
-        ctx.rest = unit, factors, kept._replace(gate_up=())
+        ctx.save_for_backward(x, *kept.ys, *(() if again else kept.gate_up))
+        ctx.rest = unit, factors, kept._replace(gate_up=(), ys=())
         assert y is not None
         return y.view(*x.shape[:-1], y.shape[-1])
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        x, *gate_up = ctx.saved_tensors
+        x, *wide = ctx.saved_tensors
         unit, factors, kept = ctx.rest
-        kept = kept._replace(gate_up=tuple(gate_up))
+        count = len(unit.down.magnitudes)
+        kept = kept._replace(ys=tuple(wide[:count]), gate_up=tuple(wide[count:]))
         dx, d_tensors = unit_back(unit, rows_of(g), rows_of(x), kept, factors)
         return dx.view(x.shape), None, None, *d_tensors
 
@@ -292,7 +314,7 @@ class Front(torch.autograd.Function):
                 owns = tuple(b if b is None else (thin.h[:, span], b) for b, span in pairs)
             for t, own in zip((q, k), owns, strict=True):
                 kernels_for(t).rotate(t, rows_of(cos), rows_of(sin), t, thin=own)
-        ctx.save_for_backward(x)
+        ctx.save_for_backward(x, *((q, k, v) if block.qkv.magnitudes else ()))
         ctx.rest = block, rstd, cos, sin, thin
         return q, k, v, x.view_as(x)
 
@@ -301,20 +323,28 @@ class Front(torch.autograd.Function):
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: Any, gq: Tensor, gk: Tensor, gv: Tensor, g: Tensor
     ) -> tuple[Tensor | None, ...]:
-        (x,) = ctx.saved_tensors
+        x, *outputs = ctx.saved_tensors
         block, rstd, cos, sin, thin = ctx.rest
-        gs = _projected_gradients(block, (gq, gk, gv), cos, sin)
+        gs = _turned_back(block, (gq, gk, gv), cos, sin)
+        ys = _turned_back(block, outputs, *_inverse(cos, sin)) if outputs else []
         rows = rows_of(x)
         normed, _ = block.first.forward(rows, rstd)
-        d_normed, d_tensors = block.qkv.back(normed, gs, thin, block.factors[0], need_x=ctx.needs_input_grad[0])
+        d_normed, d_tensors = block.qkv.back(normed, gs, thin, block.factors[0], ys, ctx.needs_input_grad[0])
         dx = None
         if d_normed is not None:
             dx = block.first.back(d_normed, rows, rstd, rows_of(g)).view(x.shape)
         return dx, None, None, None, *d_tensors
 
 
-def _projected_gradients(block: Block, gs: Sequence[Tensor], cos: Tensor, sin: Tensor) -> list[Tensor]:
-    """Of the projections' outputs, as rows: turned back, and side by side where one layer made all three."""
+def _inverse(cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """With these, turning back gives what was turned, even where positions scale as well (YaRN)."""
+    c, s = (t.to(torch.promote_types(t.dtype, torch.float32)) for t in (cos, sin))
+    size = c.square() + s.square()
+    return c / size, s / size
+
+
+def _turned_back(block: Block, gs: Sequence[Tensor], cos: Tensor, sin: Tensor) -> list[Tensor]:
+    """Something shaped like q, k and v, as rows: turned back, and side by side where one layer made all three."""
     batch, tokens = gs[0].shape[:2]
     many, few = block.heads
     if len(block.qkv.layers) == 1:
@@ -352,6 +382,7 @@ class TailKept(NamedTuple):
     middle: Tensor | None
     rstd: Any  # whatever the norm keeps of each row
     out: Thin
+    ys: tuple[Tensor, ...]  # what the output projection gave, where it has a magnitude
     unit: UnitKept
 
 
@@ -365,11 +396,12 @@ def tail_forward(
     """From the attention's output to the block's; without that where only what is kept is wanted."""
     _, own, *units = block.factors
     out = block.out.thin(o, own.a)
-    if middle is None:
-        middle = _through(block.out.layers[0], o, out, own, x)
+    found, ys = through(block.out, o, out, own, x, want=middle is None)
+    middle = found if middle is None else middle
+    assert middle is not None
     normed, rstd = block.second.forward(middle)
     y, unit = unit_forward(block.unit, normed, (units[0], units[1]), middle, want)
-    return y, TailKept(middle, rstd, out, unit)
+    return y, TailKept(middle, rstd, out, ys, unit)
 
 
 def tail_back(block: Ending, g: Tensor, o: Tensor, kept: TailKept) -> tuple[Tensor, Tensor, list[Tensor | None]]:
@@ -379,7 +411,7 @@ def tail_back(block: Ending, g: Tensor, o: Tensor, kept: TailKept) -> tuple[Tens
     d_normed, d_unit = unit_back(block.unit, g, normed, kept.unit, (block.factors[2], block.factors[3]))
     del normed
     d_middle = block.second.back(d_normed, kept.middle, kept.rstd, g)
-    d_o, d_out = block.out.back(o, [d_middle], kept.out, block.factors[1])
+    d_o, d_out = block.out.back(o, [d_middle], kept.out, block.factors[1], kept.ys)
     assert d_o is not None
     return d_middle, d_o, [*d_out, *d_unit]
 
@@ -388,17 +420,21 @@ class Tail(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, o: Tensor, block: Ending, again: bool, *tensors: Tensor) -> Tensor:
         y, kept = tail_forward(block, rows_of(x), rows_of(o))
-        ctx.save_for_backward(o, kept.middle, *(() if again else kept.unit.gate_up))
-        ctx.rest = block, kept._replace(middle=None, unit=kept.unit._replace(gate_up=()))
+        unit = kept.unit
+        ctx.save_for_backward(o, kept.middle, *kept.ys, *unit.ys, *(() if again else unit.gate_up))
+        ctx.rest = block, kept._replace(middle=None, ys=(), unit=unit._replace(gate_up=(), ys=()))
         assert y is not None
         return y.view(x.shape)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        o, middle, *gate_up = ctx.saved_tensors
+        o, middle, *wide = ctx.saved_tensors
         block, kept = ctx.rest
-        kept = kept._replace(middle=middle, unit=kept.unit._replace(gate_up=tuple(gate_up)))
+        outs, downs = len(block.out.magnitudes), len(block.unit.down.magnitudes)
+        ys, unit_ys, gate_up = wide[:outs], wide[outs : outs + downs], wide[outs + downs :]
+        unit = kept.unit._replace(gate_up=tuple(gate_up), ys=tuple(unit_ys))
+        kept = kept._replace(middle=middle, ys=tuple(ys), unit=unit)
         dx, d_o, d_tensors = tail_back(block, rows_of(g), rows_of(o), kept)
         return dx.view(g.shape), d_o.view(o.shape), None, None, *d_tensors
 

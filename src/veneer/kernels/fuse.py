@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from veneer.core.host import original_class, plain_modules
+from veneer.core.host import Hosted, original_class, plain_modules
 from veneer.errors import ConfigError, StateError
 from veneer.kernels.block import LEVELS, Block, norm, run_block, run_mlp
 from veneer.kernels.group import factors_of
@@ -121,8 +121,8 @@ def _block_now(parts: BlockParts, x: Tensor, kwargs: dict[str, Any]) -> Block | 
     positions = kwargs.get("position_embeddings")
     if not isinstance(positions, tuple) or positions[0].shape[-1] != parts.attention.head_dim:
         return "its positions do not rotate whole heads"
-    first, second, unit = parts.first.now(x.dtype), parts.second.now(x.dtype), parts.mlp.now(x.dtype)
-    attention = parts.attention.now(x.dtype)
+    first, second, unit = parts.first.now(x.dtype), parts.second.now(x.dtype), parts.mlp.now(x.dtype, len(x))
+    attention = parts.attention.now(x.dtype, len(x))
     for part in (first, second, unit, attention):
         if isinstance(part, str):
             return part
@@ -144,7 +144,7 @@ class FusedMlp(FusedModule):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         if args or kwargs or _is_resting(x):
             return super().forward(x, *args, **kwargs)
-        unit = self.fused.parts.now(x.dtype)
+        unit = self.fused.parts.now(x.dtype, len(x))
         if isinstance(unit, str):
             return self.plain(unit, x)
         return run_mlp(x, unit, self.fused.recompute != "none")
@@ -303,7 +303,7 @@ def _differs(block: nn.Module) -> str | None:
     assert weight is not None
     if weight.is_meta:
         return None
-    x = _trial(len(weight), weight)
+    x = _trial(_routed_rows(block), len(weight), weight)
     angle = torch.linspace(0, 1, TOKENS * parts.attention.head_dim // 2, device=weight.device).view(1, TOKENS, -1)
     angle = torch.cat([angle, angle], -1)
     positions = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
@@ -332,9 +332,15 @@ class _Plainly:
         return super(FusedModule, self.block).forward(*args, **kwargs)  # type: ignore[misc]
 
 
-def _trial(width: int, like: Tensor) -> Tensor:
-    values = torch.sin(torch.arange(TOKENS * width, device=like.device) * math.sqrt(2))
-    return values.view(1, TOKENS, width).to(like.dtype)
+def _routed_rows(block: nn.Module) -> int:
+    """How many rows a batch must have just now: as many as are routed."""
+    active = next((module.active for module in block.modules() if isinstance(module, Hosted)), None)
+    return len(active.mix) if active is not None and active.routed and active.mix is not None else 1
+
+
+def _trial(rows: int, width: int, like: Tensor) -> Tensor:
+    values = torch.sin(torch.arange(rows * TOKENS * width, device=like.device) * math.sqrt(2))
+    return values.view(rows, TOKENS, width).to(like.dtype)
 
 
 @contextmanager

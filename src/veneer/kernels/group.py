@@ -5,7 +5,13 @@
 
     backward   d_i = g_i B_i                          (tokens, r_i)
                dx  = [d1 d2 ..] [s1 A1; s2 A2; ..], then += g_i W_i
-               dA  = s [d1 d2 ..]^T x,  dB_i = g_i^T h_i
+               dA  = s [d1 d2 ..]^T x,  dB_i = g_i^T h_i,  d bias_i = sum g_i
+
+    DoRA       y_i = gain_i (x W_i^T + h_i B_i^T) + bias; then g_i is gain_i g_i above, and
+               d m_i = sum g_i (y_i - bias) / m_i     which is why such a layer's output is kept
+
+    several    A and B side by side: a sum of adapters is one of a larger rank; where each row of the batch has its
+               own, h and d are multiplied by what each adapter weighs in the row
 
 Beginning with the thin product is what makes the adapters cheap: a large product that adds to what is there costs a
 few per cent more than one that does not, while adding a thin one afterwards reads and writes the whole result again.
@@ -13,7 +19,8 @@ And it is what lets them learn in half precision: the share of a young adapter i
 around x W^T, so added to a rounded x W^T most of it is lost (benchmarks/first_steps.py).
 
 `lay_bare` says what a layer amounts to right now - its adapters, weights and storage may change between calls - or in
-words why it must run by its own forward.
+words why it must run by its own forward. Any delta that is two thin factors is taken by them, and autograd carries
+their gradients on to what is learned.
 """
 
 from __future__ import annotations
@@ -26,10 +33,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from veneer.core.delta import Lora
+from veneer.core.combine import Add, Dora
+from veneer.core.delta import Delta
 from veneer.core.host import Adapted, Adapter, Hosted, original_class
+from veneer.core.op import TransposedLinearOp, op_for, op_of
 from veneer.core.weight import is_plain
 from veneer.kernels.image_pieces import image_kernels_for
+from veneer.kernels.pieces import column_products
 from veneer.quant.layer import Packed
 from veneer.quant.storage import Parts, Recipe, storage_of
 
@@ -56,12 +66,20 @@ def unpacked(weight: Tensor | Store, dtype: torch.dtype) -> Tensor | Store:
 
 @dataclass(slots=True)
 class Bare:
-    """A linear layer as a few tensors. W (out, in) and the bias are frozen."""
+    """A linear layer as a few tensors. W (out, in) is frozen; the bias holds what adapters add to it."""
 
     weight: Tensor | Store
     bias: Tensor | None
     adapters: list[tuple[Tensor, Tensor, float]] = field(default_factory=list)  # A, B, scale
     dropout: float = 0.0
+    magnitude: Tensor | None = None  # DoRA's (out,), and
+    gain: Tensor | None = None  # that over the rows' norms, which are constants
+    picks: Tensor | None = None  # (rows of the batch, rank): what each adapter weighs in each row
+
+    @property
+    def is_bare(self) -> bool:
+        """Whether an adapter's share is h B^T and no more, so that it can be added elsewhere."""
+        return not self.dropout and self.gain is None
 
     @property
     def rank(self) -> int:
@@ -74,9 +92,9 @@ class Bare:
     def forward(self, x: Tensor, h: Tensor | None, b: Tensor | None) -> Tensor:
         """x W^T + bias + h B^T. The bias comes last: into numbers of its size h B^T would round away."""
         weight = unpacked(self.weight, x.dtype)
-        if h is None and isinstance(weight, Tensor):
+        if h is None and self.gain is None and isinstance(weight, Tensor) and self._adds_bias_itself(x.dtype):
             return F.linear(x, weight, self.bias)
-        y = _multiplied(weight, x, h, b)
+        y = self._unbiased(weight, x, h, b)
         return y if self.bias is None else y.add_(self.bias)
 
     def onto(self, c: Tensor, x: Tensor, h: Tensor | None, b: Tensor | None) -> Tensor:
@@ -84,8 +102,20 @@ class Bare:
 
         c and the bias come last for the same reason, in one pass.
         """
-        y = _multiplied(unpacked(self.weight, x.dtype), x, h, b)
+        y = self._unbiased(unpacked(self.weight, x.dtype), x, h, b)
         return y.add_(c) if self.bias is None else image_kernels_for(y).add_channels(y, c, self.bias)
+
+    def _unbiased(self, weight: Tensor | Store, x: Tensor, h: Tensor | None, b: Tensor | None) -> Tensor:
+        """x W^T + h B^T, and DoRA's gain on it."""
+        if isinstance(weight, Store):
+            y = storage_of(weight.recipe).product(x, *weight)
+            y = y if h is None else y.addmm_(h, b.T)
+        else:
+            y = x @ weight.T if h is None else (h @ b.T).addmm_(x, weight.T)
+        return y if self.gain is None else y.mul_(self.gain)
+
+    def _adds_bias_itself(self, dtype: torch.dtype) -> bool:
+        return self.bias is None or self.bias.dtype == dtype
 
     def back(self, g: Tensor, dx: Tensor | None) -> Tensor:
         """g W, added to dx where there is one."""
@@ -96,28 +126,19 @@ class Bare:
         return g @ weight if dx is None else dx.addmm_(g, weight)
 
 
-def _multiplied(weight: Tensor | Store, x: Tensor, h: Tensor | None, b: Tensor | None) -> Tensor:
-    """x W^T + h B^T."""
-    if isinstance(weight, Store):
-        y = storage_of(weight.recipe).product(x, *weight)
-        return y if h is None else y.addmm_(h, b.T)
-    return x @ weight.T if h is None else (h @ b.T).addmm_(x, weight.T)
-
-
-def lay_bare(layer: nn.Module, dtype: torch.dtype) -> Bare | str:
-    """What `layer` amounts to, or why it cannot be told."""
+def lay_bare(layer: nn.Module, dtype: torch.dtype, batch: int | None = None) -> Bare | str:
+    """What `layer` amounts to, or why it cannot be told. `batch`: rows of the batch, where the input still has them."""
     if (why := untouched(layer)) is not None:
         return why
     weight = _weight_of(layer, dtype)
     if isinstance(weight, str):
         return weight
-    bias = layer._parameters.get("bias")
-    if bias is not None and bias.requires_grad:
-        return "its bias is trained"
-    bare = Bare(weight, bias)
+    bare = Bare(weight, layer._parameters.get("bias"))
     if not isinstance(layer, Adapted):
         return bare if not isinstance(layer, Hosted) else "it is trained whole, or its weight is read by other code"
-    why = _adapters_of(layer, bare)
+    if torch.is_grad_enabled():
+        layer.active.watch_checkpoint()
+    why = _routed(layer, bare, batch) if layer.active.routed else _adapters_of(layer, bare)
     return bare if why is None else why
 
 
@@ -136,44 +157,76 @@ def _weight_of(layer: nn.Module, dtype: torch.dtype) -> Tensor | Store | str:
         if layer.compute_dtype not in (None, dtype):
             return f"it computes in {layer.compute_dtype}"
         return Store(layer.parts, layer.matrix_shape, layer.recipe)
-    if original_class(type(layer)).forward is not nn.Linear.forward:
-        return f"{original_class(type(layer)).__name__} has a forward of its own"
+    kind = original_class(type(layer))
+    turned = type(op_for(kind)) is TransposedLinearOp and kind.__name__ == "Conv1D"
+    if kind.forward is not nn.Linear.forward and not turned:
+        return f"{kind.__name__} has a forward of its own"
     if weight is None or not is_plain(weight):
         return "its weight is no plain tensor"
     if weight.requires_grad:
         return "its weight is trained"
-    return weight if weight.dtype == dtype else f"its weight is {weight.dtype}, its input {dtype}"
+    if weight.dtype != dtype:
+        return f"its weight is {weight.dtype}, its input {dtype}"
+    return weight.T if turned else weight
 
 
 def _adapters_of(layer: Adapted, bare: Bare) -> str | None:
-    active = layer.active
-    if active.routed:
-        return "each row of the batch has its own adapters"
-    for name, weight in zip(active.names, active.weights(), strict=True):
-        adapter = layer.slots.get(name)
-        if adapter is None:
-            continue
-        if (why := _unlike_lora(adapter)) is not None:
+    acting = [(layer.slots[n], w) for n, w in zip(layer.active.names, layer.active.weights(), strict=True)
+              if n in layer.slots]  # fmt: skip
+    drops = {_dropout_of(adapter) for adapter, _ in acting}
+    if any(drops) and len(acting) > 1:
+        return "several adapters with dropout each draw their own mask"
+    for adapter, weight in acting:
+        if (why := _unlike_factors(adapter)) is not None:
             return why
-        a, b = adapter.delta.factors()
-        if adapter.training and adapter.delta.dropout:
-            if bare.adapters and bare.dropout != adapter.delta.dropout:
-                return "its adapters differ in dropout"
-            bare.dropout = adapter.delta.dropout
-        elif bare.dropout:
-            return "its adapters differ in dropout"
-        bare.adapters.append((a, b if isinstance(weight, float) else b * weight, adapter.delta.scale))
-    return "several adapters with dropout each draw their own mask" if bare.dropout and len(bare.adapters) > 1 else None
-
-
-def _unlike_lora(adapter: Adapter) -> str | None:
-    if adapter.combine_changes_base:
-        return f"{type(adapter.combine).__name__.lower()} rescales its weight"
-    if not isinstance(adapter.delta, Lora) or adapter.bias is not None:
-        return f"its adapter is {type(adapter.delta).__name__.lower()}" + (
-            " with a bias" if adapter.bias is not None else ""
-        )
+        if isinstance(adapter.combine, Dora):
+            if len(acting) > 1 or not isinstance(weight, float):
+                return "dora rescales its weight, and is not alone or weighs other than 1"
+            bare.magnitude = adapter.combine.magnitude
+            with torch.no_grad():
+                bare.gain = adapter.combine.gain(layer, op_of(layer), adapter.delta)  # type: ignore[arg-type]
+        if adapter.bias is not None:
+            own = adapter.bias if isinstance(weight, float) else adapter.bias * weight
+            bare.bias = own if bare.bias is None else bare.bias + own
+        if adapter.delta is not None:
+            a, b = adapter.delta.factors()
+            bare.adapters.append((a, b if isinstance(weight, float) else b * weight, adapter.delta.scale))
+    bare.dropout = max(drops, default=0.0)
     return None
+
+
+def _routed(layer: Adapted, bare: Bare, batch: int | None) -> str | None:
+    """Every row meets every adapter that acts in some row, and `picks` says which count. Cheap while all of them
+    together are thin."""
+    mix = layer.active.mix
+    assert mix is not None
+    if batch is None or not len(mix) or batch % len(mix):
+        return "each row of the batch has its own adapters"
+    acting = [(layer.slots[r.name], layer.active.names.index(r.name)) for r in layer.active.routes(batch, layer)
+              if r.name in layer.slots]  # fmt: skip
+    for adapter, _ in acting:
+        if (why := _unlike_factors(adapter)) is not None:
+            return why
+        if adapter.combine_changes_base or adapter.bias is not None or _dropout_of(adapter):
+            return "each row of the batch has its own adapters, and they are more than two factors"
+        bare.adapters.append((*adapter.delta.factors(), adapter.delta.scale))
+    if acting:
+        columns = [mix[:, i : i + 1].expand(-1, a.shape[0]) for (_, i), (a, _, _) in zip(acting, bare.adapters)]
+        bare.picks = torch.cat(columns, dim=1)
+    return None
+
+
+def _dropout_of(adapter: Adapter) -> float:
+    return adapter.delta.dropout if adapter.training and adapter.delta is not None else 0.0
+
+
+def _unlike_factors(adapter: Adapter) -> str | None:
+    """Why an adapter is more than a bias, two thin factors and perhaps a gain."""
+    if adapter.combine is not None and type(adapter.combine) not in (Add, Dora):
+        return f"{type(adapter.combine).__name__.lower()} is a rule of its own"
+    if adapter.delta is None or type(adapter.delta).forward is Delta.forward:
+        return None
+    return f"the change of {type(adapter.delta).__name__.lower()} is no product of two thin factors"
 
 
 # ------------------------------------------------------------------ several layers
@@ -209,9 +262,17 @@ class Group:
         return ends
 
     def tensors(self) -> list[Tensor]:
-        """All A, then all B: what autograd is told of."""
+        """All A, then all B, then magnitudes and trained biases: what autograd is told of."""
         pairs = [pair for layer in self.layers for pair in layer.adapters]
-        return [a for a, _, _ in pairs] + [b for _, b, _ in pairs]
+        return [a for a, _, _ in pairs] + [b for _, b, _ in pairs] + self.magnitudes + self.biases
+
+    @property
+    def magnitudes(self) -> list[Tensor]:
+        return [layer.magnitude for layer in self.layers if layer.magnitude is not None]
+
+    @property
+    def biases(self) -> list[Tensor]:
+        return [layer.bias for layer in self.layers if layer.bias is not None and layer.bias.requires_grad]
 
     def factors(self, dtype: torch.dtype) -> Factors:
         pairs = [pair for layer in self.layers for pair in layer.adapters]
@@ -234,13 +295,21 @@ class Group:
         if a is None:
             return Thin(None, nothing)
         if not any(layer.dropout for layer in self.layers):
-            return Thin(x @ a.T, nothing)
+            return Thin(self._pick_(x @ a.T), nothing)
         h, masks = x.new_empty(x.shape[0], a.shape[0]), []
         for layer, span in zip(self.layers, self.spans, strict=True):
             mask = None if not layer.dropout or not layer.rank else F.dropout(torch.ones_like(x), layer.dropout) != 0
             h[:, span] = _dropped(x, mask, layer.dropout) @ a[span].T
             masks.append(mask)
         return Thin(h, tuple(masks))
+
+    def _pick_(self, h: Tensor) -> Tensor:
+        """What a row's own adapters have no part in becomes zero."""
+        for layer, span in zip(self.layers, self.spans, strict=True):
+            if layer.picks is not None:
+                rows = h[:, span].view(len(layer.picks), -1, layer.rank)
+                rows.mul_(layer.picks.to(h.dtype)[:, None])
+        return h
 
     def outputs(self, x: Tensor, h: Tensor | None, bs: Sequence[Tensor | None]) -> list[Tensor]:
         return [
@@ -249,12 +318,33 @@ class Group:
         ]
 
     def back(
-        self, x: Tensor, gs: Sequence[Tensor], thin: Thin, factors: Factors, need_x: bool = True
-    ) -> tuple[Tensor | None, list[Tensor | None]]:
-        """The gradients of x and of `tensors()`."""
+        self, x: Tensor, gs: Sequence[Tensor], thin: Thin, factors: Factors, ys: Sequence[Tensor] = (),
+        need_x: bool = True,
+    ) -> tuple[Tensor | None, list[Tensor | None]]:  # fmt: skip
+        """The gradients of x and of `tensors()`; `ys` are the outputs, where there are magnitudes."""
+        rest = self.rest_gradients(gs, ys)
+        gs = self.scaled(gs)
         d = self.thin_gradients(gs, factors)
         dx = self.input_gradient(gs, d, thin, factors) if need_x else None
-        return dx, self.factor_gradients(x, gs, d, thin)
+        return dx, [*self.factor_gradients(x, gs, d, thin), *rest]
+
+    def rest_gradients(self, gs: Sequence[Tensor], ys: Sequence[Tensor]) -> list[Tensor]:
+        """Of magnitudes and of trained biases."""
+        found = []
+        if self.magnitudes:
+            for layer, g, y in zip(self.layers, gs, ys, strict=True):
+                if layer.magnitude is not None:
+                    m = layer.magnitude.to(torch.promote_types(g.dtype, torch.float32))
+                    found.append(column_products(g, y, layer.bias) / torch.where(m == 0, 1, m))
+        for layer, g in zip(self.layers, gs, strict=True):
+            if layer.bias is not None and layer.bias.requires_grad:
+                found.append(g.sum(0, dtype=torch.promote_types(g.dtype, torch.float32)))
+        return found
+
+    def scaled(self, gs: Sequence[Tensor]) -> list[Tensor]:
+        """The gradients before DoRA's gain."""
+        pairs = zip(self.layers, gs, strict=True)
+        return [g if layer.gain is None else (g * layer.gain).to(g.dtype) for layer, g in pairs]
 
     def thin_gradients(self, gs: Sequence[Tensor], factors: Factors) -> Tensor | None:
         """g_i B_i, side by side."""
@@ -264,7 +354,7 @@ class Group:
         for g, b, span in zip(gs, factors.bs, self.spans, strict=True):
             if b is not None:
                 torch.mm(g, b, out=d[:, span])
-        return d
+        return self._pick_(d)
 
     def input_gradient(self, gs: Sequence[Tensor], d: Tensor | None, thin: Thin, factors: Factors) -> Tensor:
         dx = None
@@ -286,7 +376,9 @@ class Group:
             return [None] * (2 * len(pairs))
         return [*self.a_gradients(x, d, thin), *self.b_gradients(gs, thin)]
 
-    def a_gradients(self, x: Tensor, d: Tensor, thin: Thin) -> list[Tensor]:
+    def a_gradients(self, x: Tensor, d: Tensor, thin: Thin) -> list[Tensor | None]:
+        if not any(a.requires_grad for layer in self.layers for a, _, _ in layer.adapters):
+            return [None] * sum(len(layer.adapters) for layer in self.layers)
         dtype = next(a.dtype for layer in self.layers for a, _, _ in layer.adapters)
         if not any(mask is not None for mask in thin.masks):
             da = _product(d.T, x, dtype)
@@ -295,7 +387,7 @@ class Group:
             da = torch.cat([_product(d[:, s].T, _dropped(x, m, layer.dropout), dtype) for layer, s, m in spans])
         return self.split_a(da)
 
-    def split_a(self, da: Tensor) -> list[Tensor]:
+    def split_a(self, da: Tensor) -> list[Tensor | None]:
         """d^T x of all siblings as the gradient of each A."""
         pairs = [pair for layer in self.layers for pair in layer.adapters]
         scales = {s for _, _, s in pairs}
@@ -348,6 +440,6 @@ def _product(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
     return left @ right
 
 
-def all_bare(layers: Iterable[nn.Module], dtype: torch.dtype) -> Group | str:
-    found = [lay_bare(layer, dtype) for layer in layers]
+def all_bare(layers: Iterable[nn.Module], dtype: torch.dtype, batch: int | None = None) -> Group | str:
+    found = [lay_bare(layer, dtype, batch) for layer in layers]
     return next((why for why in found if isinstance(why, str)), None) or Group(tuple(found))  # type: ignore[arg-type]

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-from veneer.kernels.block import Tail, Unit, rows_of, tail_tensors
+from veneer.kernels.block import Tail, Unit, rows_of, tail_tensors, through
 from veneer.kernels.group import Factors, Group
 from veneer.kernels.image_pieces import GroupStats, Stats, convolved, convolved_back, image_kernels_for
 
@@ -98,7 +98,7 @@ class Enter(torch.autograd.Function):
         normed, stats = (rows, None) if norm is None else norm.forward(rows)
         thin = group.thin(normed, factors.a)
         ys = group.outputs(normed, thin.h, factors.bs)
-        ctx.save_for_backward(x)
+        ctx.save_for_backward(x, *(ys if group.magnitudes else ()))
         ctx.rest = norm, group, factors, stats, thin
         ctx.set_materialize_grads(False)
         return *(y.view(*x.shape[:-1], y.shape[-1]) for y in ys), x.view_as(x)
@@ -106,7 +106,7 @@ class Enter(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gs: Tensor | None) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        (x,) = ctx.saved_tensors
+        x, *ys = ctx.saved_tensors
         norm, group, factors, stats, thin = ctx.rest
         *own, beside = gs
         rows = rows_of(x)
@@ -114,7 +114,7 @@ class Enter(torch.autograd.Function):
         g_rows = [rows_of(g) for g in own if g is not None]
         if len(g_rows) < len(own):  # somebody asked for the gradient of some outputs only
             g_rows = _filled(own, group, rows)
-        dx, d_tensors = group.back(normed, g_rows, thin, factors, need_x=ctx.needs_input_grad[0])
+        dx, d_tensors = group.back(normed, g_rows, thin, factors, ys, ctx.needs_input_grad[0])
         if dx is not None:
             past = None if beside is None else rows_of(beside)
             dx = _joined(dx, past) if norm is None else norm.back(dx, rows, stats, past)
@@ -143,27 +143,29 @@ class Between(torch.autograd.Function):
         _, f_out, f_q, *_ = block.factors
         rows = rows_of(o)
         out = block.out.thin(rows, f_out.a)
-        middle = block.out.layers[0].onto(rows_of(x), rows, out.h, f_out.bs[0])
+        middle, outs = through(block.out, rows, out, f_out, rows_of(x))
+        assert middle is not None
         normed, stats = block.second.forward(middle)
         thin = block.q.thin(normed, f_q.a)
         (q,) = block.q.outputs(normed, thin.h, f_q.bs)
         middle = middle.view(x.shape)
-        ctx.save_for_backward(o, middle)
+        ctx.save_for_backward(o, middle, *outs, *([q] if block.q.magnitudes else []))
         ctx.rest = block, stats, out, thin
         return q.view(*x.shape[:-1], -1), middle
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gq: Tensor, g: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        o, middle = ctx.saved_tensors
+        o, middle, *ys = ctx.saved_tensors
         block, stats, out, thin = ctx.rest
+        outs, qs = ys[: len(block.out.magnitudes)], ys[len(block.out.magnitudes) :]
         _, f_out, f_q, *_ = block.factors
         rows = rows_of(middle)
         normed = rows if thin.h is None else block.second.forward(rows, stats)[0]
-        d_normed, d_q = block.q.back(normed, [rows_of(gq)], thin, f_q)
+        d_normed, d_q = block.q.back(normed, [rows_of(gq)], thin, f_q, qs)
         assert d_normed is not None
         d_middle = block.second.back(d_normed, rows, stats, rows_of(g))
-        d_o, d_out = block.out.back(rows_of(o), [d_middle], out, f_out)
+        d_o, d_out = block.out.back(rows_of(o), [d_middle], out, f_out, outs)
         assert d_o is not None
         return d_middle.view(middle.shape), d_o.view(o.shape), None, *d_out, *d_q
 

@@ -48,8 +48,9 @@ class HeadLoss(torch.autograd.Function):
 def _chunk(head: Group, x: Tensor, labels: Tensor, factors: Factors) -> tuple[Tensor, Tensor, list[Tensor | None]]:
     thin = head.thin(x, factors.a)
     (logits,) = head.outputs(x, thin.h, factors.bs)
+    ys = [logits.clone()] if head.magnitudes else []
     loss = kernels_for(x).token_losses_(logits, labels).sum()
-    d_x, d_factors = head.back(x, [logits], thin, factors)
+    d_x, d_factors = head.back(x, [logits], thin, factors, ys)
     assert d_x is not None
     return loss, d_x, d_factors
 

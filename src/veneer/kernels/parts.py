@@ -62,8 +62,8 @@ class MlpParts:
     down: nn.Linear
     act: str
 
-    def now(self, dtype: torch.dtype) -> Unit | str:
-        entry, down = all_bare(self.entry, dtype), all_bare([self.down], dtype)
+    def now(self, dtype: torch.dtype, batch: int) -> Unit | str:
+        entry, down = all_bare(self.entry, dtype, batch), all_bare([self.down], dtype, batch)
         if isinstance(entry, str) or isinstance(down, str):
             return entry if isinstance(entry, str) else str(down)
         return Unit(entry, down, self.act)
@@ -78,10 +78,10 @@ class AttentionParts:
     head_dim: int
     head_norms: tuple[nn.Module, nn.Module] | None
 
-    def now(self, dtype: torch.dtype) -> tuple[Group, Group] | str:
+    def now(self, dtype: torch.dtype, batch: int) -> tuple[Group, Group] | str:
         if (why := untouched(self.module)) is not None:
             return why
-        qkv, out = all_bare(self.qkv, dtype), all_bare([self.out], dtype)
+        qkv, out = all_bare(self.qkv, dtype, batch), all_bare([self.out], dtype, batch)
         if isinstance(qkv, str) or isinstance(out, str):
             return qkv if isinstance(qkv, str) else str(out)
         return qkv, out

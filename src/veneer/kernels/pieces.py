@@ -5,6 +5,7 @@
     glu            act(gate) * up                                            gate and up; the product is rebuilt
     rotate         rotary positions                                          nothing: back is the other way round
     add_product    c + h B^T for a thin B                                    nothing
+    column_products  sum over tokens of g (y - bias): a gain's gradient      nothing
     token_losses_  cross entropy of logits, which become their gradient      nothing
 
 These functions are the specification. On a GPU the kernels of cuda.py do the same without intermediate tensors in
@@ -29,6 +30,7 @@ __all__ = [
     "ACTIVATIONS",
     "Pair",
     "add_product",
+    "column_products",
     "glu",
     "glu_back",
     "kernels_for",
@@ -189,6 +191,16 @@ def add_product(
 ) -> Float[Tensor, "t out"]:
     """c + h B^T in fresh memory."""
     return torch.addmm(c, h, b.T)
+
+
+def column_products(
+    g: Float[Tensor, "t out"], y: Float[Tensor, "t out"], bias: Float[Tensor, " out"] | None
+) -> Float[Tensor, " out"]:
+    """The sum of g (y - bias) over the tokens, in fp32 or wider; a part of them at a time."""
+    total = torch.zeros_like(g[:0].sum(0), dtype=torch.promote_types(g.dtype, torch.float32))
+    for few, own in zip(g.split(1024), y.split(1024), strict=True):
+        total += (_wide(few) * (_wide(own) if bias is None else _wide(own) - bias)).sum(0)
+    return total
 
 
 # ------------------------------------------------------------------ the loss
