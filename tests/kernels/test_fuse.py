@@ -38,6 +38,7 @@ from veneer.errors import ConfigError, StateError
 from veneer.kernels import fuse as home
 from veneer.kernels.block import LEVELS
 from veneer.kernels.fuse import FusedModule, fuse, is_fused, set_recompute, unfuse
+from veneer.quant.layer import unrounded
 from veneer.tasks.cross_entropy import chunked_cross_entropy
 
 SIZES: dict[str, Any] = {
@@ -233,6 +234,19 @@ def test_the_law_over_deltas_and_rules(spec: str, build: str, level: str) -> Non
     assert not said()
 
 
+@pytest.mark.parametrize("kind", ["nf4", "int8", "fp8"])
+@pytest.mark.parametrize("level", ["none", "input"])
+@pytest.mark.parametrize("spec", ["dora", "biases", "vera"])
+def test_the_law_over_packed_bases(kind: str, spec: str, level: str) -> None:
+    model = model_of("llama-biased", **FUSED_SPECS[spec])
+    veneer.quantize(model, kind)
+    with unrounded(model):
+        wanted = outcome(model)
+        fuse(model, level, verbose=False)
+        agree(outcome(model), wanted)
+    assert not said()
+
+
 SPECS: dict[str, dict[str, Any]] = {
     "loha": {"delta": "loha"},
     "trained norms": {"modules_to_save": ["input_layernorm", "norm"]},
@@ -391,9 +405,10 @@ def test_an_unknown_level_names_the_known_ones() -> None:
 
 
 @pytest.mark.parametrize("level", LEVELS)
-def test_what_is_kept_is_what_the_level_says(level: str) -> None:
+@pytest.mark.parametrize("combine", ["add", "dora"])
+def test_what_is_kept_is_what_the_level_says(level: str, combine: str) -> None:
     """In numbers for each token of a block, against what block.py's table says, with a little for the thin products."""
-    model = model_of("llama", torch.float32)
+    model = model_of("llama", torch.float32, combine=combine)
     fuse(model, level, verbose=False)
     held: dict[int, int] = {}
 
@@ -406,6 +421,8 @@ def test_what_is_kept_is_what_the_level_says(level: str) -> None:
     with torch.autograd.graph.saved_tensors_hooks(count, lambda t: t):
         model.base_model(input_ids=torch.randint(3, 97, (2, 512)), use_cache=False)
     wanted = {"none": 32 * 2 + 32 + 16 * 2 + 32 + 96, "gate_up": 32 * 2 + 32 + 16 * 2 + 32, "middle": 64, "input": 32}
+    if combine == "dora" and level in ("none", "gate_up"):
+        wanted[level] += 2 * 32  # what o and down gave
     per_token = sum(held.values()) / 4 / 1024 / 2
     assert per_token <= wanted[level] + 32 / 2 + 60  # the last norm's input, positions, h and factors
     assert not [m for m in model.modules() if isinstance(m, FusedModule) and m.fused.recompute != level]

@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from veneer.kernels.group import Bare, Factors, Group, Thin, factors_of
+from veneer.kernels.group import Factors, Group, Thin, factors_of
 from veneer.kernels.pieces import Pair, kernels_for
 
 __all__ = ["LEVELS", "Attend", "Block", "Ending", "Norm", "Unit", "norm", "rotated", "run_block", "run_mlp", "through"]
@@ -66,7 +66,7 @@ class Unit:
 
     @property
     def is_lean(self) -> bool:
-        """Whether the adapters' share can be added inside the activation: thin enough for a tile, no dropout and no gain."""
+        """Whether the adapters' share can be added inside the activation: thin, and nothing but h B^T."""
         layers = (*self.entry.layers, *self.down.layers)
         return all(layer.is_bare and layer.rank <= THIN for layer in layers)
 

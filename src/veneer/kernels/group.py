@@ -211,7 +211,9 @@ def _routed(layer: Adapted, bare: Bare, batch: int | None) -> str | None:
             return "each row of the batch has its own adapters, and they are more than two factors"
         bare.adapters.append((*adapter.delta.factors(), adapter.delta.scale))
     if acting:
-        columns = [mix[:, i : i + 1].expand(-1, a.shape[0]) for (_, i), (a, _, _) in zip(acting, bare.adapters)]
+        columns = [
+            mix[:, i : i + 1].expand(-1, a.shape[0]) for (_, i), (a, _, _) in zip(acting, bare.adapters, strict=True)
+        ]
         bare.picks = torch.cat(columns, dim=1)
     return None
 
