@@ -151,6 +151,17 @@ def test_the_texts_gradient_and_the_same_masks(dropout: float, level: str) -> No
     agree(outcome(model, text=True), wanted)
 
 
+@pytest.mark.parametrize("level", ["none", "gate_up", "middle"])
+def test_dora_and_trained_biases(level: str) -> None:
+    model = model_of("sd1", targets=TARGETS["everything linear"], combine="dora", bias="all")
+    wanted = outcome(model, text=True)
+    report = fuse(model, level, verbose=False)
+    assert not report.skipped
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*Image.*run plainly")
+        agree(outcome(model, text=True), wanted)
+
+
 @pytest.mark.parametrize("build", BUILDS)
 def test_in_half_precision_fused_is_as_near_the_truth_as_plain(build: str) -> None:
     model = model_of(build, torch.bfloat16, TARGETS["everything linear"])

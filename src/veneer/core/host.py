@@ -179,20 +179,21 @@ class Adapter(nn.Module):
     def change(self, host: nn.Module, op: Op | None, x: Tensor, y: Tensor) -> Tensor:
         """What this adapter adds to the base's output y."""
         if self.combine is None:
-            return _per_channel(host, op, self.bias).to(y.dtype)  # type: ignore[arg-type]
+            return _per_channel(host, op, self.bias, y).to(y.dtype)  # type: ignore[arg-type]
         change = self.combine.change(host, op, self.delta, x, y)  # type: ignore[arg-type]
-        return change if self.bias is None else change + _per_channel(host, op, self.bias).to(y.dtype)
+        return change if self.bias is None else change + _per_channel(host, op, self.bias, y).to(y.dtype)
 
     def weight(self, w: Tensor) -> Tensor:
         """The combined weight matrix for a base matrix w."""
         return w if self.combine is None else self.combine.weight(w, self.delta)  # type: ignore[arg-type]
 
 
-def _per_channel(host: nn.Module, op: Op | None, v: Tensor) -> Tensor:
+def _per_channel(host: nn.Module, op: Op | None, v: Tensor, y: Tensor) -> Tensor:
     if op is not None:
         return op.per_channel(host, v)
     channels_first = isinstance(host, NORMS) and not isinstance(host, nn.LayerNorm)
-    return v.view(1, -1, *[1] * (_spatial(host))) if channels_first else v
+    spatial = y.ndim - 2 if isinstance(host, nn.GroupNorm) else _spatial(host)
+    return v.view(1, -1, *[1] * spatial) if channels_first else v
 
 
 def _spatial(norm: nn.Module) -> int:
