@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -50,8 +50,9 @@ class Diffusers:
     def recognises(self, keys: Collection[str]) -> int:
         return sum(_piece(key) is not None for key in keys)
 
-    def pieces(self, file: TensorFile, known: Mapping[str, Shapes]) -> Mapping[str, Piece | None]:
-        return {stored.name: _piece(stored.name) for stored in file}
+    def pieces(self, file: TensorFile, known: Mapping[str, Shapes]) -> Mapping[str, Sequence[Piece]]:
+        found = {stored.name: _piece(stored.name) for stored in file}
+        return {name: () if piece is None else (piece,) for name, piece in found.items()}
 
     def alphas(self, file: TensorFile) -> Callable[[str, str, Layer], float | None]:
         words: dict[str, dict[str, Any]] = {}

@@ -7,17 +7,20 @@
     lora_unet_<module>.dora_scale           DoRA's magnitude, (out, 1, ...)
     lora_unet_<module>.hada_*, lokr_*       LoHa and LoKr, in PEFT's shapes (which came from here)
 
-<module> is the module's name with underscores for dots (unets.py). `dora_scale` is also written as (1, in), a magnitude
-of the inputs' columns, in which case it is another method, and refused as unknown.
+<module> is the module's name with underscores for dots (unets.py); for FLUX and SD 3 it is the name that the layer was
+released under, which may be one layer of several of our modules (dits.py). `dora_scale` is also written as (1, in), a
+magnitude of the inputs' columns, in which case it is another method, and refused as unknown.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from veneer.ckpt.dits import CUT, Share, joined, released_names
 from veneer.ckpt.layers import LAYOUTS, Layer, Piece, Shared
 from veneer.ckpt.tensorfile import TensorFile
 from veneer.ckpt.unets import KOHYA, Shapes, canonical, spellings
@@ -42,12 +45,14 @@ class Kohya:
     def recognises(self, keys: Collection[str]) -> int:
         return sum(key.startswith(PREFIXES) for key in keys)
 
-    def pieces(self, file: TensorFile, known: Mapping[str, Shapes]) -> Mapping[str, Piece | None]:
-        table: dict[str, tuple[str, str]] = {}
+    def pieces(self, file: TensorFile, known: Mapping[str, Shapes]) -> Mapping[str, Sequence[Piece]]:
+        table: dict[str, tuple[Place, ...]] = {}
         for part, modules in known.items():
             for spelled, module in spellings(part, modules, known)[0].items():
-                table.setdefault(spelled, (part, canonical(part, module)))
-        return {stored.name: _piece(stored.name, stored.shape, table) for stored in file}
+                table.setdefault(spelled, (Place(part, canonical(part, module)),))
+            for spelled, shares in _released(part, modules).items():
+                table[spelled] = tuple(Place(part, share.module, share) for share in shares)
+        return {stored.name: _pieces(stored.name, stored.shape, table) for stored in file}
 
     def alphas(self, file: TensorFile) -> Callable[[str, str, Layer], float | None]:
         return lambda part, module, layer: None
@@ -55,24 +60,56 @@ class Kohya:
     def write(self, shared: Shared, known: Mapping[str, Shapes]) -> tuple[dict[str, Tensor], dict[str, str]]:
         tensors: dict[str, Tensor] = {}
         for part, layers in shared.parts.items():
-            names = spellings(part, known.get(part, layers), {*known, *shared.parts})[1]
-            lost = [module for module in layers if module not in names]
-            if lost:
+            modules: Shapes = known[part] if part in known else dict.fromkeys(layers)
+            names = spellings(part, modules, {*known, *shared.parts})[1]
+            released = _released(part, modules)
+            if released:  # a model that has such names goes by them alone
+                names = {}
+            named = {names[module]: layer for module, layer in layers.items() if module in names}
+            done = set(layers) & set(names)
+            for spelled, shares in released.items():
+                if own := {share.module for share in shares} & layers.keys():
+                    named[spelled] = joined(spelled, shares, layers)
+                    done |= own
+            if lost := [module for module in layers if module not in done]:
                 fix = "name the model that the adapter is for (--base)"
                 raise CheckpointError(f"The model of {part} has no such layers.", None, fix, lost)
-            for module, layer in layers.items():
-                tensors |= {f"{names[module]}.{leaf}": value for leaf, value in _written(layer).items()}
+            for spelled, layer in named.items():
+                tensors |= {f"{spelled}.{leaf}": value for leaf, value in _written(layer).items()}
         return tensors, {}
 
 
-def _piece(key: str, shape: tuple[int, ...], table: Mapping[str, tuple[str, str]]) -> Piece | None:
+class Place(NamedTuple):
+    """Where a name of a file leads: a module, and its share of the layer if that is more than one module's."""
+
+    part: str
+    module: str
+    share: Share | None = None
+
+
+def _released(part: str, modules: Shapes) -> dict[str, tuple[Share, ...]]:
+    if part != "transformer":
+        return {}
+    return {f"lora_unet_{name.replace('.', '_')}": shares for name, shares in released_names(modules).items()}
+
+
+def _pieces(key: str, shape: tuple[int, ...], table: Mapping[str, tuple[Place, ...]]) -> tuple[Piece, ...]:
     spelled, _, theirs = key.partition(".")
-    leaf, place = LEAVES.get(theirs), table.get(spelled)
-    if leaf is None or place is None:
-        return None
+    leaf, places = LEAVES.get(theirs), table.get(spelled, ())
+    if leaf is None:
+        return ()
     if leaf == "lora_magnitude_vector" and torch.Size(shape).numel() != shape[0]:
-        return None  # of columns
-    return Piece(*place, leaf)
+        return ()  # of columns
+    several = len(places) > 1
+    if several and leaf.startswith("lokr"):
+        return ()  # a Kronecker product has no rows of its own for each module
+    return tuple(Piece(p.part, p.module, leaf, _cut(p, leaf, shape), spelled if several else "") for p in places)
+
+
+def _cut(place: Place, leaf: str, shape: tuple[int, ...]) -> Callable[[Tensor], Tensor] | None:
+    """The module's rows; all of them where the file is for another width, which is then said of the module."""
+    share = place.share
+    return share.take if share is not None and leaf in CUT and share.width == shape[0] else None
 
 
 def _written(layer: Layer) -> dict[str, Tensor]:

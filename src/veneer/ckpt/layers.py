@@ -5,7 +5,7 @@ A layout is one file that registers itself here (kohya.py, diffusers.py); shared
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -94,6 +94,8 @@ class Piece(NamedTuple):
     part: str
     module: str
     leaf: str
+    cut: Callable[[Tensor], Tensor] | None = None  # what of the tensor is the module's, where it is not all
+    joined: str = ""  # the file's layer, where several modules share it
 
 
 @runtime_checkable
@@ -104,8 +106,8 @@ class Layout(Protocol):
         """How many of these keys look like its own: the layout with the most is taken."""
         ...
 
-    def pieces(self, file: TensorFile, known: Mapping[str, Shapes]) -> Mapping[str, Piece | None]:
-        """What each key of the file is; None where the layout does not know it."""
+    def pieces(self, file: TensorFile, known: Mapping[str, Shapes]) -> Mapping[str, Sequence[Piece]]:
+        """What each key of the file is; empty where the layout does not know it."""
         ...
 
     def alphas(self, file: TensorFile) -> Callable[[str, str, Layer], float | None]:

@@ -32,13 +32,14 @@ from veneer.ckpt.atomic import atomic_folder
 from veneer.ckpt.base import base_of
 from veneer.ckpt.config import CONFIG, parse, read_config
 from veneer.ckpt.contents import Contents, add_factors, contents_of
+from veneer.ckpt.dits import without_idle
 from veneer.ckpt.fit import Fit, fit
 from veneer.ckpt.hub import WEIGHTS, find
 from veneer.ckpt.layers import ADAPTER_WORDS, KINDS, LAYOUTS, Coverage, Layer, Layout, Piece, Shared, config_for
 from veneer.ckpt.layout import PREFIX, parse_key
 from veneer.ckpt.peft import attach_fitted, refuse_broken
 from veneer.ckpt.tensorfile import Stored, TensorFile, save_tensors
-from veneer.ckpt.unets import KNOWN, PARTS, Shapes, canonical, known_clip, known_model, shapes_of
+from veneer.ckpt.unets import DENOISERS, KNOWN, PARTS, Shapes, canonical, known_clip, known_model, shapes_of
 from veneer.core.host import plain_modules
 from veneer.core.model import activate, adapter_of, adapters, detach, sites, spec_of, unmerged, unwrapped
 from veneer.errors import CheckpointError, ConfigError
@@ -96,24 +97,32 @@ def _collect(file: TensorFile, name: str, known: Mapping[str, Shapes]) -> Shared
     """Sort the file's keys by part and module, and complete what each layer is."""
     layout, coverage = LAYOUTS[name], Coverage(name, keys=len(file))
     found: dict[str, dict[str, dict[str, Tensor]]] = {}
-    keys: dict[tuple[str, str], list[str]] = {}
-    for key, piece in layout.pieces(file, known).items():
-        if piece is None:
-            coverage.unknown.append(key)
-            continue
-        found.setdefault(piece.part, {}).setdefault(piece.module, {})[piece.leaf] = file[key].load()
-        keys.setdefault((piece.part, piece.module), []).append(key)
+    keys: dict[tuple[str, str], set[str]] = {}
+    families: dict[tuple[str, str], set[str]] = {}  # modules that share one layer of the file
+    for key, pieces in layout.pieces(file, known).items():
+        for piece in pieces:
+            value = file[key].load()
+            own = found.setdefault(piece.part, {}).setdefault(piece.module, {})
+            own[piece.leaf] = value if piece.cut is None else piece.cut(value)
+            keys.setdefault((piece.part, piece.module), set()).add(key)
+            if piece.joined:
+                families.setdefault((piece.part, piece.joined), set()).add(piece.module)
+    understood: dict[str, set[str]] = {part: set() for part in found}
     told, parts = layout.alphas(file), {}
     for part, modules in found.items():
         for module, tensors in modules.items():
             alpha = tensors.pop("alpha", None)
             if not _is_whole(tensors):
-                coverage.unknown += keys[part, module]
                 continue
             layer = _without_mid(tensors)
             given = float(alpha) if alpha is not None else told(part, module, layer)
             parts.setdefault(part, {})[module] = _settled(layer, given)
-            coverage.used[part] = coverage.used.get(part, 0) + len(keys[part, module])
+            understood[part] |= keys[part, module]
+    for (part, _), modules in families.items():
+        whole = {module: parts[part].pop(module) for module in sorted(modules & parts.get(part, {}).keys())}
+        parts.setdefault(part, {}).update(without_idle(whole))
+    coverage.used = {part: len(own) for part, own in understood.items() if own}
+    coverage.unknown = list(set(file.tensors) - {key for own in understood.values() for key in own})
     coverage.unknown.sort()
     metadata = {key: value for key, value in file.metadata.items() if key not in ("format", ADAPTER_WORDS)}
     return Shared(parts, metadata, coverage)
@@ -160,11 +169,20 @@ def _guess(file: TensorFile, layout: Layout) -> Mapping[str, Shapes]:
     if layout is not LAYOUTS["kohya"] or not any(key.startswith("lora_unet_") for key in file.tensors):
         return known_clip(numbered=any(key.startswith(("lora_te1_", "lora_te2_")) for key in file.tensors))
     fits = {}
-    for word in KNOWN:
+    for word in _words_for(file.tensors):
         known = known_model(word)
         pieces = layout.pieces(file, known)
-        fits[word] = sum(piece is not None and _has_shape(file, key, piece, known) for key, piece in pieces.items())
+        fits[word] = sum(_has_shape(file, key, piece, known) for key, own in pieces.items() for piece in own[:1])
     return known_model(max(fits, key=lambda word: fits[word]))
+
+
+def _words_for(names: Collection[str]) -> list[str]:
+    """The widely used models that these names may be of; the others need not be looked at."""
+    if any("_joint_blocks_" in name for name in names):
+        return [word for word in KNOWN if word.startswith("sd3")]
+    if any("_double_blocks_" in name or "_single_blocks_" in name for name in names):
+        return ["flux"]
+    return ["sd1", "sd2", "sdxl"]
 
 
 def _has_shape(file: TensorFile, key: str, piece: Piece, known: Mapping[str, Shapes]) -> bool:
@@ -269,13 +287,11 @@ def write_shared(
 def _guess_for(shared: Shared) -> Mapping[str, Shapes]:
     """The widely used model that has all these layers in these shapes; or only the names that there are."""
     own: dict[str, Shapes] = {part: dict.fromkeys(layers) for part, layers in shared.parts.items()}
-    layers = shared.parts.get("unet")
-    if not layers:
-        return own
-    for word in KNOWN:
-        shapes = known_model(word)["unet"]
-        if all(name in shapes and _matches(layer, shapes[name]) for name, layer in layers.items()):
-            return own | {"unet": shapes}
+    for part in (part for part in DENOISERS if shared.parts.get(part)):
+        for word in KNOWN:
+            shapes = known_model(word).get(part, {})
+            if all(n in shapes and _matches(layer, shapes[n]) for n, layer in shared.parts[part].items()):
+                return {**known_model(word), **own, part: shapes}
     return own
 
 

@@ -84,6 +84,8 @@ def spellings(
     """
     read: dict[str, str] = {}
     prefixes = KOHYA[part]
+    if part == "text_encoder_2" and any("SelfAttention" in module for module in modules):
+        prefixes = (*KOHYA["text_encoder_3"], *prefixes)  # FLUX has T5 second, and files number it as SD 3 does
     first = (
         "lora_te" if part == "text_encoder" and not {"text_encoder_2", "text_encoder_3"} & set(parts) else prefixes[0]
     )
@@ -190,13 +192,37 @@ SDXL: dict[str, Any] = {
     "addition_time_embed_dim": 256,
     "projection_class_embeddings_input_dim": 2816,
 }
-KNOWN: dict[str, dict[str, Any]] = {"sd1": SD1, "sd2": SD2, "sdxl": SDXL}
+FLUX: dict[str, Any] = {"guidance_embeds": True}
+SD3: dict[str, Any] = {"num_layers": 24, "num_attention_heads": 24, "caption_projection_dim": 1536}
+SD35_MEDIUM: dict[str, Any] = SD3 | {"dual_attention_layers": list(range(13)), "qk_norm": "rms_norm"}
+SD35_LARGE: dict[str, Any] = {
+    "num_layers": 38,
+    "num_attention_heads": 38,
+    "caption_projection_dim": 2432,
+    "qk_norm": "rms_norm",
+}
+KNOWN: dict[str, dict[str, Any]] = {
+    "sd1": SD1,
+    "sd2": SD2,
+    "sdxl": SDXL,
+    "flux": FLUX,
+    "sd3": SD3,
+    "sd3.5-medium": SD35_MEDIUM,
+    "sd3.5-large": SD35_LARGE,
+}
 
 
 def known_model(word: str) -> dict[str, Shapes]:
     """The parts of a pipeline and their modules: one of KNOWN, or the folder of a pipeline or of one of its models."""
     folder = Path(word).expanduser()
     if word in KNOWN:
+        if word == "flux":
+            clip, t5 = known_clip(numbered=True)["text_encoder"], dict.fromkeys(_t5())
+            shapes = _shapes("FluxTransformer2DModel", json.dumps(FLUX))
+            return {"transformer": shapes, "text_encoder": clip, "text_encoder_2": t5}
+        if word.startswith("sd3"):
+            shapes = _shapes("SD3Transformer2DModel", json.dumps(KNOWN[word] | {"joint_attention_dim": 4096}))
+            return {"transformer": shapes, **known_clip(numbered=True)}
         return {"unet": _shapes("UNet2DConditionModel", json.dumps(KNOWN[word])), **known_clip(numbered=word == "sdxl")}
     if not folder.is_dir():
         fix = f"one of {', '.join(KNOWN)}, or the folder of a pipeline"
@@ -211,7 +237,10 @@ def known_model(word: str) -> dict[str, Shapes]:
     if not found:
         fix = "name the folder of a diffusers pipeline, or of its unet or transformer"
         raise CheckpointError("There is no config.json of a UNet or transformer.", str(folder), fix)
-    return found | known_clip(numbered=(folder / "text_encoder_2").is_dir())
+    texts = known_clip(numbered=(folder / "text_encoder_2").is_dir())
+    if any(name.startswith("single_transformer_blocks.") for name in found.get("transformer", ())):
+        texts = {"text_encoder": texts["text_encoder"], "text_encoder_2": dict.fromkeys(_t5())}
+    return found | texts
 
 
 def _of_config(file: Path) -> Shapes:
