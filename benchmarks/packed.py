@@ -8,7 +8,7 @@
     packed, by samples    the same rows end to end, attention within each sample (kernels/varlen.py)
     flat, by samples      the batches of "padded, by length" as one row each, without padding
 
-All five see the same samples, run on fused blocks of the true shape (fewer layers of it) and alternate in one process; a
+All five see the same samples, run on fused blocks of the true shape (fewer layers) and alternate in one process; a
 figure is the median over passes of all samples' tokens (padding is not counted) by the seconds of the pass. Lengths are
 drawn from a log-normal distribution with median 180 and a long tail, cut at --length, as instructions with answers are.
 The gradients of all five are compared with those of the samples one by one.

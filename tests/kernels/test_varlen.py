@@ -181,7 +181,9 @@ def test_a_batch_of_nothing_is_refused() -> None:
 @pytest.mark.parametrize("causal", [True, False], ids=["causal", "both ways"])
 @pytest.mark.parametrize("window", [None, 1, 3, 50])
 @pytest.mark.parametrize("heads", [(4, 4), (4, 2), (6, 1)], ids=str)
-def test_the_reference_is_attention_under_a_block_mask(heads: tuple[int, int], window: int | None, causal: bool) -> None:
+def test_the_reference_is_attention_under_a_block_mask(
+    heads: tuple[int, int], window: int | None, causal: bool
+) -> None:
     torch.manual_seed(0)
     bounds = torch.tensor([0, 7, 8, 20], dtype=torch.int32)
     q, k, v = (torch.randn(20, h, 8, dtype=torch.float64, requires_grad=True) for h in (heads[0], *heads[1:] * 2))
@@ -205,4 +207,5 @@ def test_dropout_is_drawn_within_samples() -> None:
     q = torch.randn(9, 2, 8)
     v = torch.ones(9, 2, 8)
     o = attend_each(q, q, v, torch.tensor([0, 4, 9]), 5, dropout=0.5)
-    assert not torch.allclose(o, torch.ones_like(o)) and torch.allclose(attend_each(q, q, v, torch.tensor([0, 9]), 9), v)
+    assert not torch.allclose(o, torch.ones_like(o))
+    assert torch.allclose(attend_each(q, q, v, torch.tensor([0, 9]), 9), v)

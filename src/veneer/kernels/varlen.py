@@ -30,7 +30,7 @@ from veneer.errors import StateError
 __all__ = ["MARK", "NAME", "attend_each", "attention", "obstacle", "within"]
 
 NAME = "veneer_varlen"
-MARK = (1, 1, 1, 1)  # the shape of a mask that says: the bounds are the mask. transformers hands 4-D masks on as they are
+MARK = (1, 1, 1, 1)  # the shape of a mask that says: the bounds are the mask. transformers passes 4-D masks on
 UNKNOWN = ("softcap", "s_aux", "position_bias")  # what the usual function might be told, and this one cannot do
 WIDEST_HEAD = 256
 
@@ -59,7 +59,8 @@ def attention(
         more = {"dropout": dropout, "scaling": scaling, "is_causal": is_causal, "sliding_window": sliding_window}
         return sdpa_attention_forward(module, query, key, value, attention_mask, **more, **options)
     if told := [name for name in UNKNOWN if options.get(name) is not None]:
-        raise StateError(f"{type(module).__name__} asks for {', '.join(told)}, which attention by samples does not know")
+        what = f"{type(module).__name__} asks for {', '.join(told)}, which attention by samples does not know"
+        raise StateError(what)
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     rows = [t.transpose(1, 2).flatten(0, 1) for t in (query, key, value)]
     o = attend_each(
@@ -69,8 +70,8 @@ def attention(
 
 
 def attend_each(
-    q: Float[Tensor, "t heads d"], k: Float[Tensor, "t few d"], v: Float[Tensor, "t few e"], bounds: Tensor, longest: int,
-    *, scale: float | None = None, window: int | None = None, causal: bool = True, dropout: float = 0.0,
+    q: Float[Tensor, "t heads d"], k: Float[Tensor, "t few d"], v: Float[Tensor, "t few e"],
+    bounds: Tensor, longest: int, *, scale: float | None = None, window: int | None = None, causal: bool = True, dropout: float = 0.0,
 ) -> Float[Tensor, "t heads e"]:  # fmt: skip
     """Each sample's attention. `window`: a token sees that many, itself and those before it."""
     if window is not None and window >= longest:
