@@ -71,7 +71,8 @@ def attention(
 
 def attend_each(
     q: Float[Tensor, "t heads d"], k: Float[Tensor, "t few d"], v: Float[Tensor, "t few e"],
-    bounds: Tensor, longest: int, *, scale: float | None = None, window: int | None = None, causal: bool = True, dropout: float = 0.0,
+    bounds: Tensor, longest: int, *, scale: float | None = None, window: int | None = None, causal: bool = True,
+    dropout: float = 0.0,
 ) -> Float[Tensor, "t heads e"]:  # fmt: skip
     """Each sample's attention. `window`: a token sees that many, itself and those before it."""
     if window is not None and window >= longest:
