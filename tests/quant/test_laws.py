@@ -25,10 +25,10 @@ from veneer.core.delta import DELTAS
 from veneer.core.init import INITS, NEEDS
 from veneer.core.model import check_alive, disabled, parameters
 from veneer.core.weight import is_packed, read_weight
-from veneer.errors import StateError
+from veneer.errors import ConfigError, StateError
 from veneer.quant import eight
 from veneer.quant.layer import Packed
-from veneer.quant.storage import storage_of
+from veneer.quant.storage import Recipe, storage_of
 
 PRODUCT = list(itertools.product(STORAGES, LAYERS, COMBINES, DTYPES))
 
@@ -285,3 +285,41 @@ def test_rotating_twice_is_rotating_back(width: int, dtype: torch.dtype) -> None
     assert error(eight.rotated(eight.rotated(x, width), width), x) < {torch.float32: 1e-6, torch.bfloat16: 6e-3}[dtype]
     assert torch.equal(eight.hadamard(width, torch.bfloat16, x.device).float() @ torch.eye(width),
                        eight.hadamard(width, torch.float32, x.device))  # fmt: skip
+
+
+@pytest.mark.parametrize("double", [True, False])
+@pytest.mark.parametrize("shape", [(48, 128), (7, 13), (33, 40)])
+@pytest.mark.parametrize("dtype", DTYPES.values())
+def test_nf4_takes_care_of_what_large_inputs_meet(double: bool, shape: tuple[int, int], dtype: torch.dtype) -> None:
+    """The output of inputs with a large column is nearer than with scales that know nothing of them."""
+    torch.manual_seed(0)
+    w, x = torch.randn(shape).to(dtype), torch.randn(200, shape[1]).to(dtype)
+    x[:, 5] *= 30
+    recipe, storage = Recipe("nf4", double=double), storage_of(Recipe("nf4"))
+    energy = x.float().square().mean(0)
+    off = {}
+    for known in (None, energy):
+        parts = storage.pack(w, recipe, known)
+        assert [(p.shape, p.dtype) for p in parts] == [(p.shape, p.dtype) for p in storage.pack(w, recipe)]
+        q = storage.unpack(parts, shape, torch.float32, recipe)
+        off[known is not None] = error(x.float() @ q.T, x.float() @ w.float().T)
+        assert error(q, w) < 0.15
+    assert off[True] < 0.5 * off[False]
+
+
+def test_quantize_looks_at_data() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(64, 128), nn.GELU(), nn.Linear(128, 16))
+    x = torch.randn(100, 64)
+    x[:, 3] *= 30
+    y, off = net(x).detach(), []
+    for data in (None, [x[:50], x[50:]]):
+        packed = copy.deepcopy(net)
+        veneer.quantize(packed, "nf4", targets=["0", "2"], data=data)
+        off.append(error(packed(x), y))
+    assert off[1] < 0.8 * off[0]
+    with pytest.raises(ConfigError, match="int8 makes no use of data"):
+        veneer.quantize(net, "int8", targets=["0", "2"], data=[x])
+    with pytest.raises(ConfigError, match="no batch"):
+        veneer.quantize(net, "nf4", targets=["0", "2"], data=[])
+    assert type(net[0]) is nn.Linear

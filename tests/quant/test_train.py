@@ -7,10 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM
 
+import veneer
 from veneer.infer.load import load, source_of_folder
+from veneer.quant.hf import VeneerConfig
 from veneer.quant.layer import Packed
 from veneer.tasks import causal_lm
+from veneer.train.companions import ENERGIES
 from veneer.train.loop import train
 
 ROWS = [{"prompt": f"say {word}", "completion": word} for word in ("tar", "find", "grep", "sort", "list", "file") * 2]
@@ -27,7 +33,33 @@ def test_a_run_on_a_packed_base(kind: str, tiny_folder: Path, tmp_path: Path, mo
     assert run.status == "done" and run.proof["passed"]
     assert not any(check["id"] == "P5" and not check["passed"] for check in run.proof["checks"])
     told = json.loads((run.best / "task.json").read_text())
-    assert told["quant"] == {"kind": kind, "whole": []}
+    seen = {"energies": "inputs.safetensors"} if kind == "nf4" else {}
+    assert told["quant"] == {"kind": kind, "whole": [], **seen}
     ready = load([source_of_folder(str(run.best), str(tiny_folder))], device="cpu", say=lambda _: None)
     assert any(isinstance(m, Packed) for m in ready.model.modules())
     assert "answered as when" in next(iter(ready.evidence.values()))
+
+
+def parts_of(model: nn.Module) -> dict[str, Any]:
+    return {
+        f"{n} {i}": part for n, m in model.named_modules() if isinstance(m, Packed) for i, part in enumerate(m.parts)
+    }
+
+
+def test_a_base_that_was_looked_at_is_the_same_wherever_it_is_packed(tiny_folder: Path, tmp_path: Path) -> None:
+    """Packed as it is read or handed over as a model, in a run or when it is asked again; unlike one not looked at."""
+    common = {"quant": "nf4", "steps": 1, "r": 2, "val": 2, "batch_size": 2, "lr": 1e-2, "precision": "fp32"}
+    run = train(str(tiny_folder), ROWS, out=str(tmp_path / "read"), **common)
+    ready = load([source_of_folder(str(run.best), str(tiny_folder))], device="cpu", say=lambda _: None)
+    wanted = parts_of(ready.model)
+    model = AutoModelForCausalLM.from_pretrained(tiny_folder, dtype=torch.float32)
+    given = train(model, ROWS, out=str(tmp_path / "given"), **common)
+    assert (given.best / "inputs.safetensors").exists()
+    plain = AutoModelForCausalLM.from_pretrained(tiny_folder, dtype=torch.float32)
+    veneer.quantize(plain, "nf4")
+    assert parts_of(plain).keys() == wanted.keys()
+    assert any(not torch.equal(t, wanted[n]) for n, t in parts_of(plain).items())
+    config = VeneerConfig("nf4", energies=str(run.best / ENERGIES))
+    again = AutoModelForCausalLM.from_pretrained(tiny_folder, quantization_config=config, dtype=torch.float32)
+    assert "energies" not in again.config.quantization_config.to_dict()
+    assert all(torch.equal(t, wanted[n]) for n, t in parts_of(again).items())

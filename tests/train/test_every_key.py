@@ -53,6 +53,7 @@ CASES: dict[str, tuple[Any, dict[str, Any], list[dict[str, Any]]]] = {
     "overrides": ({"q_proj": {"rank": 1}}, {}, ROWS),
     "bias": ("lora_only", {}, ROWS),
     "quant": ("nf4", {}, ROWS),
+    "quant_rows": (0, {"quant": "nf4"}, ROWS),
     "val": (3, {}, ROWS),
     "columns": ({"messages": "talk"}, {}, RENAMED),
     "skip_bad": (True, {}, WITH_A_BAD_ROW),

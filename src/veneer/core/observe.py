@@ -1,9 +1,11 @@
-"""What an init may want to see before it starts: what flows into each layer, or how the loss would move its weight.
+"""What an init or a storage may want to see before it starts: what flows into each layer, or how the loss would move
+its weight.
 
     need         what is kept for each layer                          who asks
     spectrum     top right singular vectors of its inputs, and how    eva
                  much of their variance each explains
     covariance   X^T X / n over all inputs seen, (in, in), fp32       corda
+    energy       the mean of x^2 in each column of its inputs, (in,)  nf4 (layers that never run are left out)
     gradient     dL/dW summed over the batches, (out, in), fp32       lora_ga
 
 The model runs in evaluation mode with its adapters off, and is left as it was.
@@ -69,7 +71,7 @@ def observe(
     if not count:
         raise ConfigError("there was no batch to look at", where="attach(..., data=batches)")
     missing = [n for n in layers if n not in seen]
-    if missing:
+    if missing and need != "energy":
         raise TargetError("these layers never ran on the batches given", problems=missing, fix="exclude them")
     return seen
 
@@ -111,6 +113,8 @@ def _inputs(
             x = args[0].detach().reshape(-1, args[0].shape[-1])
             if need == "spectrum":
                 seen.setdefault(name, Spectrum(2 * rank + SPARE)).see(x)
+            elif need == "energy":
+                seen[name] = x.float().square().mean(0) + seen.get(name, 0.0)
             else:
                 x = x.float()
                 seen[name] = x.T @ x + seen.get(name, 0.0)

@@ -109,7 +109,10 @@ def told_by(folder: Path) -> dict[str, Any]:
     except ValueError as error:
         raise CheckpointError(f"task.json is damaged: {error}", str(path), "copy it again") from None
     labels = LabelSet(told.get("kind", "one"), tuple(told["labels"])) if "labels" in told else None
-    return {"task": told.get("task", "causal_lm"), "labels": labels, "quant": told.get("quant")}
+    quant = told.get("quant")
+    if quant and "energies" in quant:  # a file beside this one
+        quant = {**quant, "energies": str(folder / quant["energies"])}
+    return {"task": told.get("task", "causal_lm"), "labels": labels, "quant": quant}
 
 
 @dataclass

@@ -48,7 +48,7 @@ class RowScaled(Storage):
     ) -> Float[Tensor, "t m"]:
         """Codes (t, n) times codes (n, m), times the scale of each row and, where given, of each column."""
 
-    def pack(self, w: Tensor, recipe: Recipe) -> Parts:
+    def pack(self, w: Tensor, recipe: Recipe, energy: Tensor | None = None) -> Parts:
         codes, scale = quantize_rows(w.float(), self.code, width=self.width(w.shape[1], recipe))
         return codes.view(self.held), scale
 

@@ -16,6 +16,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers.core_model_loading import ConversionOps
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
@@ -34,7 +35,11 @@ __all__ = ["VeneerConfig", "VeneerQuantizer", "note_packing"]
 
 @register_quantization_config("veneer")
 class VeneerConfig(QuantizationConfigMixin):
-    """The arguments of `veneer.quantize`; in a saved model also the names of the packed layers, with their types."""
+    """The arguments of `veneer.quantize`; in a saved model also the names of the packed layers, with their types.
+
+    energies: in place of data, a file of what was seen of it (`quant.model.save_energies`), for a model that is packed
+    while it is read.
+    """
 
     def __init__(
         self,
@@ -52,6 +57,7 @@ class VeneerConfig(QuantizationConfigMixin):
         compute_dtype: str | None = None,
         whole: Sequence[str] = (),
         layers: Mapping[str, str] | None = None,
+        energies: str | None = None,
         quant_method: str = "veneer",
         **_: Any,
     ) -> None:
@@ -60,12 +66,15 @@ class VeneerConfig(QuantizationConfigMixin):
         self.rotate = False if rotate is None and layers is not None else rotate  # saved before there was a choice
         self.targets, self.exclude, self.embedding, self.head = targets, exclude, embedding, head
         self.compute_dtype = compute_dtype
-        self.whole, self.layers = whole, layers
+        self.whole, self.layers, self.energies = whole, layers, energies
         self.recipe  # noqa: B018 - an error now is better than one in the middle of reading
 
     @property
     def recipe(self) -> Recipe:
         return Recipe(self.kind, self.block, self.double, self.dynamic, self.outliers, self.rotate).checked()
+
+    def to_dict(self) -> dict[str, Any]:
+        return {key: value for key, value in super().to_dict().items() if key != "energies"}  # a place on this machine
 
     @property
     def options(self) -> dict[str, Any]:
@@ -74,7 +83,7 @@ class VeneerConfig(QuantizationConfigMixin):
         return {**self.recipe._asdict(), "compute_dtype": compute}
 
 
-def note_packing(model: Any, whole: Sequence[str] = ()) -> None:
+def note_packing(model: Any, whole: Sequence[str] = (), energies: str | None = None) -> None:
     """Write into the model's configuration how its layers are packed, so that a saved folder loads as it is."""
     packed = {n: m for n, m in plain_modules(model).items() if isinstance(m, Packed)}
     if not packed:
@@ -88,7 +97,7 @@ def note_packing(model: Any, whole: Sequence[str] = ()) -> None:
     layers = {name: str(layer.weight_dtype).removeprefix("torch.") for name, layer in packed.items()}
     told = None if compute is None else str(compute).removeprefix("torch.")
     model.config.quantization_config = VeneerConfig(
-        **recipes.pop()._asdict(), compute_dtype=told, layers=layers, whole=whole
+        **recipes.pop()._asdict(), compute_dtype=told, layers=layers, whole=whole, energies=energies
     )
 
 
@@ -108,7 +117,8 @@ class Pack(ConversionOps):
             assert isinstance(layer, Packed)
             if not bool(torch.isfinite(w).all()):
                 self.hf_quantizer.problems.append(f"{name} holds NaN or infinite values")
-            codes, *rest = storage_of(layer.recipe).pack(to_matrix(layer, w), layer.recipe)
+            energy = self.hf_quantizer.energies.get(prefix)
+            codes, *rest = storage_of(layer.recipe).pack(to_matrix(layer, w), layer.recipe, energy)
             layer.weight_dtype = w.dtype
             names = storage_of(layer.recipe).part_names(layer.recipe)
             result[name] = nn.Parameter(codes, requires_grad=False)
@@ -124,6 +134,8 @@ class VeneerQuantizer(HfQuantizer):
     def __init__(self, quantization_config: VeneerConfig, **options: Any) -> None:
         super().__init__(quantization_config, **options)
         self.problems: list[str] = []  # told together when all is read
+        told = quantization_config.energies
+        self.energies: dict[str, Tensor] = {} if told is None else load_file(told)
 
     def _process_model_before_weight_loading(self, model: Any, **_: Any) -> None:
         config = self.quantization_config
@@ -150,7 +162,7 @@ class VeneerQuantizer(HfQuantizer):
         if not self.pre_quantized and (config.embedding or config.head):  # whole until here, since they may be tied
             quantize(model, targets=(), embedding=config.embedding, head=config.head, **config.options)
         share_parts(model)
-        note_packing(model, config.whole)
+        note_packing(model, config.whole, config.energies)
         return model
 
     def param_needs_quantization(self, model: Any, param_name: str, **_: Any) -> bool:

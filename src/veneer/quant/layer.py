@@ -189,7 +189,13 @@ def is_packable(layer: nn.Module) -> str | None:
     return None
 
 
-def pack_layer(layer: nn.Module, recipe: Recipe, compute_dtype: torch.dtype | None, shared: Packed | None) -> None:
+def pack_layer(
+    layer: nn.Module,
+    recipe: Recipe,
+    compute_dtype: torch.dtype | None,
+    shared: Packed | None,
+    energy: Tensor | None = None,
+) -> None:
     """Replace the layer's weight by its parts. `shared`: a layer packed before whose weight is this one's."""
     weight = layer._parameters["weight"]
     assert weight is not None
@@ -200,7 +206,7 @@ def pack_layer(layer: nn.Module, recipe: Recipe, compute_dtype: torch.dtype | No
             empty = storage_of(recipe).pack(torch.zeros(to_matrix(layer, weight).shape, device="meta"), recipe)
             parts = tuple(part.to("meta") for part in empty)
         else:
-            parts = storage_of(recipe).pack(to_matrix(layer, weight.detach()), recipe)
+            parts = storage_of(recipe).pack(to_matrix(layer, weight.detach()), recipe, energy)
     shape, dtype = weight.shape, weight.dtype
     kind = packed_class(original_class(type(layer)))
     layer.__class__ = adapted_class(type(layer).__mro__[1], kind) if isinstance(layer, Hosted) else kind

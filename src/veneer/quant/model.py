@@ -6,8 +6,10 @@ an error; what `targets="all-linear"` merely covers is left as it is, and the re
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,15 +17,16 @@ from torch import Tensor, nn
 from veneer.core.host import Whole, plain_modules
 from veneer.core.leaf import Leaf
 from veneer.core.model import is_merged
-from veneer.core.op import op_for
+from veneer.core.observe import loss_of, observe
+from veneer.core.op import LinearOp, op_for, op_of
 from veneer.core.select import PRESETS, block_index, ends_with, output_head, select
 from veneer.core.spec import LoRA
 from veneer.core.weight import is_packed, is_plain
-from veneer.errors import StateError, TargetError
+from veneer.errors import ConfigError, StateError, TargetError
 from veneer.quant.layer import Packed, is_packable, pack_layer, unpack_layer
 from veneer.quant.storage import Recipe, storage_of
 
-__all__ = ["Quantized", "choose", "dequantize", "quantize", "round_trip"]
+__all__ = ["Quantized", "choose", "dequantize", "note_packing", "quantize", "round_trip", "save_energies"]
 
 
 @dataclass(frozen=True)
@@ -63,29 +66,51 @@ def quantize(
     rotate: bool | None = None,
     compute_dtype: torch.dtype | None = None,
     whole: Sequence[str] = (),
+    data: Iterable[Any] | None = None,
+    energies: Mapping[str, Tensor] | None = None,
 ) -> Quantized:
     """Store the frozen weights of `model` in 4 or 8 bits ("nf4", "int8", "fp8"), in place.
 
     targets, exclude: as in LoRA. embedding, head: pack the token embedding and the output head, too; where they share
     one weight, either packs both. compute_dtype: what products run in; the input's own type when None. whole:
-    modules that will be trained whole, by their names' endings; all inside them stays as it is. The other
-    options are those of `Recipe`. Layers stay the same objects; adapters may be there already or come later.
+    modules that will be trained whole, by their names' endings; all inside them stays as it is. data: a few batches
+    (mappings are passed to the model by keyword); nf4 then rounds with more care what their large values meet.
+    energies: what `look` saw of such data, in its place. The other options are those of `Recipe`. Layers stay the same
+    objects; adapters may be there already or come later.
     """
     recipe = Recipe(kind, block, double, dynamic, outliers, rotate).checked()
     if is_merged(model):
         raise StateError("the model is merged, so W + dW would be packed", fix="unmerge(model) first")
     chosen, left = choose(model, targets, exclude, embedding, head, whole)
     _check(chosen, kind)
+    if data is not None and not storage_of(recipe).weighs:
+        raise ConfigError(f"{recipe.kind} makes no use of data; it is for nf4", fix="leave data out")
+    energies = look(model, chosen, data) if data is not None else energies or {}
     before = weight_bytes(model)
     done: dict[int, Packed] = {}
-    for layer in chosen.values():
+    for name, layer in chosen.items():
         weight = layer._parameters["weight"]
         shared = done.get(id(weight))
-        pack_layer(layer, recipe, compute_dtype, shared)
+        pack_layer(layer, recipe, compute_dtype, shared, energies.get(name))
         done[id(weight)] = shared or layer  # type: ignore[assignment]
         del weight  # so that one layer's dense weight is gone before the next is packed
-    _tell_transformers(model, whole)
+    note_packing(model, whole)
     return Quantized(kind, tuple(chosen), left, before, weight_bytes(model))
+
+
+def look(model: nn.Module, layers: Mapping[str, nn.Module], data: Iterable[Any]) -> dict[str, Tensor]:
+    """How large the inputs of each linear layer are, column by column, in these batches."""
+    linear = {name: layer for name, layer in layers.items() if isinstance(op_of(layer), LinearOp)}
+    return observe(model, linear, "energy", data, loss_of, 0)
+
+
+def save_energies(
+    model: nn.Module, layers: Mapping[str, nn.Module], data: Iterable[Any], path: str | os.PathLike[str]
+) -> None:
+    """What `look` sees, in a file: a base may then be packed while it is read, and the same way each time."""
+    from safetensors.torch import save_file
+
+    save_file({name: energy.cpu() for name, energy in look(model, layers, data).items()}, path)
 
 
 def dequantize(model: nn.Module, dtype: torch.dtype | None = None) -> tuple[str, ...]:
@@ -109,16 +134,16 @@ def dequantize(model: nn.Module, dtype: torch.dtype | None = None) -> tuple[str,
         done[id(codes)] = unpack_layer(layer, dtype or layer.weight_dtype, done.get(id(codes)))
     if dtype is not None:
         model.to(dtype)
-    _tell_transformers(model)
+    note_packing(model)
     return tuple(packed)
 
 
-def _tell_transformers(model: nn.Module, whole: Sequence[str] = ()) -> None:
+def note_packing(model: nn.Module, whole: Sequence[str] = (), energies: str | None = None) -> None:
     """What `save_pretrained` writes into config.json decides how the folder loads again."""
     if hasattr(model, "save_pretrained") and hasattr(model, "config"):
-        from veneer.quant.hf import note_packing
+        from veneer.quant import hf
 
-        note_packing(model, whole)
+        hf.note_packing(model, whole, energies)
 
 
 def round_trip(w: Tensor, kind: str = "nf4", *, block: int = 64, double: bool = True) -> Tensor:

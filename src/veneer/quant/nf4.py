@@ -6,6 +6,11 @@
              one fp32 scale for each 256 of them
 
 A byte is looked up whole: 256 entries of two weights each, half the look-ups of a table of 16.
+
+Any scale makes a valid file, and the largest size in the block is not the best one. Given the energy of the inputs, the
+mean of x^2 in each column, each block takes the scale with the least sum of energy (W - Q)^2: of a few, the one that
+does best, then the least-squares scale for its codes. What that saves is mostly in blocks with one column whose inputs
+are far larger than the rest; the scale then is one that meets its weight.
 """
 
 from __future__ import annotations
@@ -27,6 +32,7 @@ QUANTILES = (
 )  # fmt: skip
 NESTED_BLOCK = 256
 PIECE = {"cpu": 1 << 19, "cuda": 1 << 24}  # weights packed at a time: about 20 bytes of scratch for each
+SHARES = (0.76, 0.86, 0.96, 1.04)  # of the largest size that are tried as scales
 CACHED = 1 << 17  # bytes unpacked at a time on a CPU
 PAIR = {2: torch.int32, 4: torch.int64}  # an integer that holds two weights
 
@@ -66,12 +72,47 @@ def blocks_of(flat: Tensor, block: int) -> Tensor:
     return torch.nn.functional.pad(flat, (0, missing)).view(-1, block)
 
 
-def quantize_blocks(flat: Float[Tensor, " n"], block: int, values: Tensor) -> tuple[Tensor, Tensor]:
-    """Indices into `values`, and each block's scale."""
+def quantize_blocks(
+    flat: Float[Tensor, " n"], block: int, values: Tensor, scales: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Indices into `values`, and each block's scale: its largest size unless given."""
     blocks = blocks_of(flat, block)
-    absmax = blocks.abs().amax(dim=1)
-    scaled = (blocks * (1 / absmax.clamp_min(1e-38))[:, None]).clamp_(-1, 1)
-    return nearest(scaled, values).flatten()[: len(flat)], absmax
+    scales = blocks.abs().amax(dim=1) if scales is None else scales
+    inverse = 1 / torch.where(scales.abs() < 1e-38, 1e-38, scales)  # rounded, a scale near 0 may have come below it
+    return nearest((blocks * inverse[:, None]).clamp_(-1, 1), values).flatten()[: len(flat)], scales
+
+
+def nest(absmax: Float[Tensor, " blocks"]) -> Parts:
+    """Scales in 8 bits: their codes, the scale of each 256 of them, and their mean."""
+    offset = absmax.mean()
+    index, nested = quantize_blocks(absmax - offset, NESTED_BLOCK, dynamic_values(absmax.device))
+    return index, nested, offset
+
+
+def fitted_scales(blocks: Tensor, energy: Tensor, values: Tensor) -> Float[Tensor, " blocks"]:
+    """The scales with the least error, each weight's squared error counted by its column's energy."""
+    absmax, weighted = blocks.abs().amax(dim=1), blocks * energy
+    best, scales, middles = torch.full_like(absmax, torch.inf), absmax, (values[:-1] + values[1:]) / 2
+    for share in SHARES:
+        tried = absmax * share
+        index = torch.bucketize(blocks * (1 / tried.clamp_min(1e-38))[:, None], middles, out_int32=True)
+        q = values.index_select(0, index.flatten()).view_as(blocks)
+        across, along = (weighted * q).sum(1), (energy * q.square()).sum(1)
+        fitted = (across / along.clamp_min(1e-38)).where(across > 0, tried)  # least squares for these codes
+        error = fitted * (fitted * along - 2 * across)  # up to the blocks' own energy
+        scales = fitted.where(error < best, scales)
+        best = torch.minimum(error, best)
+    return scales
+
+
+def _fitted(flat: Tensor, step: int, cols: int, energy: Tensor, block: int) -> Float[Tensor, " blocks"]:
+    energy = energy.to(flat.device, torch.float32)
+    energy = energy / energy.mean().clamp_min(1e-38) + 1e-6  # no column is free
+    step, values, found = max(step // block, 1) * block, quantiles(flat.device), []
+    for at, piece in zip(range(0, len(flat), step), flat.split(step), strict=True):
+        column = torch.arange(at, at + len(piece), device=flat.device) % cols
+        found.append(fitted_scales(blocks_of(piece.float(), block), blocks_of(energy[column], block), values))
+    return torch.cat(found)
 
 
 def unpack_absmax(parts: Parts) -> Float[Tensor, " blocks"]:
@@ -84,26 +125,32 @@ def unpack_absmax(parts: Parts) -> Float[Tensor, " blocks"]:
 
 class Nf4(Storage):
     names = ("weight_absmax", "weight_nested", "weight_offset")
+    weighs = True
 
     def part_names(self, recipe: Recipe) -> tuple[str, ...]:
         return self.names if recipe.double else self.names[:1]
 
-    def pack(self, w: Tensor, recipe: Recipe) -> Parts:
-        values, flat = quantiles(w.device), w.reshape(-1)
+    def pack(self, w: Tensor, recipe: Recipe, energy: Tensor | None = None) -> Parts:
+        flat, values = w.reshape(-1), quantiles(w.device)
+        step = max(PIECE.get(w.device.type, PIECE["cpu"]) // recipe.block, 1) * recipe.block
+        pieces, own, kept = flat.split(step), None, None
+        if energy is not None:
+            fitted = _fitted(flat, step // 4, w.shape[1], energy, recipe.block)
+            kept = nest(fitted) if recipe.double else (fitted,)
+            own = unpack_absmax((flat, *kept)).split(step // recipe.block)  # codes go by the scales as they are kept
         codes, scales = [], []
-        for piece in flat.split(PIECE.get(w.device.type, PIECE["cpu"])):
-            index, absmax = quantize_blocks(piece.float(), recipe.block, values)
+        for i, piece in enumerate(pieces):
+            index, absmax = quantize_blocks(piece.float(), recipe.block, values, own[i] if own is not None else None)
             if len(index) % 2:
                 index = torch.cat([index, index.new_full((1,), 7)])  # half a byte too many: a zero
             codes.append(index[::2] << 4 | index[1::2])
             scales.append(absmax)
-        packed, absmax = torch.cat(codes), torch.cat(scales)
+        packed = torch.cat(codes)
         packed = packed.view(len(w), -1) if w.shape[-1] % 2 == 0 else packed[:, None]
-        if not recipe.double:
-            return packed, absmax
-        offset = absmax.mean()
-        index, nested = quantize_blocks(absmax - offset, NESTED_BLOCK, dynamic_values(w.device))
-        return packed, index, nested, offset
+        if kept is None:
+            absmax = torch.cat(scales)
+            kept = nest(absmax) if recipe.double else (absmax,)
+        return packed, *kept
 
     def unpack(self, parts: Parts, shape: tuple[int, int], dtype: torch.dtype, recipe: Recipe) -> Tensor:
         codes = parts[0]

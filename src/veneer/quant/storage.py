@@ -72,12 +72,16 @@ class Storage(ABC):
 
     names: ClassVar[tuple[str, ...]]  # of the parts after the codes, as the layer's buffers are called
     rotates: ClassVar[bool] = False  # unless the recipe says otherwise
+    weighs: ClassVar[bool] = False  # whether `pack` makes use of energy
 
     def part_names(self, recipe: Recipe) -> tuple[str, ...]:
         return self.names
 
     @abstractmethod
-    def pack(self, w: Float[Tensor, "rows cols"], recipe: Recipe) -> Parts: ...
+    def pack(
+        self, w: Float[Tensor, "rows cols"], recipe: Recipe, energy: Float[Tensor, " cols"] | None = None
+    ) -> Parts:
+        """energy: the mean of x^2 in each column of the inputs; what meets larger ones is rounded with more care."""
 
     @abstractmethod
     def unpack(self, parts: Parts, shape: tuple[int, int], dtype: torch.dtype, recipe: Recipe) -> Tensor: ...

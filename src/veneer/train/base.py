@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -74,27 +75,41 @@ def tokenizer_of(model: nn.Module | str, reader: str = "AutoTokenizer") -> Any:
 
 
 def load_model(
-    where: str, task: Task, precision: str, device: torch.device, quant: str = "none", whole: Sequence[str] = ()
+    where: str,
+    task: Task,
+    precision: str,
+    device: torch.device,
+    quant: str = "none",
+    whole: Sequence[str] = (),
+    energies: str | None = None,
 ) -> nn.Module:
     """The base on its device. With `quant` its weights are packed one by one as they are read, so that no more than one
-    is ever there in full; `whole`: modules that will be trained, and so stay as they are."""
+    is ever there in full; `whole`: modules that will be trained, and so stay as they are; `energies`: the file of what
+    was seen of their inputs."""
     import transformers
 
     import veneer.quant.hf  # noqa: F401 - transformers then knows a folder that was saved packed
 
     kind, options = getattr(transformers, task.auto_class), task.model_options()
     if quant != "none":
-        options |= packing(quant, whole, device)
+        options |= packing(quant, whole, device, energies)
     with quiet():
         return _from_pretrained(kind, where, dtype=DTYPES[precision], **options).to(device)
 
 
-def packing(kind: str, whole: Sequence[str], device: torch.device) -> dict[str, Any]:
+def packing(kind: str, whole: Sequence[str], device: torch.device, energies: str | None = None) -> dict[str, Any]:
     """The options of `from_pretrained` that pack a base as it is read."""
     from veneer.quant.hf import VeneerConfig
 
-    config = VeneerConfig(kind, whole=tuple(whole))  # pyright: ignore[reportCallIssue] - the decorator hides __init__
+    config = VeneerConfig(kind, whole=tuple(whole), energies=energies)  # pyright: ignore[reportCallIssue] - the decorator hides __init__
     return {"quantization_config": config, "device_map": {"": device}}
+
+
+def release(device: torch.device) -> None:
+    """Give back what a model that is gone had."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 @contextmanager

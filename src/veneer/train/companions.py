@@ -4,12 +4,14 @@ tokenizer.json ...        with the chat template that was used, whatever the bas
 chat_template.jinja       the same, for tools that look for it there
 generation_config.json    the tokens that end an answer
 task.json                 the task and, for classifiers, what each class is called
+inputs.safetensors        how large the inputs of a packed base's layers are, so that it is packed in the same way
 """
 
 from __future__ import annotations
 
 import copy
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,9 @@ from torch import nn
 
 from veneer.tasks.base import Task
 
-__all__ = ["write_companions"]
+__all__ = ["ENERGIES", "write_companions"]
+
+ENERGIES = "inputs.safetensors"
 
 
 def write_companions(folder: Path, task: Task, model: nn.Module) -> None:
@@ -39,4 +43,7 @@ def write_companions(folder: Path, task: Task, model: nn.Module) -> None:
     packed: Any = getattr(getattr(model, "config", None), "quantization_config", None)
     if getattr(packed, "quant_method", None) == "veneer":
         told["quant"] = {"kind": packed.kind, "whole": list(packed.whole)}  # the base is asked as it was in training
+        if packed.energies is not None:
+            shutil.copyfile(packed.energies, folder / ENERGIES)
+            told["quant"]["energies"] = ENERGIES
     (folder / "task.json").write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")

@@ -15,9 +15,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 from veneer.advise.lr import learning_rate
@@ -34,9 +36,11 @@ from veneer.data.types import Encoded, Example
 from veneer.errors import ConfigError, DataError, StateError
 from veneer.kernels import varlen
 from veneer.quant.layer import Packed
-from veneer.quant.model import quantize
+from veneer.quant.model import choose, note_packing, quantize, save_energies
+from veneer.quant.storage import STORAGES
 from veneer.tasks.base import TASKS, Task
 from veneer.train import base
+from veneer.train.companions import ENERGIES
 from veneer.train.method import lora_of, place
 from veneer.train.run import Run
 from veneer.train.settings import Reads
@@ -96,9 +100,9 @@ def prepare(run: Run, settings: Reads, model: Any, data: Any, tokenizer: Any, te
     tell("doing", text="loading the model")
     if isinstance(source, nn.Module):
         model = source
-        pack_base(model, settings, tell)
+        pack_base(run, model, settings, task, train.samples, tell)
     else:
-        model = base.load_model(source, task, settings.precision, device, settings.quant, settings.modules_to_save)
+        model = load_base(run, source, settings, task, train.samples, device, tell)
     base.fit_head(model, task)
     trained = place(model, settings, task.heads(model), **to_look_at(settings, task, train.samples, device, tell))
     if not trained:
@@ -207,14 +211,53 @@ def settle_length(settings: Reads, source: Any) -> None:
 # ------------------------------------------------------------------ the model
 
 
-def pack_base(model: nn.Module, settings: Reads, tell: Tell) -> None:
+def load_base(
+    run: Run, source: str, settings: Reads, task: Task, samples: Sequence[Encoded], device: torch.device, tell: Tell
+) -> nn.Module:
+    """The base on its device. Where the storage wants to know its inputs it is packed twice: plainly, to look at some
+    rows, and then with what was seen. A run that goes on finds that in its folder, and so the same base."""
+    load = partial(base.load_model, source, task, settings.precision, device, settings.quant, settings.modules_to_save)
+    if not looks_before_packing(settings):
+        return load()
+    path = run.folder / ENERGIES
+    if not path.exists():
+        rows = rows_to_look_at(settings, task, samples, device, tell)
+        model = load()
+        save_energies(model, {n: m for n, m in plain_modules(model).items() if isinstance(m, Packed)}, rows, path)
+        del model
+        base.release(device)
+    return load(str(path))
+
+
+def looks_before_packing(settings: Reads) -> bool:
+    return settings.quant != "none" and STORAGES[settings.quant].weighs and settings.quant_rows > 0
+
+
+def rows_to_look_at(
+    settings: Reads, task: Task, samples: Sequence[Encoded], device: torch.device, tell: Tell
+) -> list[Any]:
+    """One by one, so that none is padded."""
+    few = samples[: settings.quant_rows]
+    tell("doing", text=f"{settings.quant} looks at {len(few)} rows before it packs")
+    return [batch.to(device).inputs for batch in batches(few, 1, pad_id_of(task.tokenizer))]
+
+
+def pack_base(run: Run, model: nn.Module, settings: Reads, task: Task, samples: Sequence[Encoded], tell: Tell) -> None:
     """A model that came loaded is packed where it stands; one that came packed stays as it is."""
     if settings.quant == "none":
         return
     held = {m.recipe.kind for m in plain_modules(model).values() if isinstance(m, Packed)}
     if held == {settings.quant}:
         return
-    tell("note", text=str(quantize(model, settings.quant, whole=settings.modules_to_save)))
+    whole, path, seen = settings.modules_to_save, run.folder / ENERGIES, None
+    if looks_before_packing(settings):
+        if not path.exists():
+            rows = rows_to_look_at(settings, task, samples, next(model.parameters()).device, tell)
+            save_energies(model, choose(model, "all-linear", (), False, False, whole)[0], rows, path)
+        seen = load_file(path)
+    tell("note", text=str(quantize(model, settings.quant, whole=whole, energies=seen)))
+    if seen is not None:
+        note_packing(model, whole, str(path))
 
 
 def settle_precision(settings: Reads, source: Any, tell: Tell) -> torch.device:
