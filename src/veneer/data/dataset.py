@@ -20,7 +20,7 @@ from veneer.data.formats import FORMATS, Format, RowError, detect, example_of
 from veneer.data.labels import LabelSet, labels_of
 from veneer.data.read import READERS, Found, Problem, files_in, read, read_documents, read_text, suffix_of
 from veneer.data.turns import kind_of
-from veneer.data.types import Example, Labelled, Pictured, Row, Tagged
+from veneer.data.types import Boxed, Example, Labelled, Pictured, Row, Tagged
 from veneer.errors import DataError
 
 __all__ = ["Data", "Dataset", "Split", "load", "split"]
@@ -66,7 +66,7 @@ class Dataset:
     @cached_property
     def labels(self) -> LabelSet:
         """The classes of labelled or tagged rows."""
-        return labels_of(example for example in self if isinstance(example, Labelled | Pictured | Tagged))
+        return labels_of(example for example in self if isinstance(example, Boxed | Labelled | Pictured | Tagged))
 
     def facts(self) -> dict[str, Any]:
         """What data.json records."""
@@ -124,7 +124,7 @@ def load(
     form = _format(name, found, rows, format, columns, kinds)
     checked = [_checked(item, form, columns) for item in found]
     problems = [str(item) for item in checked if isinstance(item, Problem)]
-    examples = tuple(item for item in checked if not isinstance(item, Problem))
+    examples = tuple(form.join(item for item in checked if not isinstance(item, Problem)))
     if problems and not (skip_bad and examples):
         _refuse(name, problems, f"{len(problems):,} of {len(found):,} rows of {form.name} cannot be used")
     dataset = Dataset(examples, name, form.name, columns, _unused(rows, form, columns), tuple(problems))

@@ -44,6 +44,7 @@ NOTICES = {
     "endless": "{n:,} end without EOS: the tokenizer has none",
     "grey": "{n:,} pictures have no colours and were given three equal channels",
     "see-through": "{n:,} pictures are partly transparent; what is behind was taken as black",
+    "without boxes": "{n:,} pictures have no box: they teach that there may be nothing",
     "resized": "{n:,} pictures differ in size from the others; all are brought to the model's size",
 }
 

@@ -11,6 +11,7 @@
 | tagged (token classification) | tokens, tags |
 | labelled (sequence classification) | text, label, pair? |
 | text | text |
+| objects, boxes, box table (object detection) | image, objects; image, boxes, labels; image, x0, y0, x1, y1, label |
 | image (image classification) | image (a path, or what a data set holds), label |
 
 Detection takes the first format in this file's order that half of the rows fit, and every row is then held to it: a
@@ -21,13 +22,27 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NoReturn
 
 from veneer.core.registry import Registry, near
+from veneer.data.boxes import corners, joined, of_objects
 from veneer.data.turns import RowError, conversation, json_list, kind_of, tool_list
-from veneer.data.types import Chat, Completion, Example, Labelled, Message, Pair, Pictured, Row, Tagged, Text, Tokens
+from veneer.data.types import (
+    Boxed,
+    Chat,
+    Completion,
+    Example,
+    Labelled,
+    Message,
+    Pair,
+    Pictured,
+    Row,
+    Tagged,
+    Text,
+    Tokens,
+)
 from veneer.errors import DataError
 
 __all__ = ["FORMATS", "Fields", "Format", "RowError", "detect", "example_of"]
@@ -69,13 +84,15 @@ class Fields:
 
 @dataclass(frozen=True)
 class Format:
-    """`needs` and `may` hold, per standard field, the column names that are taken for it, the standard one first."""
+    """`needs` and `may` hold, per standard field, the column names that are taken for it, the standard one first.
+    `join` makes examples of rows where several rows are one."""
 
     name: str
     kind: type[Any]
     needs: tuple[tuple[str, ...], ...]
     may: tuple[tuple[str, ...], ...]
     parse: Callable[[Fields], Example]
+    join: Callable[[Iterable[Any]], Iterable[Any]] = tuple
 
     @property
     def fields(self) -> str:
@@ -105,10 +122,12 @@ def _absent(value: Any) -> bool:
     return value is None or (isinstance(value, float) and math.isnan(value))
 
 
-def _format(name: str, kind: type[Any], needs: str, may: str = "") -> Callable[[Callable[[Fields], Example]], Any]:
+def _format(
+    name: str, kind: type[Any], needs: str, may: str = "", join: Callable[[Iterable[Any]], Iterable[Any]] = tuple
+) -> Callable[[Callable[[Fields], Example]], Any]:
     def add(parse: Callable[[Fields], Example]) -> Callable[[Fields], Example]:
         groups = [tuple(tuple(names.split("|")) for names in part.split()) for part in (needs, may)]
-        FORMATS[name] = Format(name, kind, groups[0], groups[1], parse)
+        FORMATS[name] = Format(name, kind, groups[0], groups[1], parse, join)
         return parse
 
     return add
@@ -317,12 +336,32 @@ def _label(fields: Fields) -> Any:
     return value.strip() if isinstance(value, str) else value
 
 
-@_format(
-    "image",
-    Pictured,
-    "image|img|picture|path|file|file_name|filename|filepath|image_path label|labels|class|category|target|fine_label",
-)
-def _pictured(fields: Fields) -> Pictured:
+IMAGE = "image|img|picture|path|file|file_name|filename|filepath|image_path"
+
+
+@_format("objects", Boxed, f"{IMAGE} objects|annotations")
+def _objects(fields: Fields) -> Boxed:
+    return Boxed(_image(fields), *of_objects(fields.value("objects"), fields.name("objects")))
+
+
+@_format("boxes", Boxed, f"{IMAGE} boxes|bboxes labels|label|classes|categories")
+def _boxes(fields: Fields) -> Boxed:
+    boxes, labels = fields.list("boxes"), fields.list("labels")
+    if len(boxes) != len(labels):
+        raise RowError(f"{len(boxes)} boxes but {len(labels)} labels")
+    return Boxed(_image(fields), corners(boxes, "box"), tuple(map(str, labels)))
+
+
+CORNERS = ("x0|xmin|x_min|left", "y0|ymin|y_min|top", "x1|xmax|x_max|right", "y1|ymax|y_max|bottom")
+
+
+@_format("box table", Boxed, f"{IMAGE} {' '.join(CORNERS)} label|class|category|name", join=joined)
+def _box(fields: Fields) -> Boxed:
+    values = [fields.value(name.partition("|")[0]) for name in CORNERS]
+    return Boxed(_image(fields), corners([values], "box"), (str(_label(fields)),))
+
+
+def _image(fields: Fields) -> Any:
     value = fields.value("image")
     if isinstance(value, Mapping):  # as `datasets` keeps pictures that it has not decoded
         value = value.get("bytes") or value.get("path")
@@ -330,7 +369,12 @@ def _pictured(fields: Fields) -> Pictured:
         raise RowError(f"field {fields.name('image')!r} is {kind_of(value)}; a path or an image is expected")
     if isinstance(value, str | bytes) and not value.strip():
         raise RowError(f"field {fields.name('image')!r} is empty")
-    return Pictured(value, _label(fields))
+    return value
+
+
+@_format("image", Pictured, f"{IMAGE} label|labels|class|category|target|fine_label")
+def _pictured(fields: Fields) -> Pictured:
+    return Pictured(_image(fields), _label(fields))
 
 
 @_format("text", Text, "text|content|document")

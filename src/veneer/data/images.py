@@ -7,34 +7,47 @@
 | of another size than the others | resized by the processor, and said |
 | that cannot be read | a problem of the data, with its file |
 
-All files are opened before training begins, so that a broken one is not found in the second hour; but no pixels are
-kept: each is read again when its batch is made. A path in a table is meant from the table's own folder, or from here.
+All files are opened before training begins, so that a broken one is not found in the second hour. What the processor
+made of a picture is kept for the next epoch as long as there is room (KEPT_BYTES); beyond that, and where every epoch
+shall see another view (`augment`), it is read again when its batch is made. A path in a table is meant from the table's
+own folder, or from here.
+
+| augment | a training picture is, each time that it is seen |
+| --- | --- |
+| none | itself |
+| flip | itself or its mirror image |
+| crop | a piece of 60 to 100 % of its area, three quarters to four thirds as wide as high; then flip |
+
+The views are drawn from torch's generator, whose state is part of every checkpoint: a resumed run sees the same ones.
 """
 
 from __future__ import annotations
 
 import io
+import math
 from array import array
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from veneer.data.encode import Encodings, finished
 from veneer.data.labels import LabelSet
 from veneer.data.lengths import Lengths
-from veneer.data.types import Encoded, Pictured
+from veneer.data.types import Boxed, Encoded, Pictured
 from veneer.errors import DataError
 from veneer.extras import need
 
-__all__ = ["encode_pictures", "open_picture"]
+__all__ = ["AUGMENTS", "Kept", "encode_pictures", "looked_at", "open_picture", "pixels_of"]
 
 PLAIN = "RGB"
 REPORTED = 256  # rows between two reports
+KEPT_BYTES = 2 << 30  # of pixels in memory
+LEAST_SHARE, LEAST_RATIO, MOST_RATIO = 0.6, 3 / 4, 4 / 3  # of a crop: its area, and its width by its height
 
 
-def open_picture(example: Pictured) -> Any:
+def open_picture(example: Any) -> Any:
     """The picture as PIL has it, not read yet; raises DataError if there is none."""
     pil = need("PIL.Image", extra="vision", use="read pictures")
     image = example.image
@@ -57,7 +70,7 @@ def _place(path: str, where: str) -> Path:
     return beside if not found.is_absolute() and beside.is_file() else found
 
 
-def _name(example: Pictured) -> str:
+def _name(example: Any) -> str:
     return example.image if isinstance(example.image, str) else example.where
 
 
@@ -83,19 +96,83 @@ def in_colours(picture: Any) -> Any:
     return picture.convert(PLAIN)
 
 
+@dataclass
+class Kept:
+    """Pixels that were made before, up to a number of bytes."""
+
+    room: int = KEPT_BYTES
+    held: dict[int, Any] = field(default_factory=dict)
+
+    def put(self, number: int, pixels: Any) -> None:
+        if pixels.nbytes <= self.room:
+            self.room -= pixels.nbytes
+            self.held[number] = pixels
+
+
 @dataclass(frozen=True)
 class Pixels:
     """What a sample gives when its batch is made."""
 
-    example: Pictured
+    example: Pictured | Boxed
     processor: Any
+    number: int
+    kept: Kept
+    augment: str = "none"
 
     def __call__(self) -> Any:
-        try:
-            picture = in_colours(open_picture(self.example))
-        except OSError as error:
-            raise DataError(f"it can no longer be read ({_short(error)})", _name(self.example)) from None
-        return self.processor(images=picture, return_tensors="np")["pixel_values"][0]
+        if (found := self.kept.held.get(self.number)) is not None:
+            return found
+        picture = AUGMENTS[self.augment](colours_of(self.example))
+        found = pixels_of(self.processor, picture)
+        if self.augment == "none":
+            self.kept.put(self.number, found)
+        return found
+
+
+def colours_of(example: Any) -> Any:
+    """The picture in colours, read now."""
+    try:
+        return in_colours(open_picture(example))
+    except OSError as error:
+        raise DataError(f"it can no longer be read ({_short(error)})", _name(example)) from None
+
+
+def pixels_of(processor: Any, picture: Any) -> Any:
+    """What the model's processor makes of one picture: (channels, height, width)."""
+    return processor(images=picture, return_tensors="pt")["pixel_values"][0].numpy()
+
+
+# ------------------------------------------------------------------ other views of a picture
+
+
+def _itself(picture: Any) -> Any:
+    return picture
+
+
+def _flipped(picture: Any) -> Any:
+    pil = need("PIL.Image", extra="vision", use="read pictures")
+    return picture.transpose(pil.Transpose.FLIP_LEFT_RIGHT) if _drawn(0, 1) < 0.5 else picture
+
+
+def _cropped(picture: Any) -> Any:
+    wide, high = picture.size
+    share, ratio = _drawn(LEAST_SHARE, 1), math.exp(_drawn(math.log(LEAST_RATIO), math.log(MOST_RATIO)))
+    w = max(1, min(wide, round((wide * high * share * ratio) ** 0.5)))
+    h = max(1, min(high, round((wide * high * share / ratio) ** 0.5)))
+    left, top = round(_drawn(0, wide - w)), round(_drawn(0, high - h))
+    return _flipped(picture.crop((left, top, left + w, top + h)))
+
+
+def _drawn(low: float, high: float) -> float:
+    import torch
+
+    return low + (high - low) * float(torch.rand(()))
+
+
+AUGMENTS: dict[str, Callable[[Any], Any]] = {"none": _itself, "flip": _flipped, "crop": _cropped}
+
+
+# ------------------------------------------------------------------ rows to samples
 
 
 def encode_pictures(
@@ -106,9 +183,11 @@ def encode_pictures(
     max_len: int | None = None,
     overlong: str = "drop",
     skip_bad: bool = False,
+    augment: str = "none",
     report: Callable[[int, int], None] | None = None,
 ) -> Encodings:
     """One sample a picture. None is too long, so `max_len` and `overlong` decide nothing."""
+    kept = Kept()
     counts: Counter[str] = Counter()
     sizes: Counter[tuple[int, int]] = Counter()
     problems: list[str] = []
@@ -116,13 +195,13 @@ def encode_pictures(
     for number, example in enumerate(examples, 1):
         try:
             label = labels.encode(example.label)
-            size = _looked_at(example, counts)
+            size = looked_at(example, counts)
         except DataError as error:
             problems.append(f"{error.where or example.where}: {error.what}")
             continue
         sizes[size] += 1
         values = label if isinstance(label, list) else [label]
-        pixels = Pixels(example, processor)
+        pixels = Pixels(example, processor, number, kept, augment)
         samples.append(Encoded(array("i", [0]), values, "row", where=example.where, id=example.id, pixels=pixels))
         if report and (number % REPORTED == 0 or number == len(examples)):
             report(number, len(examples))
@@ -130,7 +209,7 @@ def encode_pictures(
     return finished(samples, len(examples), Lengths(array("i", [1] * len(samples))), counts, problems, None, skip_bad)
 
 
-def _looked_at(example: Pictured, counts: Counter[str]) -> tuple[int, int]:
+def looked_at(example: Any, counts: Counter[str]) -> tuple[int, int]:
     """Read one picture to its end, so that a file that is cut short is found now."""
     picture = open_picture(example)
     try:
@@ -146,7 +225,7 @@ def _looked_at(example: Pictured, counts: Counter[str]) -> tuple[int, int]:
     return picture.size
 
 
-def _close(picture: Any, example: Pictured) -> None:
+def _close(picture: Any, example: Any) -> None:
     """A file that was opened here; a picture that came with its row stays as it is."""
     if isinstance(example.image, str | bytes):
         picture.close()

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from veneer.core.registry import near
-from veneer.data.types import Label, Labelled, Pictured, Tagged
+from veneer.data.types import Boxed, Label, Labelled, Pictured, Tagged
 from veneer.errors import DataError
 
 __all__ = ["LabelSet", "labels_of"]
@@ -59,7 +59,7 @@ class LabelSet:
         return f"{len(self.names)} classes{' (several may hold)' if self.kind == 'several' else ''}: {shown}"
 
 
-def labels_of(examples: Iterable[Labelled | Pictured | Tagged]) -> LabelSet:
+def labels_of(examples: Iterable[Boxed | Labelled | Pictured | Tagged]) -> LabelSet:
     """
     >>> str(labels_of([Labelled("a", "pos"), Labelled("b", "neg")]))
     '2 classes: neg, pos'
@@ -67,19 +67,24 @@ def labels_of(examples: Iterable[Labelled | Pictured | Tagged]) -> LabelSet:
     'number'
     """
     labels: list[Label] = []
-    several = False
+    several = boxed = False
     for example in examples:
         if isinstance(example, Tagged):
             labels += example.tags
+        elif isinstance(example, Boxed):
+            boxed = True
+            labels += example.labels
         elif isinstance(example.label, list):
             several = True
             labels += example.label
         else:
             labels.append(example.label)
-    if not several and _are_measurements(labels):
+    if not several and not boxed and _are_measurements(labels):
         return LabelSet("number")
     names = _in_order({_name(label) for label in labels})  # type: ignore[arg-type]
-    if len(names) < 2 and not several:
+    if boxed and not names:
+        raise DataError("no picture has a box, so there is nothing to find", fix="check the column of the boxes")
+    if len(names) < 2 and not several and not boxed:
         raise DataError(
             f"every row has the same label, {', '.join(names)!r}, so there is nothing to tell apart",
             fix="add rows of another class, or check the label column",

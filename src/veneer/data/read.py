@@ -3,7 +3,8 @@
 | suffix | a row is |
 | --- | --- |
 | .jsonl .ndjson | a line |
-| .json | an item of the array, or of the one list of objects inside an object; an entry of a table of columns |
+| .json | an item of the array, or of the one list of objects inside an object; an entry of a table of columns; of
+COCO's JSON a picture with its boxes |
 | .csv .tsv | a record; the first one names the columns |
 | .parquet .arrow | a row (needs pyarrow) |
 | .txt .md | a block between blank lines; without blank lines, a line; in a folder of such files, a whole file |
@@ -31,6 +32,7 @@ from pathlib import Path
 from typing import Any, TypeAlias, cast
 
 from veneer.core.registry import Registry, near
+from veneer.data.boxes import from_coco, is_coco
 from veneer.data.types import Row
 from veneer.errors import DataError
 from veneer.extras import need
@@ -302,6 +304,8 @@ def _objects(path: Path, text: str, start: int) -> Iterator[Found]:
         return
     if text[end:].strip():
         yield from _concatenated(path, text, start)
+    elif is_coco(value):
+        yield from (row if isinstance(row, Row) else Problem(*row) for row in from_coco(value, path))
     elif (key := _wrapped(value, path)) is not None:
         yield from _items(path, text, _value_position(text, start, key))
     elif columns := _columns(value):

@@ -12,6 +12,7 @@
 | tokens, tags | `Tagged` | token classification |
 | source, target | `Pair` | seq2seq |
 | image, label | `Pictured` | image classification |
+| image, boxes and labels; COCO's JSON | `Boxed` | object detection |
 
 Examples are frozen and hold text only; every one knows the place it came from, so that a complaint made at any later
 stage still names file and line.
@@ -28,6 +29,8 @@ from typing import Any, Literal, Protocol, Required, TypeAlias, TypedDict, runti
 
 __all__ = [
     "IGNORE",
+    "Box",
+    "Boxed",
     "Chat",
     "Completion",
     "Encoded",
@@ -49,6 +52,7 @@ __all__ = [
 
 IGNORE = -100  # the label that no loss counts (torch's ignore_index)
 
+Box: TypeAlias = tuple[float, float, float, float]
 Ids: TypeAlias = Sequence[int]  # in practice array("i"): four bytes a token instead of forty
 Label: TypeAlias = str | int | float | list[str] | list[int]
 LossOn: TypeAlias = Literal["all", "completions", "assistant", "last"]
@@ -156,12 +160,28 @@ class Pictured(_Example):
     @cached_property
     def id(self) -> str:
         """A hash of the label and of the path, or of the bytes where there is no file."""
-        image = self.image
-        data = image.encode() if isinstance(image, str) else image if isinstance(image, bytes) else image.tobytes()
-        return hashlib.sha256(f"{self.label}\0".encode() + data).hexdigest()[:16]
+        return _hash_of(f"{self.label}\0", self.image)
 
 
-Example: TypeAlias = Chat | Completion | Text | Tokens | Labelled | Tagged | Pair | Pictured
+@dataclass(frozen=True)
+class Boxed(_Example):
+    """A picture, boxes in its pixels as x0, y0, x1, y1, and the class of each; without boxes there is nothing on it."""
+
+    image: Any
+    boxes: tuple[Box, ...]
+    labels: tuple[str, ...]
+
+    @cached_property
+    def id(self) -> str:
+        return _hash_of(f"{self.boxes}{self.labels}\0", self.image)
+
+
+def _hash_of(said: str, image: Any) -> str:
+    data = image.encode() if isinstance(image, str) else image if isinstance(image, bytes) else image.tobytes()
+    return hashlib.sha256(said.encode() + data).hexdigest()[:16]
+
+
+Example: TypeAlias = Chat | Completion | Text | Tokens | Labelled | Tagged | Pair | Pictured | Boxed
 
 
 @dataclass(frozen=True)
@@ -170,19 +190,21 @@ class Encoded:
 
     `layout` says what `labels` are: "token", one per input token (causal LM: NOT shifted, and labels[0] is always
     IGNORE since nothing predicts the first token; token classification); "target", a sequence of its own (seq2seq
-    decoder); "row", one value for the row, or one per class when several may hold.
+    decoder); "row", one value for the row, or one per class when several may hold; "boxes", the class of each of
+    `boxes`, which are shares of the picture: centre x, centre y, width, height.
 
     `segments` are the lengths of the samples inside: one, unless the row was packed.
     """
 
     input_ids: Ids
     labels: Ids | Sequence[float]
-    layout: Literal["token", "target", "row"] = "token"
+    layout: Literal["token", "target", "row", "boxes"] = "token"
     segments: tuple[int, ...] = ()
     where: str = ""
     id: str = ""  # of the example it came from
     token_type_ids: Ids | None = None  # BERT's, for a pair of texts
     pixels: Callable[[], Any] | None = None  # gives the picture that takes the place of tokens, read when it is needed
+    boxes: tuple[Box, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.segments:
@@ -193,7 +215,9 @@ class Encoded:
 
     @cached_property
     def trained_tokens(self) -> int:
-        """Labels that the loss counts: the divisor of a mean. A "row" layout counts rows."""
+        """Labels that the loss counts: the divisor of a mean. A "row" layout counts rows, no boxes count as one."""
+        if self.layout == "boxes":
+            return max(1, len(self.labels))
         return 1 if self.layout == "row" else sum(label != IGNORE for label in self.labels)
 
     @property

@@ -92,15 +92,18 @@ def _with_decoder(model: nn.Module, inputs: dict[str, Any]) -> dict[str, Any]:
 
 
 def first_tensor(output: Any) -> Tensor:
-    """The logits, or else the first tensor of an output."""
-    return tensors_in(output)[0]
+    """The logits, or else the first tensor of an output. A detector that picks its best places before it decodes them
+    answers with the scores of all places: which ones it picks, and in which order, may hang on the last bit."""
+    places = getattr(output, "enc_outputs_class", None)
+    return places if isinstance(places, Tensor) else tensors_in(output)[0]
 
 
 def tensors_in(output: Any) -> list[Tensor]:
-    """The logits alone where there are some, else all tensors of an output."""
+    """The logits alone where there are some, else all tensors of an output. A detector says more than its logits."""
     if isinstance(output, Tensor):
         return [output]
-    if isinstance(logits := getattr(output, "logits", None), Tensor):
+    boxes, logits = getattr(output, "pred_boxes", None), getattr(output, "logits", None)
+    if isinstance(logits, Tensor) and not isinstance(boxes, Tensor):
         return [logits]
     held = output.values() if isinstance(output, Mapping) else output if isinstance(output, Sequence) else ()
     if found := [each for each in held if isinstance(each, Tensor)]:

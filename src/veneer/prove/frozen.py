@@ -50,7 +50,10 @@ def frozen(model: nn.Module, name: str) -> Iterator[tuple[str, Tensor]]:
     """Everything that training must leave alone: parameters and persistent buffers, other adapters among them."""
     learned = {id(t) for part in learning(model, name).values() for t in part.values()}
     for owner, module in model.named_modules():
-        held = {**module._parameters, **module._buffers}
+        own = module._parameters
+        held = (
+            own if any(id(p) in learned for p in own.values()) else {**own, **module._buffers}
+        )  # BatchNorm's, trained
         for leaf, tensor in held.items():
             if tensor is not None and id(tensor) not in learned and leaf not in module._non_persistent_buffers_set:
                 yield f"{owner}.{leaf}".lstrip("."), tensor

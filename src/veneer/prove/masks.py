@@ -89,6 +89,9 @@ def _look(group: Sequence[Encoded], ends: Collection[int], may_be_cut: bool) -> 
     if group[0].layout == "row":
         bad = [k for k, sample in enumerate(group) if not _is_label(sample.labels)]
         return Found(bad, [], 0, len(group) - len(bad), len(group))
+    if group[0].layout == "boxes":  # a picture without any teaches that there may be none
+        bad = [k for k, sample in enumerate(group) if any(label < 0 for label in sample.labels)]
+        return Found(bad, [], 0, len(group) - len(bad), len(group))
     labels, last, owner = _laid_out(group)
     trained = labels != IGNORE
     begins, stops = _edges(trained)

@@ -1,5 +1,19 @@
 """What can be learned, one file each; importing this package registers them all."""
 
-from veneer.tasks import causal_lm, image_classification, seq2seq, sequence_classification, token_classification
+from veneer.tasks import (
+    causal_lm,
+    image_classification,
+    object_detection,
+    seq2seq,
+    sequence_classification,
+    token_classification,
+)
 
-__all__ = ["causal_lm", "image_classification", "seq2seq", "sequence_classification", "token_classification"]
+__all__ = [
+    "causal_lm",
+    "image_classification",
+    "object_detection",
+    "seq2seq",
+    "sequence_classification",
+    "token_classification",
+]

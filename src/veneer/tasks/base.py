@@ -57,6 +57,7 @@ class Task(ABC):
     kinds: ClassVar[tuple[type[Any], ...]]  # of example, in veneer.data.types
     renders: ClassVar[bool] = False  # whether rows are conversations or plain text that a template may write
     labelled: ClassVar[bool] = False  # whether rows hold classes, and the model a head for them
+    exact: ClassVar[bool] = False  # whether the loss needs fp32
 
     def __init__(self, tokenizer: Any = None, labels: LabelSet | None = None, renderer: Renderer | None = None) -> None:
         self.tokenizer, self.labels, self.renderer = tokenizer, labels, renderer
@@ -73,6 +74,10 @@ class Task(ABC):
         report: Callable[[int, int], None] | None = None,
     ) -> Encodings:
         """Token ids and labels of rows, and what was left out. `loss_on` is for tasks that mask a text."""
+
+    def training_options(self, settings: Any) -> dict[str, Any]:
+        """What `encode` is told about training rows alone."""
+        return {}
 
     @property
     def ends(self) -> tuple[int, ...]:
@@ -100,6 +105,10 @@ class Task(ABC):
     def heads(self, model: nn.Module) -> tuple[str, ...]:
         """Modules that are new to the model and must be trained whole."""
         return new_heads(model) if self.labelled else ()
+
+    def idle(self, model: nn.Module) -> tuple[str, ...]:
+        """Layers of this model of which nothing that an adapter learns could be seen; they are left alone."""
+        return ()
 
     # ---------------------------------------------------------------- loss and metrics
 

@@ -43,6 +43,9 @@ class ImageClassification(Task):
     def model_options(self) -> dict[str, Any]:
         return {**class_options(self.labels), "ignore_mismatched_sizes": True}
 
+    def training_options(self, settings: Any) -> dict[str, Any]:
+        return {"augment": settings.augment}
+
     def encode(self, examples: Sequence[Any], *, loss_on: LossOn = "assistant", **options: Any) -> Encodings:
         if self.known_labels.kind != "one":
             fix = "give each picture one class; numbers that are classes must be whole"

@@ -53,7 +53,7 @@ from veneer.train.companions import write_companions
 from veneer.train.fast import fused
 from veneer.train.finish import finish, show
 from veneer.train.memory import back_off
-from veneer.train.method import ADAPTER, allocator_of, optimizer_of, write_model
+from veneer.train.method import ADAPTER, allocator_of, optimizer_of, to_train, write_model
 from veneer.train.monitor import Meter, Movement, Watchdog, memory_bytes, not_finite
 from veneer.train.optim import Masters, Projection, set_rate
 from veneer.train.prepare import Job, prepare
@@ -140,7 +140,7 @@ class Loop:
     def begin(self) -> None:
         """Remember the model as it is, take up the last checkpoint if there is one, and try the heaviest batches."""
         job = self.job
-        job.model.train()
+        to_train(job.model)
         first = next(batches(job.val[:4] or job.train[:4], 4, job.pad)).to(job.device)
         self.before = snapshot(job.model, ADAPTER, [first.inputs])
         self.tell("note", text=job.task.prepare(job.model, first))

@@ -4,13 +4,14 @@
 | --- | --- | --- |
 | lora | the adapter, and modules_to_save in copies of their own | the adapter, in PEFT's layout |
 | full | all weights | the model |
-| freeze | the last `layers` blocks of each stack, and a new head | the model |
+| freeze | the last `layers` blocks of each stack, and a new head; with 0 the head alone, a probe | the model |
 
 Full and partial fine-tuning are here as baselines: a low-rank adapter that does not come near them is the wrong tool.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,22 +29,37 @@ from veneer.errors import ConfigError
 from veneer.train.base import quiet
 from veneer.train.optim import Masters, adamw
 
-__all__ = ["ADAPTER", "allocator_of", "lora_of", "optimizer_of", "place", "write_model"]
+__all__ = ["ADAPTER", "allocator_of", "lora_of", "optimizer_of", "place", "to_train", "write_model"]
 
 ADAPTER = "default"
 
 
-def place(model: nn.Module, settings: Any, heads: Sequence[str], **seen: Any) -> dict[str, nn.Parameter]:
-    """Make `model` ready to train by the method and return what trains, by name. `heads` are new and must learn;
-    `seen` is for inits that look at data (see `attach`)."""
+def place(
+    model: nn.Module, settings: Any, heads: Sequence[str], idle: Sequence[str] = (), **seen: Any
+) -> dict[str, nn.Parameter]:
+    """Make `model` ready to train by the method and return what trains, by name. `heads` are new and must learn, `idle`
+    layers could not; `seen` is for inits that look at data (see `attach`)."""
     if settings.method == "lora":
-        attach(model, lora_of(settings, heads), ADAPTER, **seen)
+        spec = lora_of(settings, heads)
+        exclude = (spec.exclude,) if isinstance(spec.exclude, str) else tuple(spec.exclude)
+        attach(model, dataclasses.replace(spec, exclude=(*exclude, *idle)), ADAPTER, **seen)
         return parameters(model, ADAPTER)
     if settings.method == "full":
         model.requires_grad_(True)
     else:
         _freeze_all_but_last(model, settings.layers, heads)
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def to_train(model: nn.Module) -> None:
+    """Training mode, but for BatchNorm whose weights are frozen: in training mode it would go on measuring its mean and
+    variance, and the base would no longer be the base when the adapter is off."""
+    model.train()
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and not any(
+            p.requires_grad for p in module.parameters()
+        ):
+            module.eval()
 
 
 def lora_of(settings: Any, heads: Sequence[str] = ()) -> LoRA:
@@ -109,10 +125,10 @@ def _freeze_all_but_last(model: nn.Module, last: int, heads: Sequence[str]) -> N
     names = [name for name, _ in model.named_parameters()]
     blocks = {index for name in names if (index := block_index(name)) is not None}
     count = max(blocks, default=-1) + 1
-    if not 0 < last <= count:
+    if not (0 if heads else 1) <= last <= count:
         raise ConfigError(
-            f"layers: {last} is not possible, the model has {count} blocks",
-            fix=f"choose 1 to {count}"
+            f"layers: {last} is not possible, the model has {count} blocks" + " and no new head" * (not heads),
+            fix=f"choose {0 if heads else 1} to {count}"
             if count
             else "use method full; this model has no numbered blocks to choose from",
         )

@@ -166,7 +166,7 @@ def targets(value: Any) -> str | tuple[str, ...]:
 
 
 def layers(value: Any) -> int | tuple[int, ...] | None:
-    """How many of the last layers (a number), or which ones (a list, or ranges in a string).
+    """How many of the last layers (a number; none of them is 0), or which ones (a list, or ranges in a string).
 
     >>> layers(4), layers("0-2,7"), layers([3])
     (4, (0, 1, 2, 7), (3,))
@@ -177,7 +177,7 @@ def layers(value: Any) -> int | tuple[int, ...] | None:
         return tuple(sorted({number for part in value.split(",") for number in _range(part.strip())}))
     if isinstance(value, (list, tuple, range)):
         return tuple(sorted({whole()(number) for number in value}))
-    return whole(1)(value)
+    return whole(0)(value)
 
 
 def mapping(value: Any) -> dict[str, Any]:

@@ -104,7 +104,10 @@ def prepare(run: Run, settings: Reads, model: Any, data: Any, tokenizer: Any, te
     else:
         model = load_base(run, source, settings, task, train.samples, device, tell)
     base.fit_head(model, task)
-    trained = place(model, settings, task.heads(model), **to_look_at(settings, task, train.samples, device, tell))
+    if idle := task.idle(model):
+        tell("note", text=f"left alone, for nothing they learn could be seen: {', '.join(idle)}")
+    seen = to_look_at(settings, task, train.samples, device, tell)
+    trained = place(model, settings, task.heads(model), idle, **seen)
     if not trained:
         raise ConfigError("nothing would be trained", fix="choose other targets or layers")
     tell("model", text=size_of(model, trained), **numbers_of(model, trained))
@@ -176,14 +179,15 @@ def encode_rows(task: Task, settings: Reads, parts: Split, tell: Tell) -> tuple[
     """Training and validation rows as tokens. Losing many of them to their length needs a yes."""
     options = {name: getattr(settings, name) for name in ("max_len", "overlong", "skip_bad", "loss_on")}
 
-    def encoded(part: Dataset, what: str) -> Encodings:
-        found = task.encode(
-            part.examples, **options, report=lambda done, total: tell("tokenising", what=what, done=done, total=total)
-        )
+    def encoded(part: Dataset, what: str, **more: Any) -> Encodings:
+        def report(done: int, total: int) -> None:
+            tell("tokenising", what=what, done=done, total=total)
+
+        found = task.encode(part.examples, **options, **more, report=report)
         tell("data", text=f"{what}: {found}", lengths=found.lengths.facts(), trained_share=found.trained_share)
         return found
 
-    train = encoded(parts.train, "train")
+    train = encoded(parts.train, "train", **task.training_options(settings))
     if not settings.yes and train.lost_share > TOO_MANY_LOST:
         raise DataError(
             f"{train.lost_share:.1%} of the samples are longer than max_len {settings.max_len:,} and would be lost "
@@ -262,8 +266,13 @@ def pack_base(run: Run, model: nn.Module, settings: Reads, task: Task, samples: 
 
 def settle_precision(settings: Reads, source: Any, tell: Tell) -> torch.device:
     """The device and the type of the arithmetic."""
+    exact = TASKS[settings.task].exact
+    if exact and settings.precision == "bf16":
+        fix = "leave precision out, or say fp32"
+        raise ConfigError(f"the loss of {settings.task} cannot be computed in bf16", "precision", fix)
     if settings.precision == "auto":
-        settings.settle("precision", *base.precision_of(source))
+        why = "fp32", f"the loss of {settings.task} needs it"
+        settings.settle("precision", *(why if exact else base.precision_of(source)))
         origin = settings.resolved.origins["precision"]
         tell("note", text=f"precision {settings.precision}: {origin.note}")
     if not isinstance(source, nn.Module):

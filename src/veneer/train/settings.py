@@ -81,6 +81,7 @@ TASKS = {
     **dict.fromkeys(["classification", "text_classification", "seq_cls"], "sequence_classification"),
     **dict.fromkeys(["ner", "token_cls"], "token_classification"),
     **dict.fromkeys(["image", "images", "vision", "image_cls"], "image_classification"),
+    **dict.fromkeys(["detection", "boxes", "object"], "object_detection"),
     **dict.fromkeys(["text2text", "seq_2_seq_lm"], "seq2seq"),
 }
 
@@ -104,8 +105,9 @@ class Settings:
 
     # The method
     task: str = choice(
-        "causal_lm", "causal_lm sequence_classification token_classification seq2seq image_classification",
-        "What is learned: answers (causal_lm), a label per text, word or image, or text from text.",
+        "causal_lm",
+        "causal_lm sequence_classification token_classification seq2seq image_classification object_detection",
+        "What is learned: answers (causal_lm), a label per text, word or image, text from text, or boxes on images.",
         also=TASKS, group="method",
     )  # fmt: skip
     method: str = choice(
@@ -143,7 +145,7 @@ class Settings:
     )  # fmt: skip
     layers: int | tuple[int, ...] | None = key(
         None, "text", parse.layers,
-        "Which layers: a number for the last so many, or a list such as 0-7,12.",
+        "Which layers: the last so many, or a list such as 0-7,12; with method freeze 0 is the head alone.",
         rule="all of them; with method freeze the last 2", group="method", only_for={"method": ("lora", "freeze")},
     )  # fmt: skip
     delta: str = of_adapter(
@@ -210,6 +212,11 @@ class Settings:
     template: str | None = of_text(
         None, "text", optional(parse.text), "Chat template: a name, or a .jinja file.", rule="the tokenizer's own"
     )
+    augment: str = choice(
+        "none", "none flip crop",
+        "Another view of a training picture each time: its mirror image half of the time, or a piece of it as well.",
+        group="data", only_for={"task": ("image_classification",)},
+    )  # fmt: skip
     system: str | None = of_text(None, "text", optional(parse.text), "System prompt for rows that have none.")
 
     # The training
