@@ -44,38 +44,48 @@ ORIGIN: Any = None  # the event from which moments are counted
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
-def base(shape: str, device: str) -> nn.Module:
+def base(shape: str, device: str, storage: str = "", ends: bool = False) -> nn.Module:
+    """Made, and packed where that is wanted, one layer after the other. `ends`: the embedding is packed, too."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    config = LlamaConfig(**SHAPES[shape], use_cache=False, attn_implementation="sdpa")
+    config = LlamaConfig(**SHAPES[shape], use_cache=False, attn_implementation="sdpa", max_position_embeddings=1 << 20)
     with torch.device("meta"):
         model = LlamaForCausalLM(config).bfloat16()
-    model = model.to_empty(device=device)
     torch.manual_seed(0)
-    for p in model.parameters():
-        nn.init.normal_(p, std=0.02) if p.ndim > 1 else nn.init.ones_(p)
-    for module in model.modules():
-        if hasattr(module, "original_inv_freq"):  # not a parameter: to_empty left it without values
+    for name, module in model.named_modules():
+        for key, p in module._parameters.items():
+            if p is not None:
+                w = torch.empty(p.shape, dtype=p.dtype, device=device)
+                nn.init.normal_(w, std=0.02) if p.ndim > 1 else nn.init.ones_(w)
+                module._parameters[key] = nn.Parameter(w, requires_grad=False)
+        if storage and (name.split(".")[-1] in TARGETS or (ends and isinstance(module, nn.Embedding))):
+            from veneer.quant.layer import pack_layer
+            from veneer.quant.storage import Recipe
+
+            pack_layer(module, Recipe(storage), None, None)
+        if hasattr(module, "original_inv_freq"):  # not a parameter, and made without values
             module.inv_freq, module.attention_scaling = module.compute_default_rope_parameters(config, device=device)
             module.original_inv_freq = module.inv_freq
     return model.train()
 
 
-def plain(shape: str, device: str) -> nn.Module:
+def plain(shape: str, device: str, storage: str = "", ends: bool = False) -> nn.Module:
     import veneer
     from veneer import LoRA
 
-    model = base(shape, device)
+    model = base(shape, device, storage, ends)
     veneer.attach(model, LoRA(rank=16, alpha=32, targets=TARGETS))
     return model
 
 
-def fused(recompute: str) -> Callable[[str, str], nn.Module]:
+def fused(
+    recompute: str = "none", storage: str = "", graphs: bool = True, ends: bool = False
+) -> Callable[[str, str], nn.Module]:
     def build(shape: str, device: str) -> nn.Module:
         import veneer
 
-        model = plain(shape, device)
-        veneer.fuse(model, recompute, verbose=False)
+        model = plain(shape, device, storage, ends)
+        veneer.fuse(model, recompute, graphs=graphs, verbose=False)
         return model
 
     return build
@@ -113,7 +123,8 @@ def chunked_loss(model: nn.Module, ids: Tensor) -> Tensor:
     from veneer.tasks.cross_entropy import chunked_cross_entropy
 
     hidden = model.model(input_ids=ids)[0]
-    return chunked_cross_entropy(hidden[:, :-1], ids[:, 1:], model.lm_head) / ids[:, 1:].numel()
+    count = ids[:, 1:].numel()
+    return chunked_cross_entropy(hidden[:, :-1], ids[:, 1:], model.lm_head, rows=1024, count=count) / count
 
 
 def peft_chunked(model: nn.Module, ids: Tensor) -> Tensor:
@@ -128,14 +139,19 @@ VARIANTS: dict[str, Variant] = {
     "peft-recompute": (peft_recomputing, peft_chunked),
     "plain": (plain, chunked_loss),
     "plain-compiled": (compiled(plain), chunked_loss),
-    "fused": (fused("none"), chunked_loss),
-    "fused-gate_up": (fused("gate_up"), chunked_loss),
-    "fused-middle": (fused("middle"), chunked_loss),
-    "fused-input": (fused("input"), chunked_loss),
+    "fused": (fused(), chunked_loss),
+    "fused-asked": (fused(graphs=False), chunked_loss),
+    **{f"fused-{level}": (fused(level), chunked_loss) for level in ("gate_up", "middle", "input")},
+    "fp8": (fused(storage="fp8"), chunked_loss),
+    "fp8-asked": (fused(storage="fp8", graphs=False), chunked_loss),
+    **{f"fp8-{level}": (fused(level, "fp8"), chunked_loss) for level in ("gate_up", "middle", "input")},
+    "int8": (fused(storage="int8"), chunked_loss),
+    "nf4": (fused(storage="nf4"), chunked_loss),
+    "nf4-input": (fused("input", "nf4", ends=True), chunked_loss),
 }
 TABLES: dict[str, tuple[int, int, tuple[str, ...]]] = {
-    "2x2048": (2, 2048, ("peft", "peft-compiled", "plain", "plain-compiled", "fused")),
-    "4x2048": (4, 2048, ("peft-recompute", "fused", "fused-gate_up", "fused-middle", "fused-input")),
+    "2x2048": (2, 2048, ("peft", "peft-compiled", "plain", "plain-compiled", "fused", "fp8")),
+    "4x2048": (4, 2048, ("peft-recompute", "fused", "fused-gate_up", "fused-middle", "fused-input", "fp8-input")),
     "tiny": (2, 16, tuple(VARIANTS)),
 }
 
@@ -162,16 +178,14 @@ def measure(args: argparse.Namespace, name: str) -> dict[str, Any]:
             if device == "cuda":
                 torch.cuda.reset_peak_memory_stats()
             marks = [mark()]
-        loss = loss_of(model, ids)
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.detach())
+        losses.append(step(model, loss_of, ids, optimizer))
         marks.append(mark())
     synchronize()
     times = [each() for each in marks]
     seconds = [after - before for before, after in pairwise(times)]
-    peaks = (torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()) if device == "cuda" else (0, 0)
+    peaks = peak_memory() if device == "cuda" else (0, 0)
+    if args.profile and device == "cuda":
+        profile(lambda: step(model, loss_of, ids, optimizer))
     return {
         "variant": name,
         "trained": sum(p.numel() for p in trained),
@@ -182,6 +196,32 @@ def measure(args: argparse.Namespace, name: str) -> dict[str, Any]:
         "losses": [float(loss) for loss in losses],
         "seconds": seconds,
     }
+
+
+def step(model: nn.Module, loss_of: Callable[..., Tensor], ids: Tensor, optimizer: torch.optim.Optimizer) -> Tensor:
+    loss = loss_of(model, ids)
+    loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    return loss.detach()
+
+
+def peak_memory() -> tuple[int, int]:
+    """Bytes allocated at the highest point, and reserved. What CUDA graphs hold counts whole, used or not."""
+    pools = [s for s in torch.cuda.memory_snapshot() if tuple(s.get("segment_pool_id", (0, 0))) != (0, 0)]
+    unused = sum(s["total_size"] - s["allocated_size"] for s in pools)
+    return torch.cuda.max_memory_allocated() + unused, torch.cuda.max_memory_reserved()
+
+
+def profile(run: Callable[[], Any]) -> None:
+    """Prints where the device's time goes in one step."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as seen:
+        run()
+        synchronize()
+    rows = sorted(seen.key_averages(), key=lambda row: -row.self_device_time_total)
+    print(f"device time {sum(row.self_device_time_total for row in rows) / 1e3:.1f} ms", file=sys.stderr)
+    for row in rows[:40]:
+        print(f"{row.self_device_time_total / 1e3:8.2f} ms {row.count:5} x {row.key[:110]}", file=sys.stderr)
 
 
 def mark() -> Callable[[], float]:
@@ -217,7 +257,10 @@ def ceiling() -> float:
 def apart(args: argparse.Namespace, name: str) -> dict[str, Any]:
     """One variant in a process of its own; what went wrong, where something did."""
     same = [f"--{k}={getattr(args, k)}" for k in ("shape", "batch", "length", "steps", "warmup")]
+    same += ["--profile"] if args.profile else []
     done = subprocess.run([sys.executable, __file__, name, "--one", *same], capture_output=True, text=True)
+    if args.profile or "Warning" in done.stderr:
+        print(done.stderr)
     if done.returncode:
         return {"variant": name, "failed": done.stderr[-2000:]}
     return json.loads(done.stdout.strip().splitlines()[-1])
@@ -241,8 +284,9 @@ def main() -> None:
     parser.add_argument("--batch", type=int)
     parser.add_argument("--length", type=int)
     parser.add_argument("--steps", type=int, default=8)
-    parser.add_argument("--warmup", type=int, default=3)
+    parser.add_argument("--warmup", type=int, default=4)
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--profile", action="store_true", help="print where the device's time goes")
     parser.add_argument("--one", action="store_true", help="measure in this process and print JSON")
     args = parser.parse_args()
     batch, length, names = TABLES[args.table]

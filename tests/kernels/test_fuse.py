@@ -37,6 +37,7 @@ from veneer.core.model import parameters
 from veneer.errors import ConfigError, StateError
 from veneer.kernels import fuse as home
 from veneer.kernels.block import LEVELS
+from veneer.kernels import fuse as fuse_module
 from veneer.kernels.fuse import FusedModule, fuse, is_fused, set_recompute, unfuse
 from veneer.quant.layer import unrounded
 from veneer.tasks.cross_entropy import chunked_cross_entropy
@@ -304,6 +305,28 @@ def test_generation_and_evaluation_run_as_before() -> None:
         fuse(model, verbose=False)
         assert torch.equal(model(input_ids=ids).logits, wanted)
         assert torch.equal(model.generate(ids, max_new_tokens=4, do_sample=False), written)  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("level", ["none", "gate_up"])
+def test_a_cache_that_training_fills_unasked_is_filled_by_fused_blocks_too(level: str) -> None:
+    plain = model_of("llama")
+    fused = copy.deepcopy(plain)
+    fuse(fused, level, verbose=False)
+    ids = torch.arange(3, 15)[None]
+    outs = [model(input_ids=ids, labels=ids, use_cache=True) for model in (plain, fused)]
+    for out, model in zip(outs, (plain, fused), strict=True):
+        out.loss.backward()
+        assert out.past_key_values.get_seq_length() == 12, model
+    for one, other in zip(outs[0].past_key_values.layers, outs[1].past_key_values.layers, strict=True):
+        torch.testing.assert_close(one.keys, other.keys, rtol=NEAR, atol=NEAR)
+    for one, other in zip(parameters(plain).values(), parameters(fused).values(), strict=True):
+        torch.testing.assert_close(one.grad, other.grad, rtol=NEAR, atol=NEAR)
+    fuse_module._said.clear()
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        set_recompute(fused, "input")
+        fused(input_ids=ids, use_cache=True)
+    assert any("cannot be filled twice" in str(each.message) for each in said)
 
 
 def test_unfuse_gives_every_class_back() -> None:

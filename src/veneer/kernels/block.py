@@ -48,8 +48,14 @@ class Norm(NamedTuple):
     eps: float
     offset: float = 0.0  # Gemma's gain is w + 1
 
-    def forward(self, x: Tensor, rstd: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return kernels_for(x).rms_norm(x, self.weight, self.eps, self.offset, rstd)
+    def forward(
+        self,
+        x: Tensor,
+        rstd: Tensor | None = None,
+        rounded: torch.dtype | None = None,
+        plus: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        return kernels_for(x).rms_norm(x, self.weight, self.eps, self.offset, rstd, rounded, plus)
 
     def back(self, g: Tensor, x: Tensor, rstd: Tensor, plus: Tensor | None = None) -> Tensor:
         return kernels_for(x).rms_norm_back(g, x, rstd, self.weight, self.offset, plus)
@@ -147,7 +153,7 @@ def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 class UnitKept(NamedTuple):
     """What a gated unit keeps besides its input."""
 
-    gate_up: tuple[Tensor, ...]  # empty where they are computed again
+    gate_up: list[Tensor]  # empty where they are computed again; emptied by the backward pass when it is done with them
     entry: Thin
     down: Thin
     ys: tuple[Tensor, ...]  # what down gave, where it has a magnitude
@@ -188,7 +194,7 @@ def unit_forward(
         product = kernels_for(x).glu(gate, up, unit.act)
     down = unit.down.thin(product, factors[1].a)
     y, ys = through(unit.down, product, down, factors[1], plus, want)
-    return y, UnitKept((gate, up), entry, down, ys)
+    return y, UnitKept([gate, up], entry, down, ys)
 
 
 def through(
@@ -207,12 +213,14 @@ def unit_back(
     unit: Unit, g: Tensor, x: Tensor, kept: UnitKept, factors: tuple[Factors, Factors]
 ) -> tuple[Tensor, list[Tensor | None]]:
     """The gradients of x and of the factors of gate, up and down."""
-    gate, up = kept.gate_up or unit_gates(unit, x, kept.entry, factors[0])
+    gates = list(kept.gate_up) or list(unit_gates(unit, x, kept.entry, factors[0]))
+    kept.gate_up.clear()
     d_rest, gs = unit.down.rest_gradients([g], kept.ys), unit.down.scaled([g])
     d = unit.down.thin_gradients(gs, factors[1])
     if unit.is_lean:
-        dx, d_tensors = _lean_back(unit, g, x, d, (gate, up), kept, factors)
+        dx, d_tensors = _lean_back(unit, g, x, d, gates, kept, factors)
         return dx, [*d_tensors, *d_rest]
+    gate, up = gates
     d_product = unit.down.input_gradient(gs, d, kept.down, factors[1])
     into = _room_for_gates(unit, d_product)
     d_gate, d_up = into if len(into) == 2 else _halves(unit, into[0], -1)
@@ -232,7 +240,7 @@ def _entry_outputs(unit: Unit, gate: Tensor, up: Tensor) -> list[Tensor]:
 
 
 def _lean_back(
-    unit: Unit, g: Tensor, x: Tensor, d: Tensor | None, gate_up: tuple[Tensor, ...], kept: UnitKept,
+    unit: Unit, g: Tensor, x: Tensor, d: Tensor | None, gates: list[Tensor], kept: UnitKept,
     factors: tuple[Factors, Factors],
 ) -> tuple[Tensor, list[Tensor | None]]:  # fmt: skip
     """The same where no adapter drops out: what they add to anything as wide as the unit is formed where it is used."""
@@ -241,11 +249,12 @@ def _lean_back(
     gs = _room_for_gates(unit, d_product)
     d_gate, d_up = gs if len(gs) == 2 else _halves(unit, gs[0], -1)
     da, *dbs = kernels_for(g).thin_glu_back(
-        d_product, *gate_up, unit.act, d_gate, d_up, *gate_pairs(unit, kept.entry, entry),
+        d_product, *gates, unit.act, d_gate, d_up, *gate_pairs(unit, kept.entry, entry),
         None if d is None or down.a is None else (d, down.a),
     )  # fmt: skip
     d_down = [] if da is None else [*unit.down.split_a(da), *unit.down.b_gradients([g], kept.down)]
-    del d_product, gate_up
+    del d_product
+    gates.clear()  # where nothing else holds them, their memory serves what follows
     d_thin = unit.entry.thin_gradients(gs, entry)
     dx = unit.entry.input_gradient(gs, d_thin, kept.entry, entry)
     d_entry = [] if d_thin is None else unit.entry.a_gradients(x, d_thin, kept.entry)
@@ -271,7 +280,7 @@ class Mlp(torch.autograd.Function):
         rows, factors = rows_of(x), tuple(factors_of([unit.entry, unit.down], x.dtype))
         y, kept = unit_forward(unit, rows, factors, None)
         ctx.save_for_backward(x, *kept.ys, *(() if again else kept.gate_up))
-        ctx.rest = unit, factors, kept._replace(gate_up=(), ys=())
+        ctx.rest = unit, factors, kept._replace(gate_up=[], ys=())
         assert y is not None
         return y.view(*x.shape[:-1], y.shape[-1])
 
@@ -281,7 +290,7 @@ class Mlp(torch.autograd.Function):
         x, *wide = ctx.saved_tensors
         unit, factors, kept = ctx.rest
         count = len(unit.down.magnitudes)
-        kept = kept._replace(ys=tuple(wide[:count]), gate_up=tuple(wide[count:]))
+        kept = kept._replace(ys=tuple(wide[:count]), gate_up=list(wide[count:]))
         dx, d_tensors = unit_back(unit, rows_of(g), rows_of(x), kept, factors)
         return dx.view(x.shape), None, None, *d_tensors
 
@@ -301,7 +310,7 @@ class Front(torch.autograd.Function):
         ctx: Any, x: Tensor, cos: Tensor, sin: Tensor, block: Block, *tensors: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         rows, factors = rows_of(x), block.factors[0]
-        normed, rstd = block.first.forward(rows)
+        normed, rstd = block.first.forward(rows, rounded=block.qkv.rounds_to)
         thin = block.qkv.thin(normed, factors.a)
         inside = block.adds_in_turning
         bs = [None, None, factors.bs[2]] if inside else factors.bs
@@ -396,10 +405,14 @@ def tail_forward(
     """From the attention's output to the block's; without that where only what is kept is wanted."""
     _, own, *units = block.factors
     out = block.out.thin(o, own.a)
-    found, ys = through(block.out, o, out, own, x, want=middle is None)
-    middle = found if middle is None else middle
+    beside = None
+    if middle is not None or block.out.magnitudes:
+        found, ys = through(block.out, o, out, own, x, want=middle is None)
+        middle = found if middle is None else middle
+    else:  # the norm adds x as it reads: what out gives becomes the middle
+        middle, ys, beside = block.out.layers[0].forward(o, out.h, own.bs[0]), (), x
     assert middle is not None
-    normed, rstd = block.second.forward(middle)
+    normed, rstd = block.second.forward(middle, rounded=block.unit.entry.rounds_to, plus=beside)
     y, unit = unit_forward(block.unit, normed, (units[0], units[1]), middle, want)
     return y, TailKept(middle, rstd, out, ys, unit)
 
@@ -422,7 +435,7 @@ class Tail(torch.autograd.Function):
         y, kept = tail_forward(block, rows_of(x), rows_of(o))
         unit = kept.unit
         ctx.save_for_backward(o, kept.middle, *kept.ys, *unit.ys, *(() if again else unit.gate_up))
-        ctx.rest = block, kept._replace(middle=None, ys=(), unit=unit._replace(gate_up=(), ys=()))
+        ctx.rest = block, kept._replace(middle=None, ys=(), unit=unit._replace(gate_up=[], ys=()))
         assert y is not None
         return y.view(x.shape)
 
@@ -433,7 +446,7 @@ class Tail(torch.autograd.Function):
         block, kept = ctx.rest
         outs, downs = len(block.out.magnitudes), len(block.unit.down.magnitudes)
         ys, unit_ys, gate_up = wide[:outs], wide[outs : outs + downs], wide[outs + downs :]
-        unit = kept.unit._replace(gate_up=tuple(gate_up), ys=tuple(unit_ys))
+        unit = kept.unit._replace(gate_up=list(gate_up), ys=tuple(unit_ys))
         kept = kept._replace(middle=middle, ys=tuple(ys), unit=unit)
         dx, d_o, d_tensors = tail_back(block, rows_of(g), rows_of(o), kept)
         return dx.view(g.shape), d_o.view(o.shape), None, None, *d_tensors

@@ -15,6 +15,7 @@ from torch import Tensor
 from triton.language.extra import libdevice  # pyright: ignore[reportMissingImports]
 
 from veneer.kernels.pieces import Pair
+from veneer.quant.eight import LARGEST, TINY, remember
 
 __all__ = [
     "add_product",
@@ -30,7 +31,7 @@ __all__ = [
 
 ACTS = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3}
 WIDE = 1024  # columns of a gated unit that one program does
-GLU_TILE = (32, 128, 4)  # rows, columns and warps of a program that adds adapters and multiplies
+GLU_TILE = (32, 256, 4)  # rows, columns and warps of a program that adds adapters and multiplies
 BACK_TILE = (64, 64, 4, 2)  # rows, columns, warps and loads ahead of a program that goes back through a gated unit
 CHUNK = 8192  # logits that one program holds at a time
 
@@ -44,11 +45,17 @@ def _on(x: Tensor) -> AbstractContextManager[object]:
 
 
 @triton.jit
-def _rms_norm(x, w, y, rstd, x_row, n, eps, OFFSET: tl.constexpr, KNOWN: tl.constexpr, BLOCK: tl.constexpr):
+def _rms_norm(
+    x, w, y, rstd, codes, scale, plus, x_row, n, eps, largest, tiny,
+    OFFSET: tl.constexpr, KNOWN: tl.constexpr, ROUNDED: tl.constexpr, PLUS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, BLOCK)
     inside = at < n
     raw = tl.load(x + row * x_row + at, mask=inside, other=0.0)
+    if PLUS:
+        raw = (raw.to(tl.float32) + tl.load(plus + row * n + at, mask=inside, other=0.0).to(tl.float32)).to(raw.dtype)
+        tl.store(x + row * x_row + at, raw, mask=inside)
     wide = raw.to(tl.float32)
     if KNOWN:
         r = tl.load(rstd + row)
@@ -61,18 +68,38 @@ def _rms_norm(x, w, y, rstd, x_row, n, eps, OFFSET: tl.constexpr, KNOWN: tl.cons
     else:
         out = wide * r * (gain + OFFSET)
     tl.store(y + row * n + at, out.to(raw.dtype), mask=inside)
+    if ROUNDED:  # as quantize_rows of quant/cuda.py does it
+        out = out.to(raw.dtype).to(tl.float32)
+        s = tl.maximum(tl.max(tl.abs(out), 0) / largest, tiny)
+        tl.store(scale + row, s)
+        scaled = out * (1.0 / s)
+        if ROUNDED == 2:
+            scaled = libdevice.rint(scaled)
+        scaled = tl.minimum(tl.maximum(scaled, -largest), largest)
+        tl.store(codes + row * n + at, scaled.to(codes.dtype.element_ty), mask=inside)
 
 
 def rms_norm(
-    x: Tensor, w: Tensor, eps: float, offset: float = 0.0, rstd: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
+    x: Tensor, w: Tensor, eps: float, offset: float = 0.0, rstd: Tensor | None = None,
+    rounded: torch.dtype | None = None, plus: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     t, n = x.shape
+    plus = plus if plus is None else plus.contiguous()
     y, known = torch.empty((t, n), dtype=x.dtype, device=x.device), rstd is not None
     rstd = rstd if rstd is not None else torch.empty(t, dtype=torch.float32, device=x.device)
+    codes, scale, largest = y, rstd, 0.0
+    if rounded is not None:
+        codes, scale = torch.empty((t, n), dtype=rounded, device=x.device), torch.empty_like(rstd)
+        largest = LARGEST[rounded]
     if t:
         block = triton.next_power_of_2(n)
         with _on(x):
-            _rms_norm[(t,)](x, w, y, rstd, x.stride(0), n, eps, offset, known, block, num_warps=_warps(block))
+            _rms_norm[(t,)](
+                x, w, y, rstd, codes, scale, x if plus is None else plus, x.stride(0), n, eps, largest, TINY, offset,
+                known, {None: 0, torch.int8: 2}.get(rounded, 1), plus is not None, block, num_warps=_warps(block),
+            )  # fmt: skip
+        if rounded is not None:
+            remember(y, codes, scale)
     return y, rstd
 
 
@@ -412,6 +439,7 @@ def _add_product(
     c_row,
     h_row,
     b_row,
+    PLUS: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     R: tl.constexpr,
@@ -427,18 +455,22 @@ def _add_product(
     inside = (rows[:, None] < t) & (columns[None, :] < n)
     old = tl.load(c + rows[:, None] * c_row + columns[None, :], mask=inside, other=0.0)
     product = tl.dot(left, right, input_precision="ieee" if EXACT else "tf32")
-    tl.store(y + rows[:, None] * n + columns[None, :], (old.to(tl.float32) + product).to(old.dtype), mask=inside)
+    there = y + rows[:, None] * n + columns[None, :]
+    if PLUS:
+        product += tl.load(there, mask=inside, other=0.0).to(tl.float32)
+    tl.store(there, (old.to(tl.float32) + product).to(old.dtype), mask=inside)
 
 
-def add_product(c: Tensor, h: Tensor, b: Tensor) -> Tensor:
+def add_product(c: Tensor, h: Tensor, b: Tensor, y: Tensor | None = None) -> Tensor:
     (t, n), r = c.shape, h.shape[1]
     if r > 128:
-        return torch.addmm(c, h, b.T)
-    y = torch.empty((t, n), dtype=c.dtype, device=c.device)
+        return torch.addmm(c, h, b.T) if y is None else y.add_(c).addmm_(h, b.T)
+    plus = y is not None
+    y = y if y is not None else torch.empty((t, n), dtype=c.dtype, device=c.device)
     if t:
         with _on(c):
             _add_product[(triton.cdiv(t, 64), triton.cdiv(n, 128))](
-                c, h, b, y, t, n, r, c.stride(0), h.stride(0), b.stride(0), 64, 128,
+                c, h, b, y, t, n, r, c.stride(0), h.stride(0), b.stride(0), plus, 64, 128,
                 max(16, triton.next_power_of_2(r)), c.dtype == torch.float32, num_warps=4,
             )  # fmt: skip
     return y

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from veneer.core.host import Hosted, original_class, plain_modules
 from veneer.errors import ConfigError, StateError
 from veneer.kernels.block import LEVELS, Block, norm, run_block, run_mlp
+from veneer.kernels.graphs import Recorder, Unfit, replayed
 from veneer.kernels.group import factors_of
 from veneer.kernels.parts import (
     BlockParts,
@@ -52,10 +53,11 @@ class Fused:
     replaced: Counter[str] = field(default_factory=Counter)
     skipped: dict[str, str] = field(default_factory=dict)  # module -> why
     recompute: str = "none"
+    graphs: bool = False
 
     def __str__(self) -> str:
         counts = ", ".join(f"{n} {kind}" for kind, n in self.replaced.items()) or "nothing"
-        lines = [f"fused: {counts} (recompute {self.recompute})"]
+        lines = [f"fused: {counts} (recompute {self.recompute}{', as CUDA graphs' if self.graphs else ''})"]
         reasons = Counter(self.skipped.values())
         for why, count in reasons.items():
             first = next(name for name, reason in self.skipped.items() if reason == why)
@@ -85,6 +87,7 @@ class FusedState:
     parts: Any
     recompute: str = "none"
     name: str = ""
+    recorder: Recorder | None = None  # where the block is to be recorded as CUDA graphs
 
 
 _said: set[tuple[str, str]] = set()
@@ -104,13 +107,52 @@ def _is_resting(x: Tensor) -> bool:
 
 class FusedBlock(FusedModule):
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        if args or _is_resting(hidden_states) or kwargs.get("past_key_values") is not None:
+        if args or _is_resting(hidden_states):
             return super().forward(hidden_states, *args, **kwargs)
+        if (cache := kwargs.get("past_key_values")) is not None and (why := self._against(cache)) is not None:
+            return self.plain(why, hidden_states, **kwargs)
+        if (y := _by_replay(self, hidden_states, kwargs)) is not None:
+            return y
         block = _block_now(self.fused.parts, hidden_states, kwargs)
         if isinstance(block, str):
             return self.plain(block, hidden_states, **kwargs)
         cos, sin = kwargs["position_embeddings"]
         return run_block(hidden_states, cos, sin, block, self.fused.recompute)
+
+    def _against(self, cache: Any) -> str | None:
+        """Models fill a cache in training too unless told not to; an empty one is filled here as well."""
+        held = getattr(cache, "get_seq_length", None)
+        if held is None or held(self.fused.parts.attention.module.layer_idx):
+            return "a cache of keys and values is there"
+        if self.fused.recompute not in ("none", "gate_up"):
+            return "a cache cannot be filled twice, as computing a block again would; pass use_cache=False"
+        return None
+
+
+def _by_replay(block: FusedBlock, x: Tensor, kwargs: dict[str, Any]) -> Tensor | None:
+    """The block's output from its CUDA graph, where it has one or gets one now."""
+    state = block.fused
+    if state.recorder is None or not isinstance(kwargs.get("position_embeddings"), tuple):
+        return None
+    if kwargs.get("past_key_values") is not None:
+        state.recorder.say("a cache of keys and values is filled; pass use_cache=False")
+        return None
+    cos, sin = kwargs["position_embeddings"]
+    options = {k: v for k, v in kwargs.items() if k not in PASSED_ON} | {"attention_mask": kwargs.get("attention_mask")}
+    tensors = {k: v for k, v in options.items() if isinstance(v, Tensor)}
+    rest = {k: v for k, v in options.items() if k not in tensors}
+
+    def run(x: Tensor, *, cos: Tensor, sin: Tensor, **tensors: Tensor) -> Tensor:
+        now = _block_now(state.parts, x, {**rest, **tensors, "position_embeddings": (cos, sin)})
+        if isinstance(now, str):
+            raise Unfit(now)
+        return run_block(x, cos, sin, now, state.recompute)
+
+    try:
+        settings = state.recompute, frozenset(rest.items())
+    except TypeError:  # something that cannot be compared
+        return None
+    return replayed(state.recorder, block, x, settings, {"cos": cos, "sin": sin, **tensors}, run)
 
 
 PASSED_ON = ("past_key_values", "use_cache", "position_embeddings", "attention_mask", "position_ids")
@@ -130,7 +172,8 @@ def _block_now(parts: BlockParts, x: Tensor, kwargs: dict[str, Any]) -> Block | 
         return "it drops out of its residual stream"
     options = {key: value for key, value in kwargs.items() if key not in PASSED_ON}
     qkv, out = attention
-    attend = parts.attention.attend(*positions, kwargs.get("attention_mask"), options)
+    cache = kwargs.get("past_key_values")
+    attend = parts.attention.attend(*positions, kwargs.get("attention_mask"), options, cache)
     dropout = parts.attention.module.attention_dropout if parts.attention.module.training else 0.0
     groups = (qkv, out, unit.entry, unit.down)
     is_random = bool(dropout) or any(layer.dropout for group in groups for layer in group.layers)
@@ -200,14 +243,16 @@ def _dotted(kind: type) -> str:
 # ------------------------------------------------------------------ fuse
 
 
-def fuse(model: nn.Module, recompute: str = "none", *, verbose: bool = True) -> Fused:
+def fuse(model: nn.Module, recompute: str = "none", *, graphs: bool = False, verbose: bool = True) -> Fused:
     """Run what can run fused so, in place. `recompute` says what is kept for the backward pass: none (all that it
-    needs), gate_up, middle, or input (see kernels/block.py). Prints, and returns, what was done."""
+    needs), gate_up, middle, or input (see kernels/block.py). `graphs`: on a GPU, blocks are recorded as CUDA graphs
+    (kernels/graphs.py): no waiting for Python, for batches of one shape. Prints, and returns, what was done."""
     if recompute not in LEVELS:
         raise ConfigError(f"recompute={recompute!r} is none of {', '.join(LEVELS)}")
     if is_fused(model):
         raise StateError("this model is fused already", fix="veneer.unfuse(model) first, or set_recompute(model, ...)")
-    report = Fused(recompute=recompute)
+    report = Fused(recompute=recompute, graphs=graphs)
+    recorder = Recorder() if graphs else None
     modules = plain_modules(model)
     taken: set[int] = set()
     for name, family in _families(modules).items():
@@ -216,6 +261,7 @@ def fuse(model: nn.Module, recompute: str = "none", *, verbose: bool = True) -> 
     for name, module in modules.items():
         if _looks_like_block(module) and _take(module, name, FusedBlock, block_parts(module), recompute, report):
             taken |= {id(inside) for inside in module.modules()}
+            module.__dict__["fused"].recorder = recorder
     for name, module in modules.items():
         if id(module) not in taken and hasattr(module, "down_proj") and not isinstance(module, nn.ModuleList):
             _take(module, name, FusedMlp, mlp_parts(module), recompute, report)

@@ -39,7 +39,7 @@ from veneer.core.host import Adapted, Adapter, Hosted, original_class
 from veneer.core.op import TransposedLinearOp, op_for, op_of
 from veneer.core.weight import is_plain
 from veneer.kernels.image_pieces import image_kernels_for
-from veneer.kernels.pieces import column_products
+from veneer.kernels.pieces import column_products, kernels_for
 from veneer.quant.layer import Packed
 from veneer.quant.storage import Parts, Recipe, storage_of
 
@@ -100,9 +100,13 @@ class Bare:
     def onto(self, c: Tensor, x: Tensor, h: Tensor | None, b: Tensor | None) -> Tensor:
         """c + x W^T + bias + h B^T in fresh memory: a layer that writes into the residual stream.
 
-        c and the bias come last for the same reason, in one pass.
+        c and the bias come last for the same reason, in one pass; where an 8-bit product has rounded already, in one
+        with h B^T.
         """
-        y = self._unbiased(unpacked(self.weight, x.dtype), x, h, b)
+        weight = unpacked(self.weight, x.dtype)
+        if isinstance(weight, Store) and h is not None and b is not None and self.bias is None and self.gain is None:
+            return kernels_for(c).add_product(c, h, b, storage_of(weight.recipe).product(x, *weight))
+        y = self._unbiased(weight, x, h, b)
         return y.add_(c) if self.bias is None else image_kernels_for(y).add_channels(y, c, self.bias)
 
     def _unbiased(self, weight: Tensor | Store, x: Tensor, h: Tensor | None, b: Tensor | None) -> Tensor:
@@ -319,6 +323,16 @@ class Group:
             for layer, span, b in zip(self.layers, self.spans, bs, strict=True)
         ]
 
+    @property
+    def rounds_to(self) -> torch.dtype | None:
+        """The 8-bit type to which all layers round the input that they share."""
+        found = {storage_of(w.recipe).rounds_to(w.recipe) for w in self.weights if isinstance(w, Store)}
+        return found.pop() if len(found) == 1 else None
+
+    @property
+    def weights(self) -> list[Tensor | Store]:
+        return [layer.weight for layer in self.layers]
+
     def back(
         self, x: Tensor, gs: Sequence[Tensor], thin: Thin, factors: Factors, ys: Sequence[Tensor] = (),
         need_x: bool = True,
@@ -359,8 +373,15 @@ class Group:
         return self._pick_(d)
 
     def input_gradient(self, gs: Sequence[Tensor], d: Tensor | None, thin: Thin, factors: Factors) -> Tensor:
+        dropped = any(mask is not None for mask in thin.masks)
+        weights = [unpacked(w, gs[0].dtype) for w in self.weights if isinstance(w, Store)]
+        stored = [w for w in weights if isinstance(w, Store)]
+        if len(stored) == len(gs) and len({w.recipe for w in stored}) == 1 and not dropped:
+            recipe = stored[0].recipe
+            dx = storage_of(recipe).products_back(gs, [(w.parts, w.shape) for w in stored], recipe)
+            return dx if d is None else dx.addmm_(d, factors.a)
         dx = None
-        if d is not None and not any(mask is not None for mask in thin.masks):
+        if d is not None and not dropped:
             dx = d @ factors.a
         elif d is not None:
             for layer, span, mask in zip(self.layers, self.spans, thin.masks, strict=True):

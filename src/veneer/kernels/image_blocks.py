@@ -52,7 +52,15 @@ class LayerNorm(NamedTuple):
     bias: Tensor
     eps: float
 
-    def forward(self, x: Tensor, stats: Stats | None = None) -> tuple[Tensor, Stats]:
+    def forward(
+        self,
+        x: Tensor,
+        stats: Stats | None = None,
+        rounded: torch.dtype | None = None,
+        plus: Tensor | None = None,
+    ) -> tuple[Tensor, Stats]:
+        if plus is not None:
+            x.add_(plus)
         return image_kernels_for(x).layer_norm(x, self.weight, self.bias, self.eps, stats)
 
     def back(self, g: Tensor, x: Tensor, stats: Stats, plus: Tensor | None = None) -> Tensor:

@@ -86,7 +86,9 @@ class AttentionParts:
             return qkv if isinstance(qkv, str) else str(out)
         return qkv, out
 
-    def attend(self, cos: Tensor, sin: Tensor, mask: Tensor | None, options: dict[str, Any]) -> Callable[..., Tensor]:
+    def attend(
+        self, cos: Tensor, sin: Tensor, mask: Tensor | None, options: dict[str, Any], cache: Any = None
+    ) -> Callable[..., Tensor]:
         """q, k, v as (batch, tokens, heads, d) -> what the model's own attention makes of them, by tokens."""
         module = self.module
         kernel: Any = interface(module)
@@ -96,9 +98,12 @@ class AttentionParts:
         def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             if self.head_norms is not None:
                 q, k = rotated(self.head_norms[0](q), cos, sin), rotated(self.head_norms[1](k), cos, sin)
+            keys, values = k.transpose(1, 2), v.transpose(1, 2)
+            if cache is not None:
+                keys, values = cache.update(keys, values, module.layer_idx)
             with quickest(q):
                 o, _ = kernel(
-                    module, q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), mask, dropout=dropout,
+                    module, q.transpose(1, 2), keys, values, mask, dropout=dropout,
                     scaling=module.scaling, sliding_window=window, **options,
                 )  # fmt: skip
             return o.reshape(*q.shape[:2], -1)

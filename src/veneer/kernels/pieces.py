@@ -74,9 +74,18 @@ def _wide(t: Tensor) -> Tensor:
 
 
 def rms_norm(
-    x: Float[Tensor, "t n"], w: Float[Tensor, " n"], eps: float, offset: float = 0.0, rstd: Tensor | None = None
+    x: Float[Tensor, "t n"],
+    w: Float[Tensor, " n"],
+    eps: float,
+    offset: float = 0.0,
+    rstd: Tensor | None = None,
+    rounded: torch.dtype | None = None,
+    plus: Float[Tensor, "t n"] | None = None,
 ) -> tuple[Float[Tensor, "t n"], Float[Tensor, " t"]]:
-    """The normed rows and 1 / their size; `rstd` where that is known already."""
+    """The normed rows and 1 / their size; `rstd` where that is known already. `plus` is added to x first, in x's own
+    memory. `rounded`: the 8-bit type to which the next product rounds the rows; a GPU does so in the same pass."""
+    if plus is not None:
+        x.add_(plus)
     wide = _wide(x)
     if rstd is None:
         rstd = torch.rsqrt(wide.square().mean(-1) + eps)
@@ -187,10 +196,10 @@ def rotate(
 
 
 def add_product(
-    c: Float[Tensor, "t out"], h: Float[Tensor, "t r"], b: Float[Tensor, "out r"]
+    c: Float[Tensor, "t out"], h: Float[Tensor, "t r"], b: Float[Tensor, "out r"], y: Tensor | None = None
 ) -> Float[Tensor, "t out"]:
-    """c + h B^T in fresh memory."""
-    return torch.addmm(c, h, b.T)
+    """c + h B^T in fresh memory, or y + c + h B^T in y's."""
+    return torch.addmm(c, h, b.T) if y is None else y.add_(c).addmm_(h, b.T)
 
 
 def column_products(

@@ -10,6 +10,8 @@ All are bound by memory: their floor is the bytes read and written over the card
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
@@ -19,7 +21,7 @@ from triton.language.extra import libdevice
 from veneer.quant.eight import LARGEST, TINY, quantize_plain
 from veneer.quant.nf4 import dynamic_values, nf4_unpack, pairs
 
-__all__ = ["quantize_rows_kernel", "rescale", "turn", "unpack_kernel", "unpack_with"]
+__all__ = ["quantize_beside_kernel", "quantize_rows_kernel", "rescale", "turn", "unpack_kernel", "unpack_with"]
 
 WIDEST = 32768  # columns that one program holds
 WEIGHTS = 2048  # weights that one program unpacks: the quickest of 1,024 to 8,192 on an H100
@@ -107,6 +109,67 @@ def quantize_rows_kernel(x: Tensor, dtype: torch.dtype, columns: Tensor | None =
 
 
 @triton.jit
+def _larger(x, columns, row, most, n: tl.constexpr, BLOCK: tl.constexpr):
+    """In each of BLOCK lanes the largest size in a row of one of several matrices, or what it was so far."""
+    for start in range(0, n, BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        wide = tl.load(x + row + at, mask=at < n, other=0.0).to(tl.float32)
+        most = tl.maximum(most, tl.abs(wide * tl.load(columns + at, mask=at < n, other=0.0)))
+    return most
+
+
+@triton.jit
+def _write(x, columns, codes, row, factor, largest, n: tl.constexpr, WHOLE: tl.constexpr, BLOCK: tl.constexpr):
+    for start in range(0, n, BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        wide = tl.load(x + row + at, mask=at < n, other=0.0).to(tl.float32)
+        scaled = wide * tl.load(columns + at, mask=at < n, other=0.0) * factor
+        if WHOLE:
+            scaled = libdevice.rint(scaled)
+        scaled = tl.minimum(tl.maximum(scaled, -largest), largest)
+        tl.store(codes + at, scaled.to(codes.dtype.element_ty), mask=at < n)
+
+
+@triton.jit
+def _quantize_beside(
+    x1, x2, x3, c1, c2, c3, codes, scale, row1, row2, row3, largest, tiny,
+    n1: tl.constexpr, n2: tl.constexpr, n3: tl.constexpr, MANY: tl.constexpr, WHOLE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    r = tl.program_id(0).to(tl.int64)
+    most = _larger(x1, c1, r * row1, tl.zeros((BLOCK,), tl.float32), n1, BLOCK)
+    most = _larger(x2, c2, r * row2, most, n2, BLOCK)
+    if MANY == 3:
+        most = _larger(x3, c3, r * row3, most, n3, BLOCK)
+    s = tl.maximum(tl.max(most, 0) / largest, tiny)
+    tl.store(scale + r, s)
+    to = codes + r * (n1 + n2 + n3)
+    _write(x1, c1, to, r * row1, 1.0 / s, largest, n1, WHOLE, BLOCK)
+    _write(x2, c2, to + n1, r * row2, 1.0 / s, largest, n2, WHOLE, BLOCK)
+    if MANY == 3:
+        _write(x3, c3, to + n1 + n2, r * row3, 1.0 / s, largest, n3, WHOLE, BLOCK)
+
+
+def quantize_beside_kernel(
+    xs: Sequence[Tensor], dtype: torch.dtype, columns: Sequence[Tensor]
+) -> tuple[Tensor, Tensor]:
+    """Two or three matrices, as if they lay side by side. A row is read twice; the second time it is still in cache."""
+    xs, many = [x if x.stride(1) == 1 else x.contiguous() for x in xs], len(xs)
+    t, widths = len(xs[0]), [x.shape[1] for x in xs]
+    codes = torch.empty((t, sum(widths)), dtype=dtype, device=xs[0].device)
+    scale = torch.empty(t, device=xs[0].device)
+    if not t:
+        return codes, scale
+    if many == 2:
+        xs, columns, widths = [*xs, xs[1]], [*columns, columns[1]], [*widths, 0]
+    with torch.cuda.device(codes.device):
+        _quantize_beside[(t,)](
+            *xs, *columns, codes, scale, *(x.stride(0) for x in xs), LARGEST[dtype], TINY, *widths,
+            MANY=many, WHOLE=dtype == torch.int8, BLOCK=4096, num_warps=8,
+        )  # fmt: skip
+    return codes, scale
+
+
+@triton.jit
 def _rescale(whole, rows, columns, out, n, FOLD: tl.constexpr, BLOCK: tl.constexpr):
     r = tl.program_id(0).to(tl.int64)
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -129,18 +192,23 @@ def rescale(whole: Tensor, rows: Tensor, columns: Tensor | None, dtype: torch.dt
 
 
 @triton.jit
-def _turn(x, y, rows, cols, TILE: tl.constexpr):
+def _turn(x, y, rows, cols, y_row, TILE: tl.constexpr):
     r = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
     c = tl.program_id(1).to(tl.int64) * TILE + tl.arange(0, TILE)
     tile = tl.load(x + r[:, None] * cols + c[None, :], mask=(r[:, None] < rows) & (c[None, :] < cols), other=0)
-    to = y + c[:, None] * rows + r[None, :]
+    to = y + c[:, None] * y_row + r[None, :]
     tl.store(to, tl.trans(tile), mask=(c[:, None] < cols) & (r[None, :] < rows))
 
 
-def turn(codes: Tensor) -> Tensor:
-    """The transpose of a matrix of bytes, in memory of its own."""
-    rows, cols = codes.shape
-    out = torch.empty(cols, rows, dtype=codes.dtype, device=codes.device)
-    with torch.cuda.device(codes.device):
-        _turn[(triton.cdiv(rows, 128), triton.cdiv(cols, 128))](codes, out, rows, cols, TILE=128, num_warps=8)
+def turn(*codes: Tensor) -> Tensor:
+    """The transpose of a matrix of bytes, in memory of its own; of several with as many columns, side by side."""
+    cols, total = codes[0].shape[1], sum(len(each) for each in codes)
+    out, at = torch.empty(cols, total, dtype=codes[0].dtype, device=codes[0].device), 0
+    with torch.cuda.device(out.device):
+        for each in codes:
+            rows = len(each)
+            _turn[(triton.cdiv(rows, 128), triton.cdiv(cols, 128))](
+                each, out[:, at:], rows, cols, total, TILE=128, num_warps=8
+            )
+            at += rows
     return out

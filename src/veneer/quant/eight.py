@@ -19,7 +19,7 @@ from __future__ import annotations
 import os
 import weakref
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import ClassVar
 
@@ -29,7 +29,7 @@ from torch import Tensor
 
 from veneer.quant.storage import Parts, Recipe, Storage, say_once, use_kernels
 
-__all__ = ["LARGEST", "RowScaled", "quantize_plain", "quantize_rows", "rotated"]
+__all__ = ["LARGEST", "RowScaled", "forget", "quantize_plain", "quantize_rows", "remember", "rotated"]
 
 LARGEST = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
 TINY = 1e-12  # a row of zeros gets this scale
@@ -78,8 +78,26 @@ class RowScaled(Storage):
 
     def width(self, cols: int, recipe: Recipe) -> int:
         """How many neighbouring columns are turned together; 1 for none."""
-        wanted = self.rotates if recipe.rotate is None else recipe.rotate
-        return next((w for w in WIDTHS if cols % w == 0), 1) if wanted else 1
+        return next((w for w in WIDTHS if cols % w == 0), 1) if self.turns(recipe) else 1
+
+    def turns(self, recipe: Recipe) -> bool:
+        return self.rotates if recipe.rotate is None else recipe.rotate
+
+    def products_back(
+        self, gs: Sequence[Tensor], stored: Sequence[tuple[Parts, tuple[int, int]]], recipe: Recipe
+    ) -> Tensor:
+        """All at once: with their gradients side by side, and W under W, the sum is one product."""
+        ways = [self._way(g, shape, recipe) for g, (_, shape) in zip(gs, stored, strict=True)]
+        if len(gs) == 1 or (multiply := ways[0]) is None or None in ways:
+            return super().products_back(gs, stored, recipe)
+        g_q, s = quantize_beside(gs, self.code, [scale for (_, scale), _ in stored])
+        codes = turned(*(codes for (codes, _), _ in stored))
+        dx = multiply(g_q, s, codes.view(self.code).T, None, gs[0].dtype)
+        return rotated(dx, self.width(stored[0][1][1], recipe))
+
+    def rounds_to(self, recipe: Recipe) -> torch.dtype | None:
+        as_it_is = recipe.dynamic and recipe.outliers is None and not self.turns(recipe)
+        return self.code if as_it_is else None
 
     def _way(self, x: Tensor, shape: tuple[int, int], recipe: Recipe) -> Multiply | None:
         """How 8-bit products are formed here; None where W is unpacked instead, and why is said once."""
@@ -136,6 +154,27 @@ def quantize_rows(
     return _last.found  # type: ignore[return-value]
 
 
+def quantize_beside(
+    xs: Sequence[Float[Tensor, "t _"]], dtype: torch.dtype, columns: Sequence[Float[Tensor, " _"]]
+) -> tuple[Tensor, Float[Tensor, " t"]]:
+    """Several matrices times their `columns`, as if they lay side by side: one row of codes and one scale for all."""
+    if torch.compiler.is_compiling() or not use_kernels(xs[0]) or xs[0].dtype == torch.float64 or len(xs) > 3:
+        return quantize_plain(torch.cat(list(xs), dim=1), dtype, torch.cat(list(columns)))
+    from veneer.quant.cuda import quantize_beside_kernel
+
+    return quantize_beside_kernel(xs, dtype, columns)
+
+
+def remember(x: Tensor, codes: Tensor, scale: Tensor) -> None:
+    """Whoever made x rounded it in the same pass: products that read x next find it done."""
+    _last.x, _last.state, _last.found = weakref.ref(x), (x._version, codes.dtype), (codes, scale)
+
+
+def forget() -> None:
+    """A graph is about to be recorded, or was: what was rounded outside of it is not there when it is replayed."""
+    _last.x, _last.state, _last.found = None, None, None
+
+
 class Last:
     """What was rounded last: q, k and v read one input, gate and up another."""
 
@@ -147,15 +186,16 @@ class Last:
 _last = Last()
 
 
-def turned(codes: Tensor) -> Tensor:
-    """The transpose in memory of its own: both products are quickest when each matrix lies along the summed axis."""
-    if not codes.is_cuda:
-        return codes.T
-    if not torch.compiler.is_compiling() and use_kernels(codes):
+def turned(*codes: Tensor) -> Tensor:
+    """The transpose, on a GPU in memory of its own, of several side by side: products are quickest when each matrix
+    lies along the summed axis."""
+    if codes[0].is_cuda and not torch.compiler.is_compiling() and use_kernels(codes[0]):
         from veneer.quant.cuda import turn
 
-        return turn(codes)
-    return codes.T.contiguous()
+        return turn(*codes)
+    if len(codes) > 1:
+        return torch.cat([each.T for each in codes], dim=1)
+    return codes[0].T.contiguous() if codes[0].is_cuda else codes[0].T
 
 
 def quantize_plain(x: Tensor, dtype: torch.dtype, columns: Tensor | None = None) -> tuple[Tensor, Tensor]:

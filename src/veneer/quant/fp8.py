@@ -12,6 +12,8 @@ for its type, turns it to another one, or pickles it.
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 from torch import Tensor
 
@@ -25,9 +27,14 @@ class Fp8(RowScaled):
     kind, code, held = "fp8", torch.float8_e4m3fn, torch.uint8
 
     def multiply(self, a: Tensor, rows: Tensor, b: Tensor, columns: Tensor | None, dtype: torch.dtype) -> Tensor:
-        columns = rows.new_ones(b.shape[1]) if columns is None else columns
+        columns = _ones(b.shape[1], rows.device) if columns is None else columns
         options = {"out_dtype": torch.bfloat16, "use_fast_accum": True}
         return torch._scaled_mm(a, b, rows[:, None], columns[None, :], **options).to(dtype)
 
 
 STORAGES["fp8"] = Fp8()
+
+
+@cache
+def _ones(n: int, device: torch.device) -> Tensor:
+    return torch.ones(n, device=device)

@@ -15,6 +15,7 @@ from __future__ import annotations
 import os
 import warnings
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from importlib.util import find_spec
 from typing import ClassVar, NamedTuple
 
@@ -92,6 +93,10 @@ class Storage(ABC):
     ) -> Float[Tensor, "n cols"]:
         """Some rows of the matrix: what an embedding looks up."""
 
+    def rounds_to(self, recipe: Recipe) -> torch.dtype | None:
+        """The type to which a product rounds its input, row by row; whoever makes the input may do it in passing."""
+        return None
+
     def product(self, x: Float[Tensor, "t cols"], parts: Parts, shape: tuple[int, int], recipe: Recipe) -> Tensor:
         """x W^T."""
         return F.linear(x, self.unpack(parts, shape, x.dtype, recipe))
@@ -99,6 +104,15 @@ class Storage(ABC):
     def product_back(self, g: Float[Tensor, "t rows"], parts: Parts, shape: tuple[int, int], recipe: Recipe) -> Tensor:
         """g W: how a gradient passes through."""
         return g @ self.unpack(parts, shape, g.dtype, recipe)
+
+    def products_back(
+        self, gs: Sequence[Tensor], stored: Sequence[tuple[Parts, tuple[int, int]]], recipe: Recipe
+    ) -> Tensor:
+        """The sum of g W over layers that read one input."""
+        total, *others = (self.product_back(g, *each, recipe) for g, each in zip(gs, stored, strict=True))
+        for other in others:
+            total.add_(other)
+        return total
 
 
 STORAGES: Registry[Storage] = Registry("storage")

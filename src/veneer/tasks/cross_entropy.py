@@ -48,11 +48,21 @@ def plain_cross_entropy(logits: Float[Tensor, "*n classes"], labels: Int[Tensor,
 
 
 def chunked_cross_entropy(
-    hidden: Float[Tensor, "*n dim"], labels: Int[Tensor, "*n"], head: nn.Module, rows: int = ROWS
+    hidden: Float[Tensor, "*n dim"],
+    labels: Int[Tensor, "*n"],
+    head: nn.Module,
+    rows: int = ROWS,
+    count: int | None = None,
 ) -> Float[Tensor, ""]:
-    """The same, from what goes into the head. Labels are those of the same position (shift them before)."""
-    counted = labels.flatten() != IGNORE
-    hidden, labels = hidden.flatten(0, -2)[counted], labels.flatten()[counted]  # ignored rows never meet the head
+    """The same, from what goes into the head. Labels are those of the same position (shift them before).
+
+    count: how many labels count, where that is known; a GPU then need not be waited for to learn it.
+    """
+    hidden, labels = hidden.flatten(0, -2), labels.flatten()
+    if count != len(labels):  # ignored rows never meet the head
+        counted = labels != IGNORE
+        index = counted.nonzero()[:, 0] if count is None else counted.nonzero_static(size=count)[:, 0]
+        hidden, labels = hidden[index], labels[index]
     if not torch.is_grad_enabled():
         return _sum(hidden, labels, head, rows)
     bare = lay_bare(head, hidden.dtype)

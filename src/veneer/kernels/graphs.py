@@ -1,0 +1,391 @@
+"""Fused blocks recorded once as CUDA graphs and replayed: a block's work is one launch forward and one backward.
+
+A block in the fused form is about sixty kernels, each of which Python has to ask for; on a fast card, a short row or a
+small model the card waits for Python. A recorded block is asked for as a whole.
+
+    calls 1, 2    as ever: kernels are compiled, libraries make their plans
+    call 3        forward, then backward, are recorded; from here on they are replayed
+    any later     replayed if everything that was recorded still holds, otherwise as ever, and recorded anew
+
+What a replay takes for granted is compared at each call: shapes, every tensor's place, modes, hooks, which adapters act
+and how strongly (`Record.state`). Numbers in tensors may change, as an optimiser changes them; places may not.
+
+Every record keeps the memory of what its backward pass needs, as a fused block does anyway between its two passes.
+Scratch memory is shared by all: record k's scratch may lie where record k + 1 keeps something, for the backward pass of
+k comes after that of k + 1. So a block that is entered twice before its backward pass runs as ever the second time.
+"""
+
+from __future__ import annotations
+
+import gc
+import warnings
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from veneer.errors import StateError
+from veneer.quant.eight import forget
+
+__all__ = ["Recorder", "Unfit", "replayed"]
+
+WARM = 2  # calls before a block is recorded
+ANEW = 4  # recordings of one block; what changes more often than that is not worth recording
+Run = Callable[..., Tensor]
+"""The block by its kernels: from x and the tensors among its keyword arguments to its output."""
+
+
+@dataclass
+class Recorder:
+    """What the records of one model share."""
+
+    pool: Any = None
+    stream: Any = None
+    warmed: set[Any] = field(default_factory=set)  # signatures that ran on the recording stream
+    inputs: dict[Any, Shared] = field(default_factory=dict)
+    gradients: dict[Any, Tensor] = field(default_factory=dict)  # by shape: what goes from one block back to the last
+    outputs: dict[int, Tensor] = field(default_factory=dict)  # by place: what records give, which may be others' input
+    records: weakref.WeakKeyDictionary[nn.Module, Record] = field(default_factory=weakref.WeakKeyDictionary)
+    why_not: str | None = None
+    said: set[str] = field(default_factory=set)
+
+    def start(self, device: torch.device) -> None:
+        if self.pool is None:
+            self.pool, self.stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream(device)
+
+    def give_up(self, why: str) -> None:
+        """Blocks run as ever from now on."""
+        self.why_not = why
+        self.say(why)
+
+    def say(self, why: str) -> None:
+        """Each reason once, and loudly: it costs speed."""
+        if why not in self.said:
+            self.said.add(why)
+            warnings.warn(f"fused blocks are not recorded as CUDA graphs, and slower: {why}", stacklevel=6)
+
+    def forget(self) -> None:
+        """Free what records hold; the next calls record again."""
+        for record in list(self.records.values()):
+            record.drop()
+        self.records.clear()
+        self.inputs.clear()
+        self.gradients.clear()
+        self.outputs.clear()
+
+    def __deepcopy__(self, memo: Any) -> Recorder:
+        return Recorder()
+
+    def __reduce__(self) -> Any:
+        return Recorder, ()
+
+
+@dataclass
+class Shared:
+    """A tensor that all blocks are called with, like the angles of a rotation: copied once for all of them."""
+
+    static: Tensor
+    source: weakref.ref[Tensor] | None = None
+    version: int = -1
+
+    def take(self, t: Tensor) -> None:
+        if self.source is None or self.source() is not t or self.version != t._version:
+            self.static.copy_(t)
+            self.source, self.version = weakref.ref(t), t._version
+
+
+class Record:
+    """One block's two graphs, and what they read and write."""
+
+    def __init__(self, recorder: Recorder) -> None:
+        self.recorder = recorder
+        self.calls = 0
+        self.made = 0
+        self.signature: Any = None
+        self.generation = 0
+        self.pending: weakref.ref[Any] | None = None  # the forward pass whose backward pass is to come
+        self.drop()
+
+    def drop(self) -> None:
+        if (y := getattr(self, "y", None)) is not None:
+            self.recorder.outputs.pop(y.data_ptr(), None)
+        self.forward_graph: Any = None
+        self.backward_graph: Any = None
+        self.x: Tensor | None = None
+        self.y: Tensor | None = None
+        self.g: Tensor | None = None
+        self.shared: dict[str, Shared] = {}
+        self.leaves: list[Tensor] = []
+        self.found: list[Tensor] = []  # their gradients
+
+    # -------------------------------------------------------------- what must hold
+
+    def fits(self, x: Tensor) -> bool:
+        """Whether x lies, or may be put, where it is read from."""
+        assert self.x is not None
+        return x.data_ptr() == self.x.data_ptr() or self.x.data_ptr() not in self.recorder.outputs
+
+    @property
+    def is_busy(self) -> bool:
+        return self.pending is not None and self.pending() is not None
+
+    # -------------------------------------------------------------- recording
+
+    def make(self, module: nn.Module, x: Tensor, tensors: dict[str, Tensor], run: Run) -> None:
+        recorder = self.recorder
+        recorder.start(x.device)
+        self.drop()
+        self.x = self._place_of(x)
+        for name, t in tensors.items():
+            key = name, t.shape, t.dtype
+            if key not in recorder.inputs:
+                recorder.inputs[key] = Shared(torch.empty_like(t, memory_format=torch.contiguous_format))
+            self.shared[name] = recorder.inputs[key]
+            self.shared[name].take(t)
+        statics = {name: shared.static for name, shared in self.shared.items()}
+        self.x.copy_(x) if self.x.data_ptr() != x.data_ptr() else None
+        with _aliased(module) as own:
+            if self.signature[0] not in recorder.warmed:
+                self._warm(run, statics)
+            forward, backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
+            with _recording(forward, recorder), torch.enable_grad():
+                y = run(self.x, **statics)
+            leaves = [leaf for leaf in _leaves(y) if leaf is not self.x]
+            if any(id(leaf) not in own for leaf in leaves):
+                raise Unfit("it trains what lies outside of it")
+            key = y.shape, y.dtype
+            if key not in recorder.gradients:
+                recorder.gradients[key] = torch.empty_like(y)
+            self.g = recorder.gradients[key]
+            wanted = [self.x, *leaves] if self.x.requires_grad else leaves
+            with _recording(backward, recorder):
+                # the graph of autograd is kept: it holds what the backward pass reads
+                grads = list(torch.autograd.grad(y, wanted, self.g, retain_graph=True))
+                if self.x.requires_grad:
+                    self.g.copy_(grads.pop(0))
+        self.leaves, self.found = [own[id(leaf)] for leaf in leaves], grads
+        self.y, self.forward_graph, self.backward_graph = y, forward, backward
+        recorder.outputs[y.data_ptr()] = y.detach()
+
+    def _warm(self, run: Run, statics: dict[str, Tensor]) -> None:
+        """Once on the stream that records, for what libraries set up for each stream."""
+        recorder = self.recorder
+        if not recorder.warmed:
+            torch.cuda.empty_cache()  # what the first calls left lying about would stand beside the records' memory
+        recorder.warmed.add(self.signature[0])
+        with _beside(recorder.stream), torch.enable_grad():
+            y = run(self.x, **statics)
+            torch.autograd.grad(y, _leaves(y), torch.zeros_like(y))
+
+    def _place_of(self, x: Tensor) -> Tensor:
+        """Where x is read from: where it lies, if another record put it there, else a place of its own."""
+        known = self.recorder.outputs.get(x.data_ptr())
+        if known is not None and known.shape == x.shape:
+            return known.detach().requires_grad_(x.requires_grad)
+        return torch.empty_like(x, memory_format=torch.contiguous_format).requires_grad_(x.requires_grad)
+
+    # -------------------------------------------------------------- replaying
+
+    def forward(self, x: Tensor, token: Any) -> Tensor:
+        assert self.x is not None and self.y is not None
+        if x.data_ptr() != self.x.data_ptr():
+            self.x.detach().copy_(x)
+        self.forward_graph.replay()
+        self.generation += 1
+        self.pending = weakref.ref(token)
+        return self.y.detach()
+
+    def backward(self, generation: int, g: Tensor) -> list[Tensor]:
+        """The gradients of x, in a place that the next block's backward pass may write to, and of the leaves."""
+        if generation != self.generation or self.g is None:
+            raise StateError(
+                "a recorded block cannot go back: it has gone forward again, or was recorded anew, since",
+                fix="run each backward pass before the next forward pass, or veneer.fuse(model, graphs=False)",
+            )
+        if g.data_ptr() != self.g.data_ptr():
+            self.g.copy_(g)
+        self.backward_graph.replay()
+        self.pending = None
+        return [self.g, *self.found]
+
+
+class Unfit(Exception):
+    """Raised by a run whose block cannot be recorded as it is now, though others can."""
+
+
+class Token:
+    """Lives as long as somebody may still ask for the backward pass."""
+
+
+class Replayed(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, record: Record, follows: bool, *leaves: Tensor) -> Tensor:
+        ctx.token, ctx.record, ctx.follows = Token(), record, follows
+        y = record.forward(x, ctx.token)
+        ctx.generation = record.generation
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        dx, *found = ctx.record.backward(ctx.generation, g)
+        if not ctx.needs_input_grad[0]:
+            return None, None, None, *found
+        return dx if ctx.follows else dx.clone(), None, None, *found
+
+
+def _follows(x: Tensor) -> bool:
+    """Whether x comes straight from a recorded block and nobody looks at its gradient on the way back."""
+    node = x.grad_fn
+    return node is not None and node.name() == "ReplayedBackward" and not x._backward_hooks and not x.retains_grad
+
+
+@contextmanager
+def _aliased(module: nn.Module) -> Iterator[dict[int, Tensor]]:
+    """Every trained parameter of the module stands aside for another name of the same memory; by id, whom it stands
+    for. Autograd binds what it knows of a leaf to the stream on which it first met it, and that is the recording one.
+    """
+    own: dict[int, Tensor] = {}
+    places = []
+    for each in module.modules():
+        for name, p in each._parameters.items():
+            if p is not None and p.requires_grad:
+                places.append((each._parameters, name, p))
+                each._parameters[name] = p.detach().requires_grad_()  # type: ignore[assignment]
+                own[id(each._parameters[name])] = p
+    try:
+        yield own
+    finally:
+        for held, name, p in places:
+            held[name] = p
+
+
+def _leaves(y: Tensor) -> list[Tensor]:
+    """Every tensor whose gradient a backward pass from y adds to."""
+    found: dict[int, Tensor] = {}
+    seen, waiting = set(), [y.grad_fn]
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if (leaf := getattr(node, "variable", None)) is not None:
+            found[id(leaf)] = leaf
+        waiting += [each for each, _ in node.next_functions]
+    return list(found.values())
+
+
+@contextmanager
+def _beside(stream: Any) -> Iterator[None]:
+    here = torch.cuda.current_stream()
+    stream.wait_stream(here)
+    with torch.cuda.stream(stream):
+        yield
+    here.wait_stream(stream)
+
+
+@contextmanager
+def _recording(graph: Any, recorder: Recorder) -> Iterator[None]:
+    """torch.cuda.graph collects garbage and waits for the card each time; for many blocks that takes many seconds."""
+    collecting = gc.isenabled()
+    gc.disable()  # what is collected in between might ask the card for something that cannot be recorded
+    forget()
+    try:
+        with _beside(recorder.stream):
+            graph.capture_begin(pool=recorder.pool, capture_error_mode="thread_local")
+            try:
+                yield
+            except BaseException:
+                with suppress(RuntimeError):
+                    graph.capture_end()
+                raise
+            graph.capture_end()
+    finally:
+        forget()
+        if collecting:
+            gc.enable()
+
+
+# ------------------------------------------------------------------ whether, and what must hold
+
+
+def replayed(
+    recorder: Recorder, module: nn.Module, x: Tensor, settings: Any, tensors: dict[str, Tensor], run: Run
+) -> Tensor | None:
+    """The block's output by a replay; None where it has to run as ever.
+
+    settings: what else the output depends on and can be compared. tensors: what the block is called with besides x.
+    """
+    if recorder.why_not is not None or not x.is_cuda or _is_watched():
+        return None
+    record = recorder.records.get(module)
+    if record is None:
+        record = recorder.records[module] = Record(recorder)
+    if record.is_busy:
+        return None
+    if (state := state_of(module)) is None:
+        return None
+    signature = _signature(x, settings, tensors), state
+    if signature != record.signature or (record.x is not None and not record.fits(x)):
+        record.drop()
+        record.signature, record.calls = signature, 0
+    record.calls += 1
+    if record.forward_graph is None:
+        if record.calls <= WARM or record.made >= ANEW:
+            return None
+        record.made += 1
+        try:
+            record.make(module, x, tensors, run)
+        except Unfit:
+            record.drop()
+            record.made = ANEW
+            return None
+        except (RuntimeError, ValueError) as error:
+            record.drop()
+            recorder.give_up(f"recording failed: {str(error).splitlines()[0]}")
+            return None
+        if record.made == ANEW:
+            warnings.warn("a fused block was recorded for the last time: it keeps being changed", stacklevel=4)
+    for name, shared in record.shared.items():
+        shared.take(tensors[name])
+    return Replayed.apply(x, record, _follows(x), *record.leaves)  # type: ignore[return-value]
+
+
+def _is_watched() -> bool:
+    """Whether somebody wants to see, or keep elsewhere, what is saved; or records the whole step already."""
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
+    return hooks is not None or torch.cuda.is_current_stream_capturing()
+
+
+def _signature(x: Tensor, settings: Any, tensors: dict[str, Tensor]) -> Any:
+    given = tuple((name, t.shape, t.dtype, t.device) for name, t in tensors.items())
+    return x.shape, x.dtype, x.device, x.requires_grad, x.is_contiguous(), settings, given
+
+
+def state_of(module: nn.Module) -> tuple[Any, ...] | None:
+    """All that a recorded block takes for granted about its modules; None where rows are routed, each on its own way,
+    which a graph would go again whatever the next batch asks for."""
+    found: list[Any] = []
+    for each in module.modules():
+        found.append(type(each))
+        found.append(each.training)
+        if each._forward_hooks or each._forward_pre_hooks or each._backward_hooks or each._backward_pre_hooks:
+            found.append("hooked")
+        for held in (each._parameters, each._buffers):
+            for t in held.values():
+                if t is not None:
+                    found.append((t.data_ptr(), t.requires_grad, t.dtype))
+        own = each.__dict__
+        if "scale" in own or "dropout" in own:
+            found.append((own.get("scale"), own.get("dropout")))
+        if (active := own.get("active")) is not None:
+            if active.routed:
+                return None
+            mix = active.mix
+            found.append((active.names, None if mix is None else (mix.data_ptr(), mix.shape)))
+    return tuple(found)

@@ -1,0 +1,171 @@
+"""Blocks recorded as CUDA graphs: replayed = run as ever, to the last bit, whatever happens in between.
+
+A CPU has no graphs; there only what a replay takes for granted (`state_of`) is tested.
+"""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import veneer
+from veneer import LoRA
+from veneer.core.model import parameters
+from veneer.kernels.fuse import FusedBlock, fuse, set_recompute, unfuse
+from veneer.kernels.graphs import Recorder, state_of
+
+gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
+def llama(device: str = "cpu", dtype: torch.dtype = torch.float32, storage: str | None = None) -> nn.Module:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=64, intermediate_size=128, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
+        vocab_size=97, use_cache=False, attn_implementation="eager",  # whose gradients come in one order
+    )  # fmt: skip
+    model = LlamaForCausalLM(config).to(device, dtype).train()
+    if storage:
+        veneer.quantize(model, storage)
+    veneer.attach(model, LoRA(rank=4, alpha=8))
+    for p in parameters(model).values():
+        nn.init.normal_(p, std=0.1)
+    return model
+
+
+def moved(model: nn.Module, steps: int, shapes: Any = ((2, 16),), micro: int = 2) -> list[Tensor]:
+    """Losses and final parameters of some steps, `micro` backward passes each."""
+    draw = torch.Generator().manual_seed(1)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.SGD(trained, lr=0.1)
+    seen = []
+    for i in range(steps):
+        for _ in range(micro):
+            ids = torch.randint(0, 97, shapes[i % len(shapes)], generator=draw).to(model.device)
+            loss = model(input_ids=ids, labels=ids).loss
+            loss.backward()
+            seen.append(loss.detach().clone())
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=i % 2 == 0)
+    return seen + [p.detach().clone() for p in trained]
+
+
+def records(model: nn.Module) -> int:
+    recorder = next(m.fused.recorder for m in model.modules() if isinstance(m, FusedBlock))
+    return sum(record.forward_graph is not None for record in recorder.records.values())
+
+
+def same(one: list[Tensor], other: list[Tensor]) -> None:
+    off = [
+        (i, float((a - b).abs().max()))
+        for i, (a, b) in enumerate(zip(one, other, strict=True))
+        if not torch.equal(a, b)
+    ]
+    assert not off, f"{len(off)} of {len(one)} differ: {off[:8]}"
+
+
+@gpu
+@pytest.mark.gpu
+@pytest.mark.parametrize("recompute", ["none", "gate_up", "middle", "input"])
+@pytest.mark.parametrize("storage", [None, "nf4", "fp8"])
+def test_a_replay_is_the_same_to_the_last_bit(recompute: str, storage: str | None) -> None:
+    ever = llama("cuda", torch.bfloat16, storage)
+    graphed = copy.deepcopy(ever)
+    fuse(ever, recompute, verbose=False)
+    fuse(graphed, recompute, graphs=True, verbose=False)
+    same(moved(graphed, 6), moved(ever, 6))
+    assert records(graphed) == 3
+
+
+@gpu
+@pytest.mark.gpu
+def test_shapes_that_come_and_go_switches_and_two_forward_passes_at_once() -> None:
+    ever = llama("cuda", torch.bfloat16)
+    graphed = copy.deepcopy(ever)
+    fuse(ever, verbose=False)
+    fuse(graphed, graphs=True, verbose=False)
+    shapes = ((2, 16), (2, 16), (2, 16), (1, 8))
+    same(moved(graphed, 8, shapes), moved(ever, 8, shapes))
+    for model in (ever, graphed):
+        veneer.attach(model, LoRA(rank=4, alpha=8), name="other")
+        torch.manual_seed(2)
+        nn.init.normal_(model.model.layers[0].self_attn.q_proj.slots["other"].delta.B, std=0.1)
+    outcomes = []
+    for model in (ever, graphed):
+        seen: list[Tensor] = []
+        for names in ("default", "other", "default"):
+            veneer.activate(model, names)
+            for _ in range(4):
+                ids = torch.arange(32, device="cuda").view(2, 16)
+                first, second = (model(input_ids=t, labels=t).loss for t in (ids, ids + 1))
+                (first + 2 * second).backward()
+                seen += [first.detach(), second.detach()]
+            with veneer.disabled(model):
+                seen.append(model(input_ids=ids).logits.detach())
+        outcomes.append(seen + [p.grad for p in model.parameters() if p.grad is not None])
+    same(*outcomes)
+    set_recompute(graphed, "input"), set_recompute(ever, "input")
+    same(moved(graphed, 5), moved(ever, 5))
+    twin = pickle.loads(pickle.dumps(copy.deepcopy(graphed)))
+    same(moved(twin, 4), moved(ever, 4))
+    unfuse(graphed)
+    assert not any(isinstance(m, FusedBlock) for m in graphed.modules())
+
+
+@gpu
+@pytest.mark.gpu
+def test_a_weight_that_moved_is_seen() -> None:
+    ever = llama("cuda", torch.bfloat16)
+    graphed = copy.deepcopy(ever)
+    fuse(ever, verbose=False)
+    fuse(graphed, graphs=True, verbose=False)
+    moved(graphed, 4), moved(ever, 4)
+    for model in (ever, graphed):
+        weight = model.model.layers[1].mlp.up_proj.weight
+        weight.data = weight.data * 2
+    same(moved(graphed, 5), moved(ever, 5))
+
+
+CHANGES = {
+    "a weight elsewhere": lambda m: setattr(m.mlp.up_proj.weight, "data", m.mlp.up_proj.weight.data.clone()),
+    "a mode": lambda m: m.mlp.eval(),
+    "a hook": lambda m: m.mlp.register_forward_hook(lambda *_: None),
+    "frozen": lambda m: m.mlp.up_proj.slots["default"].delta.A.requires_grad_(False),
+    "scaled": lambda m: setattr(m.mlp.up_proj.slots["default"].delta, "scale", 7.0),
+    "dropout": lambda m: setattr(m.mlp.up_proj.slots["default"].delta, "dropout", 0.5),
+    "a class": lambda m: setattr(m.mlp, "__class__", type("Other", (type(m.mlp),), {})),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_whatever_a_replay_takes_for_granted_is_compared(change: str) -> None:
+    block = llama().model.layers[0]
+    before = state_of(block)
+    assert state_of(block) == before
+    CHANGES[change](block)
+    assert state_of(block) != before
+
+
+def test_who_acts_is_compared() -> None:
+    model = llama()
+    veneer.attach(model, LoRA(rank=2), name="b")
+    block, seen = model.model.layers[0], []
+    for who in ("default", "b", None, {"default": 0.5, "b": 0.5}):
+        veneer.activate(model, who)
+        seen.append(state_of(block))
+    assert len(set(seen)) == 4
+
+
+def test_on_a_cpu_graphs_are_asked_for_in_vain_and_copies_share_none() -> None:
+    model = llama()
+    fuse(model, graphs=True, verbose=False)
+    moved(model, 3)
+    recorder = next(m.fused.recorder for m in model.modules() if isinstance(m, FusedBlock))
+    assert isinstance(recorder, Recorder) and not recorder.records
+    twin = copy.deepcopy(model)
+    assert next(m.fused.recorder for m in twin.modules() if isinstance(m, FusedBlock)) is not recorder
