@@ -35,9 +35,9 @@ import veneer
 from veneer import LoRA
 from veneer.core.model import parameters
 from veneer.errors import ConfigError, StateError
+from veneer.kernels import fuse as fuse_module
 from veneer.kernels import fuse as home
 from veneer.kernels.block import LEVELS
-from veneer.kernels import fuse as fuse_module
 from veneer.kernels.fuse import FusedModule, fuse, is_fused, set_recompute, unfuse
 from veneer.quant.layer import unrounded
 from veneer.tasks.cross_entropy import chunked_cross_entropy
