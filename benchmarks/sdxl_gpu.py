@@ -13,10 +13,12 @@ computed twice: all of it fits.
     plain            veneer.attach
     fused            veneer.attach, veneer.fuse
     fused-gate_up    the same, the unit's gate and up computed again
-    fused-graph      the same as fused, a whole step captured once as a CUDA graph and replayed
+    fused-graphs     the same as fused, its blocks recorded as CUDA graphs (graphs=True)
+    fused-step       the same as fused, a whole step captured as one CUDA graph: what Python costs the others
 
-Every variant runs in a process of its own: the median of `--steps` steps that follow each other without a wait, the
-seconds of the warm-up (compilation among them) apart, peaks allocated and reserved, and the loss of every step.
+All start from A drawn alike (diffusers' script draws PEFT's four times as large). Every variant runs in a process of
+its own: the median of `--steps` steps that follow each other without a wait, the seconds of the warm-up (compilation
+among them) apart, peaks allocated and reserved (what CUDA graphs hold counts whole), and the loss of every step.
 """
 
 from __future__ import annotations
@@ -36,7 +38,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from train_gpu import ceiling
+from train_gpu import ceiling, peak_memory
 
 SHAPES: dict[str, dict[str, Any]] = {
     "sdxl": {"side": 128, "text": 2048, "pooled": 1280, "words": 77},
@@ -72,7 +74,7 @@ def peft(shape: str, device: str, dtype: torch.dtype = torch.bfloat16) -> nn.Mod
     from peft import LoraConfig
 
     model: Any = base(shape, device)
-    model.add_adapter(LoraConfig(r=16, lora_alpha=16, init_lora_weights="gaussian", target_modules=TARGETS))
+    model.add_adapter(LoraConfig(r=16, lora_alpha=16, target_modules=TARGETS))
     for p in model.parameters():
         if p.requires_grad:
             p.data = p.data.to(dtype)
@@ -107,12 +109,12 @@ def plain(shape: str, device: str) -> nn.Module:
     return model
 
 
-def fused(recompute: str) -> Callable[[str, str], nn.Module]:
+def fused(recompute: str, graphs: bool = False) -> Callable[[str, str], nn.Module]:
     def build(shape: str, device: str) -> nn.Module:
         import veneer
 
         model = plain(shape, device)
-        report = veneer.fuse(model, recompute, verbose=False)
+        report = veneer.fuse(model, recompute, graphs=graphs, verbose=False)
         print(report, file=sys.stderr)
         return model
 
@@ -127,9 +129,10 @@ VARIANTS: dict[str, Callable[[str, str], nn.Module]] = {
     "plain": plain,
     "fused": fused("none"),
     "fused-gate_up": fused("gate_up"),
-    "fused-graph": fused("none"),
+    "fused-graphs": fused("none", graphs=True),
+    "fused-step": fused("none"),
 }
-USUAL = ("peft", "peft-bf16", "peft-compiled", "plain", "fused", "fused-graph")
+USUAL = ("peft", "peft-bf16", "peft-compiled", "plain", "fused", "fused-gate_up", "fused-graphs")
 
 
 def inputs(args: argparse.Namespace, device: str) -> dict[str, Any]:
@@ -195,7 +198,7 @@ def measure(args: argparse.Namespace, name: str) -> dict[str, Any]:
     model = VARIANTS[name](args.shape, device)
     built = time.perf_counter()
     step = stepper(name, model, inputs(args, device))
-    if name == "fused-graph" and CUDA:
+    if name == "fused-step" and CUDA:
         step = captured(step)
     losses = [step() for _ in range(args.warmup)]
     synchronize()
@@ -209,7 +212,7 @@ def measure(args: argparse.Namespace, name: str) -> dict[str, Any]:
     handed = time.perf_counter()
     synchronize()
     seconds = [between(*pair) for pair in pairwise(marks)]
-    peaks = (torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()) if CUDA else (0, 0)
+    peaks = peak_memory() if CUDA else (0, 0)
     if args.profile:
         profile(step, args.profile / f"{name}.txt")
     return {
@@ -289,7 +292,7 @@ def main() -> None:
     parser.add_argument("--shape", choices=SHAPES, default="sdxl")
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--steps", type=int, default=8)
-    parser.add_argument("--warmup", type=int, default=3)
+    parser.add_argument("--warmup", type=int, default=4)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--profile", type=Path, help="write every variant's kernels and their times there")
     parser.add_argument("--one", action="store_true", help="measure in this process and print JSON")

@@ -21,9 +21,10 @@ import veneer
 from veneer import LoRA
 from veneer.core.model import parameters
 from veneer.kernels import fuse as home
-from veneer.kernels import image_pieces
+from veneer.kernels import image_fuse, image_pieces
 from veneer.kernels.block import LEVELS
 from veneer.kernels.fuse import fuse, is_fused, unfuse
+from veneer.kernels.graphs import Unfit
 
 diffusers = pytest.importorskip("diffusers")
 
@@ -186,6 +187,30 @@ def test_several_adapters(acting: str) -> None:
     wanted = outcome(model)
     fuse(model, verbose=False)
     agree(outcome(model), wanted)
+
+
+def test_what_a_gpu_would_record_is_the_whole_way_through_a_stage(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The runs that are recorded, run as they are: images as memory lies go in and come out."""
+    seen: list[tuple[str, tuple[int, ...], tuple[str, ...]]] = []
+
+    def once(recorder: Any, module: Any, x: Tensor, settings: Any, tensors: dict[str, Tensor], run: Any) -> Tensor:
+        seen.append((type(module).__name__, tuple(x.shape), tuple(tensors)))
+        assert x.is_contiguous()
+        return run(x, **tensors)
+
+    model = model_of("sdxl", targets=TARGETS["attention"])
+    wanted = outcome(model)
+    fuse(model, graphs=True, verbose=False)
+    monkeypatch.setattr(image_fuse, "replayed", once)
+    agree(outcome(model), wanted)
+    stages = [shape for name, shape, tensors in seen if name == "FusedTransformer2DModel" and tensors == ("text",)]
+    assert stages == [(2, 4, 4, 16)] * 4
+    assert [tensors for name, _, tensors in seen if name == "FusedResnetBlock2D"] == [("time",)] * 6  # after an adapter
+    seen.clear()
+    outcome(model, text=True)  # whose gradient is asked for
+    hooked(model)
+    with pytest.raises(Unfit, match="a hook hangs on it"):
+        outcome(model)
 
 
 def masked(model: nn.Module) -> dict[str, Any]:

@@ -258,6 +258,7 @@ def fuse(model: nn.Module, recompute: str = "none", *, graphs: bool = False, ver
     for name, family in _families(modules).items():
         if _take_family(modules[name], name, family, recompute, report):
             taken |= {id(inside) for inside in modules[name].modules()}
+            modules[name].__dict__["fused"].recorder = recorder
     for name, module in modules.items():
         if _looks_like_block(module) and _take(module, name, FusedBlock, block_parts(module), recompute, report):
             taken |= {id(inside) for inside in module.modules()}

@@ -94,6 +94,10 @@ class Image:
     attend_text: Attend
     factors: tuple[Factors, ...]  # of qkv, out, q, kv; the rest is in `end`
 
+    @property
+    def groups(self) -> tuple[Group, ...]:
+        return self.qkv, self.out, self.q, self.kv, self.end.out, self.end.unit.entry, self.end.unit.down
+
 
 class Enter(torch.autograd.Function):
     """x -> the siblings' outputs, and x once more: what flows back beside the norm comes in here."""
@@ -190,7 +194,8 @@ def _run(x: Tensor, text: Tensor, block: Image, again: bool) -> Tensor:
 def run_image(x: Tensor, text: Tensor, block: Image, level: str) -> Tensor:
     """The block's output, keeping what `level` says."""
     if level in ("middle", "input"):
-        return checkpoint(_run, x, text, block, True, use_reentrant=False)  # type: ignore[return-value]
+        draws = any(layer.dropout for group in block.groups for layer in group.layers)
+        return checkpoint(_run, x, text, block, True, use_reentrant=False, preserve_rng_state=draws)  # type: ignore[return-value]
     return _run(x, text, block, level == "gate_up")
 
 

@@ -8,6 +8,9 @@
 A block is tried on a small input before it is taken, forwards and backwards, and left alone where the two differ. At
 every call it looks again at what it is made of; what cannot run so runs by the block's own forward and is named once.
 On a GPU the frozen convolutions' weights are laid out with channels last when their block is taken.
+
+As CUDA graphs (graphs.py) what is recorded is large: an image's whole way through its transformer blocks, and each
+residual block. What they are called with must then be the image, the text and the time, and no more.
 """
 
 from __future__ import annotations
@@ -20,6 +23,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from veneer.kernels.fuse import FAMILIES, Family, FusedModule, _at_rest, _is_resting, _Plainly
+from veneer.kernels.graphs import Unfit, replayed
+from veneer.kernels.group import untouched
 from veneer.kernels.image_blocks import frozen_convolution, group_normed, run_image, run_residual
 from veneer.kernels.image_parts import (
     conv_now,
@@ -60,6 +65,27 @@ def _more_is_asked(kwargs: dict[str, Any]) -> str | None:
 class FusedStage(FusedModule):
     """An image -> rows -> transformer blocks -> an image. Channels stay last, so rows and images are one memory."""
 
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        y = None if args else self._by_replay(hidden_states, kwargs)
+        return super().forward(hidden_states, *args, **kwargs) if y is None else (y,)
+
+    def _by_replay(self, x: Tensor, kwargs: dict[str, Any]) -> Tensor | None:
+        text = kwargs.get("encoder_hidden_states")
+        more = [v for k, v in kwargs.items() if k != "encoder_hidden_states" and (isinstance(v, Tensor) or v)]
+        if _is_resting(x) or more or text is None or text.requires_grad or kwargs.get("return_dict", True):
+            return None
+        if self.gradient_checkpointing and self.training:
+            return None
+        run = super().forward
+
+        def whole(x: Tensor, *, text: Tensor) -> Tensor:
+            for name, inside in self.named_modules():
+                if name and (why := untouched(inside)) is not None:
+                    raise Unfit(why)
+            return run(x, encoder_hidden_states=text, return_dict=False)[0]
+
+        return _replayed(self, x, {"text": text}, whole)
+
     def _operate_on_continuous_inputs(self, hidden_states: Tensor) -> Any:
         norm = self.fused.parts.norm_now(hidden_states.dtype)
         if _is_resting(hidden_states) or isinstance(norm, str):
@@ -83,6 +109,20 @@ class FusedStage(FusedModule):
         return image + residual.contiguous(memory_format=torch.channels_last)
 
 
+def _replayed(module: FusedModule, x: Tensor, tensors: dict[str, Tensor], run: Any) -> Tensor | None:
+    """An image's output by a replay, where there is one. Records have images as memory lies, channels last."""
+    state = module.fused
+    if state.recorder is None:
+        return None
+
+    def whole(image: Tensor, **tensors: Tensor) -> Tensor:
+        return run(image.permute(0, 3, 1, 2), **tensors).permute(0, 2, 3, 1)
+
+    image = x.contiguous(memory_format=torch.channels_last).permute(0, 2, 3, 1)
+    y = replayed(state.recorder, module, image, state.recompute, tensors, whole)
+    return None if y is None else y.permute(0, 3, 1, 2)
+
+
 class FusedResidual(FusedModule):
     """A residual block of two convolutions."""
 
@@ -92,7 +132,17 @@ class FusedResidual(FusedModule):
         block = self.fused.parts.now(input_tensor.dtype)
         if isinstance(block, str):
             return self.plain(block, input_tensor, temb)
-        return run_residual(input_tensor, self.fused.parts.time(temb), block)
+        time = self.fused.parts.time(temb)
+        y = None
+        if input_tensor.requires_grad and (time is None or not time.requires_grad):
+            y = _replayed(self, input_tensor, {} if time is None else {"time": time}, self._whole)
+        return run_residual(input_tensor, time, block) if y is None else y
+
+    def _whole(self, x: Tensor, *, time: Tensor | None = None) -> Tensor:
+        block = self.fused.parts.now(x.dtype)
+        if isinstance(block, str):
+            raise Unfit(block)
+        return run_residual(x, time, block)
 
 
 class FusedSampler(FusedModule):
