@@ -1,85 +1,135 @@
 """What storing the frozen base in fewer bits costs in quality, on a real model; writes docs/quantisation.md's table.
 
-    python benchmarks/quantisation.py [--steps 30] [--seeds 0] [--write]
+    python benchmarks/quantisation.py [--steps 100] [--seeds 0 1 2] [--jobs 1] [--only NAME ...] [--write]
 
-SmolLM2-135M-Instruct and the demo's data (plain English -> shell command), in fp32 on a CPU, with the demo's settings
-but for the number of steps. For each storage the whole product runs (`veneer.train(..., quant=...)`, proofs included):
-the held-out loss before the first step is the packed base's, the one after the last step the trained adapter's, on the
-base that it was trained on. Same rows, same order, same start for all. --write puts the table into the page.
+SmolLM2-135M-Instruct and the demo's data (plain English -> shell command), with the demo's settings but for the number
+of steps; in bf16 on a GPU, in fp32 on a CPU, where 8-bit products that it lacks are formed by the reference, inputs
+and gradients rounded as on a GPU. For each storage the whole product runs (`veneer.train(..., quant=...)`, with its
+proofs): the held-out loss before the first step is the packed base's, the one after the last step the trained
+adapter's, on the base that it was trained on. Same rows, same order, same start for all. Each run has a process of its
+own, --jobs of them at a time; what is there already is not run again. --write puts the table into the page.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import math
+import os
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 RESULTS = Path(__file__).parent / "results" / "quantisation.json"
 PAGE = Path(__file__).parent.parent / "docs" / "quantisation.md"
-STORAGES = ("none", "nf4", "int8", "fp8")
+VARIANTS: dict[
+    str, dict[str, Any]
+] = {  # the run's settings; "pack": options of veneer.quantize, for what has no setting
+    "none": {},
+    "nf4": {"quant": "nf4"},
+    "nf4, LoftQ": {"quant": "nf4", "init": "loftq"},
+    "nf4, inputs not looked at": {"quant": "nf4", "quant_rows": 0},
+    "int8": {"quant": "int8"},
+    "int8, not rotated": {"quant": "int8", "pack": {"rotate": False}},
+    "fp8": {"quant": "fp8"},
+    "fp8, rotated": {"quant": "fp8", "pack": {"rotate": True}},
+}
 BEGIN, END = "<!-- table: python benchmarks/quantisation.py --write -->", "<!-- end of table -->"
 
 
-def measure(storage: str, seed: int, steps: int) -> dict[str, Any]:
+def measure(variant: str, seed: int, steps: int) -> dict[str, Any]:
+    import torch
+
     import veneer
     from veneer.app.demo import SETTINGS
     from veneer.assets import data_file, model_folder
 
     started = time.perf_counter()
+    cuda = torch.cuda.is_available()
+    own = dict(VARIANTS[variant])
+    base: Any = str(model_folder("smollm2"))
+    if pack := own.pop("pack", None):
+        from transformers import AutoModelForCausalLM
+
+        dtype, device = (torch.bfloat16, "cuda") if cuda else (torch.float32, "cpu")
+        base = AutoModelForCausalLM.from_pretrained(base, dtype=dtype).to(device)
+        veneer.quantize(base, own["quant"], **pack)
     with tempfile.TemporaryDirectory() as out:
         run = veneer.train(
-            **{**SETTINGS, "steps": steps, "eval_every": steps, "precision": "fp32", "quant": storage, "seed": seed},
-            model=str(model_folder("smollm2")), data=str(data_file("shell", "train")),
-            val=str(data_file("shell", "val")), out=out, name="run",
+            **{**SETTINGS, **own, "steps": steps, "eval_every": steps, "seed": seed,
+               "precision": "bf16" if cuda else "fp32"},
+            model=base, data=str(data_file("shell", "train")), val=str(data_file("shell", "val")), out=out, name="run",
         )  # fmt: skip
         losses = [m["val_loss"] for m in run.metrics("val_loss")]
-    seconds = time.perf_counter() - started
     return {
-        "storage": storage, "seed": seed, "steps": steps, "before": losses[0], "after": losses[-1], "seconds": seconds
+        "storage": variant, "seed": seed, "steps": steps, "before": losses[0], "after": losses[-1],
+        "seconds": time.perf_counter() - started, "device": torch.cuda.get_device_name() if cuda else "cpu",
     }  # fmt: skip
+
+
+def apart(variant: str, seed: int, steps: int) -> dict[str, Any]:
+    """The same in a process of its own."""
+    env = {"VENEER_KERNELS": "" if Path("/dev/nvidia0").exists() else "emulate", **os.environ}
+    command = [sys.executable, "-W", "ignore", __file__, "--one", variant, str(seed), str(steps)]
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    if done.returncode:
+        print(f"{variant} {seed} FAILED\n{done.stderr[-1500:]}", flush=True)
+        return {}
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def table(rows: list[dict[str, Any]]) -> str:
     """Means over seeds, and how far each storage is from the base in full."""
-    by: dict[str, list[dict[str, Any]]] = {}
-    for row in rows:
-        by.setdefault(row["storage"], []).append(row)
-    mean = {s: {k: statistics.mean(r[k] for r in found) for k in ("before", "after")} for s, found in by.items()}
-    full = mean["none"]
+    longest = max(r["steps"] for r in rows)
+    rows = [r for r in rows if r["steps"] == longest]
+    found = {variant: [r for r in rows if r["storage"] == variant] for variant in VARIANTS}
+    full = {r["seed"]: r for r in found["none"]}
+    dense = "bf16" if rows[0]["device"] != "cpu" else "fp32"
     lines = [
-        "| base stored as | its held-out loss | perplexity | against fp32 | loss after training | against fp32 |",
+        f"| base stored as | its held-out loss | against {dense} | loss after training | against {dense} | seeds |",
         "| --- | ---: | ---: | ---: | ---: | ---: |",
     ]
-    for storage, m in mean.items():
-        name, base, after = "fp32" if storage == "none" else storage, m["before"], m["after"]
-        more = math.exp(m["before"]) / math.exp(full["before"]) - 1
-        off = m["after"] / full["after"] - 1
-        lines.append(f"| {name} | {base:.4f} | {math.exp(base):.2f} | {more:+.2%} | {after:.4f} | {off:+.2%} |")
-    steps, seeds = {r["steps"] for r in rows}, sorted({r["seed"] for r in rows})
-    lines += ["", f"{max(steps)} steps of 4 rows, r = 16 on all linear layers, seeds {', '.join(map(str, seeds))}."]
+    for variant, own in found.items():
+        if own:
+            mean = {key: statistics.mean(r[key] for r in own) for key in ("before", "after")}
+            more = {key: [r[key] / full[r["seed"]][key] - 1 for r in own] for key in mean}
+            spread = f" ({min(more['after']):+.2%} to {max(more['after']):+.2%})" if len(own) > 1 else ""
+            lines.append(
+                f"| {dense if variant == 'none' else variant} | {mean['before']:.4f} | "
+                f"{statistics.mean(more['before']):+.2%} | {mean['after']:.4f} | "
+                f"{statistics.mean(more['after']):+.2%}{'' if variant == 'none' else spread} | {len(own)} |"
+            )
+    device = rows[0]["device"]
+    lines += ["", f"{longest} steps of 4 rows, r = 16 on all linear layers, {device if device != 'cpu' else 'a CPU'}."]
     return "\n".join(lines)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--steps", type=int, default=30)
-    parser.add_argument("--seeds", type=int, nargs="*", default=[0])
+    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
+    parser.add_argument("--jobs", type=int, default=1)
+    parser.add_argument("--only", nargs="*", choices=VARIANTS, default=list(VARIANTS))
+    parser.add_argument("--one", nargs=3, metavar=("NAME", "SEED", "STEPS"), help="one run, in this process, as JSON")
     parser.add_argument("--write", action="store_true", help="only put the table of the kept results into the page")
     args = parser.parse_args()
+    if args.one:
+        print(json.dumps(measure(args.one[0], int(args.one[1]), int(args.one[2]))))
+        return
     rows = json.loads(RESULTS.read_text())["rows"] if RESULTS.exists() else []
     if not args.write:
+        known = {(r["storage"], r["seed"], r["steps"]) for r in rows}
+        wanted = [(v, seed, args.steps) for seed in args.seeds for v in args.only if (v, seed, args.steps) not in known]
         command = f"python benchmarks/quantisation.py --steps {args.steps} --seeds {' '.join(map(str, args.seeds))}"
-        for seed in args.seeds:
-            for storage in STORAGES:
-                if not any((r["storage"], r["seed"], r["steps"]) == (storage, seed, args.steps) for r in rows):
-                    rows.append(measure(storage, seed, args.steps))
-                    print(rows[-1], flush=True)
-                    RESULTS.write_text(json.dumps({"command": command, "rows": rows}, indent=1) + "\n")
+        for row in ThreadPoolExecutor(args.jobs).map(lambda each: apart(*each), wanted):
+            if row:
+                rows.append(row)
+                print(row, flush=True)
+                RESULTS.write_text(json.dumps({"command": command, "rows": rows}, indent=1) + "\n")
     print(table(rows))
     if args.write:
         before, _, rest = PAGE.read_text().partition(BEGIN)

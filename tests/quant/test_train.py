@@ -63,3 +63,16 @@ def test_a_base_that_was_looked_at_is_the_same_wherever_it_is_packed(tiny_folder
     again = AutoModelForCausalLM.from_pretrained(tiny_folder, quantization_config=config, dtype=torch.float32)
     assert "energies" not in again.config.quantization_config.to_dict()
     assert all(torch.equal(t, wanted[n]) for n, t in parts_of(again).items())
+
+
+def test_a_run_that_starts_with_what_packing_lost(tiny_folder: Path, tmp_path: Path) -> None:
+    """Its base is the packed one, bit for bit; the adapter starts nearer to the whole one, and the proofs hold."""
+    common = {"quant": "nf4", "r": 8, "val": 4, "batch_size": 2, "lr": 1e-2, "steps": 1, "eval_every": 1, "seed": 0}
+    started: dict[str, float] = {}
+    for init in ("kaiming", "loftq"):
+        run = train(str(tiny_folder), ROWS, init=init, out=str(tmp_path / init), **common)
+        assert run.proof["passed"]
+        started[init] = next(iter(run.metrics("val_loss")))["val_loss"]
+    whole = train(str(tiny_folder), ROWS, out=str(tmp_path / "whole"), **{**common, "quant": "none"})
+    full = next(iter(whole.metrics("val_loss")))["val_loss"]
+    assert abs(started["loftq"] - full) < abs(started["kaiming"] - full)

@@ -8,6 +8,7 @@ hold in another form) is refused here, with all of it at once.
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,16 +25,31 @@ from veneer.ckpt.methods import built, drawn
 from veneer.ckpt.names import Renaming, renamings
 from veneer.ckpt.peft import check_base, refuse_broken
 from veneer.ckpt.rows import Change
-from veneer.ckpt.shards import Shards
+from veneer.ckpt.shards import Shards, model_folder
 from veneer.ckpt.tensorfile import Stored, TensorFile
 from veneer.core.init import INITS, Site
 from veneer.core.leaf import Leaf
 from veneer.core.op import op_of
 from veneer.errors import CheckpointError
 
-__all__ = ["FLOATS", "Edit", "Item", "Plan"]
+__all__ = ["FLOATS", "Edit", "Item", "Plan", "originals"]
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)  # what can be merged into
+
+
+def originals(where: str | os.PathLike[str], model: nn.Module) -> Callable[[str], Tensor]:
+    """The weight of a layer, by the layer's name, as the files of `model` hold it; read when it is asked for."""
+    plan = Plan(model_folder(where), model, untie=False)
+
+    def read(site: str) -> Tensor:
+        stored = plan.place.get(f"{site}.weight")
+        if stored is None or stored.dtype not in FLOATS:
+            held = "no weight" if stored is None else f"a weight in {stored.dtype}"
+            problem = f"the base's files hold {held} of {site}, so it is not known what packing has lost"
+            raise CheckpointError(problem, str(plan.folder), "name the model before it was packed")
+        return stored.load()
+
+    return read
 
 
 @dataclass

@@ -20,6 +20,10 @@ for a base that is about to be quantised (`attach(..., round_trip=function)`, Q(
     loftq        Q <- Q(W - s B A) and s B A <- the top r singular directions of W - Q, in turn: the pair that comes
                  nearest to W. The base becomes that Q                                   (arXiv:2310.08659)
 
+or for one that is quantised already (`attach(..., originals=function)`, W by the name of its layer):
+
+    loftq        s B A <- the top r singular directions of W - Q, once: the base stays what it is
+
 The layer starts as the base: B A = 0, or, where A and B were taken out of W, `shifted` says that the same product is
 to be subtracted for good. The base weight itself is only ever read; LoftQ alone writes it, once, to what its storage
 will hold anyway.
@@ -45,10 +49,12 @@ from veneer.core.registry import Registry
 from veneer.core.weight import read_weight
 from veneer.errors import ConfigError
 
-__all__ = ["CHANGES_BASE", "INITS", "NEEDS", "RoundTrip", "Site", "Start", "share_ranks"]
+__all__ = ["CHANGES_BASE", "INITS", "NEEDS", "Originals", "RoundTrip", "Site", "Start", "share_ranks"]
 
 RoundTrip = Callable[[Tensor], Tensor]
 """A matrix (out, in) in fp32 -> the same as its storage will give it back."""
+Originals = Callable[[str], Tensor]
+"""The name of a layer -> its weight as it was before it was packed, in the layer's own shape."""
 
 
 class Start(NamedTuple):
@@ -75,6 +81,7 @@ class Site:
     seen: Any = None  # what core.observe saw, for inits that ask for it in NEEDS
     round_trip: RoundTrip | None = None  # for inits in CHANGES_BASE
     base: Tensor | None = None  # what such an init makes of W
+    originals: Originals | None = None  # for loftq where W is packed already
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -160,22 +167,22 @@ def olora(site: Site) -> Start:
     return Start(a.to(site.dtype).contiguous(), b.to(site.dtype).contiguous(), shifted=True)
 
 
+WIDE = 8  # times the rank
 LOFTQ_STEPS = 5  # after which the paper's own errors hardly fall any more; the best step is taken
 CHANGES_BASE = ("loftq",)
 
 
 @INITS.register("loftq")
 def loftq(site: Site) -> Start:
+    if site.originals is not None:
+        w = site.op.to_matrix(site.host, site.originals(site.name)).to(site.device, torch.float32)
+        return Start(*(t.to(site.dtype).contiguous() for t in _of_what_is_lost(site, w, w - site.matrix())))
     assert site.round_trip is not None
     w, best = site.matrix(), float("inf")
     product, kept = torch.zeros_like(w), None
     for _ in range(LOFTQ_STEPS):
         q = site.round_trip(w - product).to(site.host_dtype).to(w.dtype)
-        u, s, vh = torch.linalg.svd(w - q, full_matrices=False)
-        is_lost = s[..., : site.rank] > torch.finfo(w.dtype).eps * w.norm()
-        root = torch.where(is_lost, s[..., : site.rank] / site.scale, 0).sqrt()
-        size = root.where(is_lost, site.shape[1] ** -0.5)  # where nothing is lost A is not 0 as well, or it stays dead
-        a, b = size[..., None] * vh[..., : site.rank, :], u[..., : site.rank] * root[..., None, :]
+        a, b = _of_what_is_lost(site, w, w - q)
         product = site.scale * (b @ a)
         error = float((w - q - product).norm())
         if error >= best:
@@ -184,6 +191,19 @@ def loftq(site: Site) -> Start:
     assert kept is not None
     site.base = kept[0]
     return Start(*(t.to(site.dtype).contiguous() for t in kept[1:]))
+
+
+def _of_what_is_lost(site: Site, w: Tensor, lost: Tensor) -> tuple[Tensor, Tensor]:
+    """A and B whose scaled product is the nearest to what is lost of w."""
+    if min(site.shape) > WIDE * site.rank:  # a random projection finds the top of a wide matrix far sooner
+        u, s, v = torch.svd_lowrank(lost, q=2 * site.rank, niter=4)
+        vh = v.mT
+    else:
+        u, s, vh = torch.linalg.svd(lost, full_matrices=False)
+    is_lost = s[..., : site.rank] > torch.finfo(w.dtype).eps * w.norm()
+    root = torch.where(is_lost, s[..., : site.rank] / site.scale, 0).sqrt()
+    size = root.where(is_lost, site.shape[1] ** -0.5)  # where nothing is lost A is not 0 as well, or it stays dead
+    return size[..., None] * vh[..., : site.rank, :], u[..., : site.rank] * root[..., None, :]
 
 
 # --- inits that look at data ----------------------------------------------------------------------------------------

@@ -34,7 +34,7 @@ from veneer.core.host import (
     refuse_sharded,
     release,
 )
-from veneer.core.init import CHANGES_BASE, INITS, NEEDS, SHARES_RANKS, RoundTrip, Site, share_ranks, unset
+from veneer.core.init import CHANGES_BASE, INITS, NEEDS, SHARES_RANKS, Originals, RoundTrip, Site, share_ranks, unset
 from veneer.core.leaf import Leaf, own_parameters
 from veneer.core.observe import Loss, loss_of, observe
 from veneer.core.op import Op, op_for, op_of
@@ -238,6 +238,7 @@ def attach(
     data: Iterable[Any] | None = None,
     loss: Loss = loss_of,
     round_trip: RoundTrip | None = None,
+    originals: Originals | None = None,
 ) -> Attached:
     """Put an adapter on `model`, in place, freeze everything else, and make the new adapter the active one.
 
@@ -245,8 +246,8 @@ def attach(
     precision base unless given (products still run in the base's type). init=False leaves values unset, for whoever
     loads them next. data: a few batches, for inits that look at them (eva, corda, lora_ga): mappings are passed to the
     model by keyword; loss(model, batch) gives lora_ga its gradient. round_trip: what quantising will make of a matrix,
-    for loftq, which writes the base; quantise it afterwards. Raises ConfigError, TargetError or StateError
-    before anything has changed.
+    for loftq, which writes the base; quantise it afterwards. originals: for loftq on a base that is packed already, and
+    is then not written. Raises ConfigError, TargetError or StateError before anything has changed.
     """
     state = vars(unwrapped(model)).get("_veneer")
     model = unwrapped(model)
@@ -259,7 +260,7 @@ def attach(
     plan = _plan({n: layer for n, layer in layers.items() if n not in tied}, specs, dtype, init)
     if init:
         spec = _look_at_data(model, plan, specs, spec, data, loss)
-        _ready_to_change_the_base(model, plan, specs, state, round_trip)
+        _ready_to_change_the_base(model, plan, specs, state, round_trip, originals)
     layers |= {site: follower.layer for site, follower in tied.items()}
     refuse_sharded({**layers, **whole, **biased})
     new = {site: _adapter(place, init, specs[site]) for site, place in plan.items()}
@@ -372,15 +373,22 @@ def _ready_to_change_the_base(
     specs: Mapping[str, LoRA],
     state: State | None,
     round_trip: RoundTrip | None,
+    originals: Originals | None,
 ) -> None:
-    """An init that writes the base needs a base that nobody else has built upon, and that can be written."""
+    """An init that writes the base needs one that nobody else has built upon, and that can be written; where it is
+    packed already, what it was before."""
     changed = [n for n in plan if specs[n].init in CHANGES_BASE]
+    if originals is not None:
+        for name in [n for n in changed if is_packed(plan[n].host) is not None]:
+            plan[name].originals = originals
+            changed.remove(name)
     if not changed:
         return
     if round_trip is None:
         raise ConfigError(
             f"init {specs[changed[0]].init!r} starts from what quantising will lose",
-            fix="attach(model, spec, round_trip=function), where function(W) is W quantised and read back",
+            fix="attach(model, spec, round_trip=function), where function(W) is W quantised and read back; for a base "
+            "that is packed already, originals=function, where function(name) is the layer's weight as it was",
         )
     shared = {n for group in tied_groups(model) for n in group}
     problems = []

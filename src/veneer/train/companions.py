@@ -17,6 +17,7 @@ from typing import Any
 
 from torch import nn
 
+from veneer.quant.storage import Recipe
 from veneer.tasks.base import Task
 
 __all__ = ["ENERGIES", "write_companions"]
@@ -42,7 +43,9 @@ def write_companions(folder: Path, task: Task, model: nn.Module) -> None:
         told |= {"template": task.renderer.name, "template_fingerprint": task.renderer.fingerprint}
     packed: Any = getattr(getattr(model, "config", None), "quantization_config", None)
     if getattr(packed, "quant_method", None) == "veneer":
-        told["quant"] = {"kind": packed.kind, "whole": list(packed.whole)}  # the base is asked as it was in training
+        usual = Recipe(packed.kind).checked()._asdict()
+        own = {key: value for key, value in packed.recipe._asdict().items() if value != usual[key]}
+        told["quant"] = {"kind": packed.kind, "whole": list(packed.whole), **own}  # to be asked as it was trained
         if packed.energies is not None:
             shutil.copyfile(packed.energies, folder / ENERGIES)
             told["quant"]["energies"] = ENERGIES

@@ -23,8 +23,9 @@ from safetensors.torch import load_file
 from torch import nn
 
 from veneer.advise.lr import learning_rate
+from veneer.ckpt.plan import originals
 from veneer.core.host import plain_modules
-from veneer.core.init import NEEDS
+from veneer.core.init import CHANGES_BASE, NEEDS
 from veneer.data.batch import batches, pad_id_of
 from veneer.data.dataset import Dataset, Split, load, split
 from veneer.data.encode import Encodings
@@ -106,7 +107,7 @@ def prepare(run: Run, settings: Reads, model: Any, data: Any, tokenizer: Any, te
     base.fit_head(model, task)
     if idle := task.idle(model):
         tell("note", text=f"left alone, for nothing they learn could be seen: {', '.join(idle)}")
-    seen = to_look_at(settings, task, train.samples, device, tell)
+    seen = to_look_at(settings, task, train.samples, device, tell) | what_was_lost(settings, source, model)
     trained = place(model, settings, task.heads(model), idle, **seen)
     if not trained:
         raise ConfigError("nothing would be trained", fix="choose other targets or layers")
@@ -296,6 +297,18 @@ def to_look_at(
     if need == "gradient":
         return {"data": rows, "loss": lambda model, batch: task.loss(model, batch) / batch.trained_tokens}
     return {"data": [batch.inputs for batch in rows]}
+
+
+def what_was_lost(settings: Reads, source: Any, model: nn.Module) -> dict[str, Any]:
+    """For an init that starts from what packing lost: the base's own files, which still have it."""
+    if settings.method != "lora" or settings.init not in CHANGES_BASE:
+        return {}
+    if isinstance(source, nn.Module):
+        raise ConfigError(
+            f"init {settings.init} starts from what packing loses, and a model that is packed in place has lost it",
+            fix="name the model by its folder or id instead",
+        )
+    return {"originals": originals(source, model)}
 
 
 def numbers_of(model: nn.Module, trained: Mapping[str, nn.Parameter]) -> dict[str, int]:

@@ -160,7 +160,8 @@ class Settings:
     )
     init: str = of_adapter(
         "kaiming", "text", parse.text,
-        "Where A and B start: kaiming, gaussian, orthogonal, pissa, olora; or by the data: eva, corda, lora_ga.",
+        "Where A and B start: kaiming, gaussian, orthogonal, pissa, olora; by the data: eva, corda, lora_ga; "
+        "by what packing the base lost: loftq.",
     )  # fmt: skip
     scaling: str = choice(
         "lora",
@@ -501,9 +502,8 @@ def _contradictions(settings: Settings, given: dict[str, Given]) -> list[str]:
             found.append(f"{_at(origin)}{name} has no effect with {now}; it is for {meant}. Leave it out")
     if settings.method == "freeze" and not isinstance(settings.layers, (int, type(None))):
         found.append("layers: with method freeze say how many of the last layers train, as a number")
-    if settings.init == "loftq":
-        way = "attach(model, LoRA(init='loftq'), round_trip=...), then quantize(model), and save both"
-        found.append(f"init: loftq writes the base anew, and a run keeps the adapter alone. In Python: {way}")
+    if settings.init == "loftq" and settings.quant == "none":
+        found.append("init: loftq starts from what packing the base loses. Say how it is packed, quant: nf4")
     if settings.optimizer == "lora_fa" and settings.delta != "lora_fa":
         found.append(f"optimizer lora_fa is for delta lora_fa, whose A is frozen, not for {settings.delta}")
     if settings.global_batch is not None and settings.global_batch < settings.batch_size and "batch_size" in given:
