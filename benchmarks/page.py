@@ -151,6 +151,42 @@ def train_gpu(found: dict[str, Any]) -> str:
     return "\n\n".join(lines)
 
 
+def sdxl_gpu(found: dict[str, Any]) -> str:
+    done = {r["variant"]: r for r in found["rows"] if "failed" not in r}
+    peer = done.get("peft-compiled", {}).get("images_per_second", float("nan"))
+    rows = [
+        (
+            name,
+            f"{r['images_per_second']:.2f}",
+            f"{r['images_per_second'] / peer:.2f}",
+            f"{r['peak_gib']:.1f}",
+            f"{1e3 * r['host_seconds']:.0f}",
+            f"{r['warmup_seconds']:.0f}",
+            *(f"{r['losses'][i]:.3f}" for i in (0, 2, 5, -1)),
+        )
+        for name, r in sorted(done.items(), key=lambda pair: -pair[1]["images_per_second"])
+    ]
+    before, after = found["ceiling_tflops"]
+    steps = len(next(iter(done.values()))["losses"])
+    return "\n\n".join(
+        [
+            f"## A training step of SDXL's UNet, {found['batch']} images of 1024 x 1024: {found['device']}",
+            f"`python benchmarks/sdxl_gpu.py`, torch {found['torch']}: the true shape in bf16 (2.6 B parameters), "
+            "random weights and latents, r = 16 on q, k, v and out of all attention, noise prediction. `peft` is "
+            "what diffusers' training script does (fp32 adapters under autocast), `peft-compiled` PEFT with bf16 "
+            "adapters and compiled transformer blocks; `plain` is `veneer.attach`, `fused` `veneer.fuse(unet)`, "
+            "`fused-graphs` `veneer.fuse(unet, graphs=True)`, `fused-step` the same step captured as one graph. "
+            "Host: the time in which Python hands out a step; where it is as long as the step, the card waits. The card's "
+            f"own matrix product ran at {before:.0f} TFLOP/s before and {after:.0f} after.",
+            table(
+                ["", "images/s", "of peft-compiled", "peak GiB", "host ms", "warm-up s", "loss", "step 3", "step 6",
+                 f"step {steps}"],
+                rows,
+            ),
+        ]
+    )  # fmt: skip
+
+
 def merge_stream(found: dict[str, Any]) -> str:
     size, copied, merged = found["bytes"], found["copy_seconds"], found["merge_seconds"]
     rows = [
@@ -265,6 +301,7 @@ SECTIONS: dict[str, Callable[[Any], str]] = {
     "merge_stream": merge_stream,
     "train_gpu_2x2048": train_gpu,
     "train_gpu_4x2048": train_gpu,
+    "sdxl_gpu": sdxl_gpu,
     "learning_rate": learning_rate,
     "small_data": small_data,
     "methods": methods,

@@ -189,6 +189,28 @@ def test_several_adapters(acting: str) -> None:
     agree(outcome(model), wanted)
 
 
+def test_a_block_that_was_laid_bare_once_is_looked_at_again() -> None:
+    model = model_of("sd1", targets=TARGETS["everything linear"])
+    plain = copy.deepcopy(model)
+    fuse(model, verbose=False)
+    outcome(model)
+    for change in (
+        lambda m: veneer.attach(m, LoRA(rank=2, alpha=5, targets=["to_q", "ff.net.2"]), name="second"),
+        lambda m: veneer.activate(m, ["default", "second"]),
+        lambda m: [p.requires_grad_(".second." in n) for n, p in m.named_parameters()],
+        lambda m: veneer.activate(m, {"default": 0.7, "second": -1.3}),
+        lambda m: veneer.activate(m, {"default": 0.2, "second": 0.4}),
+        lambda m: veneer.detach(m, "second"),
+        lambda m: [setattr(p, "data", p.data.clone().mul_(0.5)) for p in parameters(m).values()],
+        lambda m: [p.requires_grad_(True) for p in parameters(m).values()],
+    ):
+        for one in (model, plain):
+            torch.manual_seed(8)
+            change(one)
+        if any(p.requires_grad for p in plain.parameters()):
+            agree(outcome(model), outcome(plain))
+
+
 def test_what_a_gpu_would_record_is_the_whole_way_through_a_stage(monkeypatch: pytest.MonkeyPatch) -> None:
     """The runs that are recorded, run as they are: images as memory lies go in and come out."""
     seen: list[tuple[str, tuple[int, ...], tuple[str, ...]]] = []

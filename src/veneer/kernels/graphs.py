@@ -381,6 +381,8 @@ def state_of(module: nn.Module) -> tuple[Any, ...] | None:
                 if t is not None:
                     found.append((t.data_ptr(), t.requires_grad, t.dtype))
         own = each.__dict__
+        if "forward" in own or "inner_forward" in own:
+            found.append("forward on the instance")
         if "scale" in own or "dropout" in own:
             found.append((own.get("scale"), own.get("dropout")))
         if (active := own.get("active")) is not None:

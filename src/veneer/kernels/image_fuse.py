@@ -119,7 +119,8 @@ def _replayed(module: FusedModule, x: Tensor, tensors: dict[str, Tensor], run: A
         return run(image.permute(0, 3, 1, 2), **tensors).permute(0, 2, 3, 1)
 
     image = x.contiguous(memory_format=torch.channels_last).permute(0, 2, 3, 1)
-    y = replayed(state.recorder, module, image, state.recompute, tensors, whole)
+    settings = state.recompute, getattr(state.parts, "says", ())
+    y = replayed(state.recorder, module, image, settings, tensors, whole)
     return None if y is None else y.permute(0, 3, 1, 2)
 
 

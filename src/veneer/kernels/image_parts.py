@@ -9,16 +9,17 @@ is the part or a sentence that says why not.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, TypeVar
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from veneer.core.host import Hosted
+from veneer.core.host import Active, Hosted
 from veneer.core.weight import is_plain
 from veneer.kernels.block import Unit
+from veneer.kernels.graphs import state_of
 from veneer.kernels.group import Group, all_bare, factors_of, untouched
 from veneer.kernels.image_blocks import End, GroupNorm, Image, LayerNorm, Residual
 from veneer.kernels.parts import quickest
@@ -116,6 +117,29 @@ def attention_parts(attention: Any) -> AttentionParts | str:
 # ------------------------------------------------------------------ transformer blocks
 
 
+class Laid(NamedTuple):
+    """A block's norms and layers, laid bare."""
+
+    norms: list[LayerNorm]
+    groups: list[Group]
+    actives: list[Active]
+
+    @property
+    def is_lasting(self) -> bool:
+        """Whether all of it is parameters themselves, and nothing was computed from them."""
+        layers = [layer for group in self.groups for layer in group.layers]
+        factors = [t for layer in layers for a, b, _ in layer.adapters for t in (a, b)]
+        biases = [layer.bias for layer in layers if layer.bias is not None]
+        plain = all(layer.gain is None and layer.picks is None for layer in layers)
+        return plain and all(isinstance(t, nn.Parameter) for t in (*factors, *biases))
+
+    def watch(self) -> None:
+        """As each layer would: a checkpointed forward pass must find the same adapters on its way back."""
+        if torch.is_grad_enabled():
+            for active in self.actives:
+                active.watch_checkpoint()
+
+
 @dataclass(frozen=True)
 class ImageParts:
     module: Any
@@ -124,8 +148,32 @@ class ImageParts:
     entry: nn.Linear
     down: nn.Linear
     act: str
+    held: dict[Any, Laid] = field(default_factory=dict, compare=False)  # the last answer of `_laid`, by what it is for
 
     def now(self, dtype: torch.dtype) -> Image | str:
+        """The block as it is at this call. Laying ten layers bare takes Python a while, and nothing has changed mostly:
+        then only the factors are taken anew."""
+        state = state_of(self.module)
+        key = dtype, state, self.says
+        laid = self.held.get(key)
+        if laid is None:
+            laid = self._laid(dtype)
+            self.held.clear()
+            if isinstance(laid, str):
+                return laid
+            if state is not None and laid.is_lasting:
+                self.held[key] = laid
+        else:
+            laid.watch()
+        return self._block(laid, dtype)
+
+    @property
+    def says(self) -> tuple[Any, ...]:
+        """What may change about the block besides its modules and parameters."""
+        attentions = self.self_attention.module, self.cross_attention.module
+        return self.module._chunk_size, *((type(a.processor), getattr(a, "fused_projections", 0)) for a in attentions)
+
+    def _laid(self, dtype: torch.dtype) -> Laid | str:
         block, own, cross = self.module, self.self_attention.module, self.cross_attention.module
         if block._chunk_size is not None:
             return "its feed-forward is cut into chunks"
@@ -137,9 +185,11 @@ class ImageParts:
         hooked = [untouched(m) for m in (block.ff, *block.ff.net)]
         if (why := either(*norms, *groups, self.self_attention.now(), self.cross_attention.now(), *hooked)) is not None:
             return why
-        return self._block(norms, groups, dtype)  # type: ignore[arg-type]
+        hosts = {id(m.active): m.active for m in self.module.modules() if isinstance(m, Hosted)}
+        return Laid(norms, groups, list(hosts.values()))  # type: ignore[arg-type]
 
-    def _block(self, norms: list[LayerNorm], groups: list[Group], dtype: torch.dtype) -> Image:
+    def _block(self, laid: Laid, dtype: torch.dtype) -> Image:
+        norms, groups, _ = laid
         factors = factors_of(groups, dtype)
         qkv, out, q, kv, cross_out, entry, down = groups
         unit = Unit(entry, down, self.act, up_first=True)
@@ -176,6 +226,12 @@ class StageParts:
 
     def norm_now(self, dtype: torch.dtype) -> GroupNorm | str:
         return group_norm_now(self.module.norm, dtype, act=False)
+
+    @property
+    def says(self) -> tuple[Any, ...]:
+        """What may change about its blocks besides their modules and parameters."""
+        states = [block.__dict__.get("fused") for block in self.module.transformer_blocks]
+        return tuple(None if state is None else (state.recompute, state.parts.says) for state in states)
 
 
 def stage_parts(stage: Any) -> StageParts | str:
