@@ -176,8 +176,8 @@ def sdxl_gpu(found: dict[str, Any]) -> str:
             "what diffusers' training script does (fp32 adapters under autocast), `peft-compiled` PEFT with bf16 "
             "adapters and compiled transformer blocks; `plain` is `veneer.attach`, `fused` `veneer.fuse(unet)`, "
             "`fused-graphs` `veneer.fuse(unet, graphs=True)`, `fused-step` the same step captured as one graph. "
-            "Host: the time in which Python hands out a step; where it is as long as the step, the card waits. The card's "
-            f"own matrix product ran at {before:.0f} TFLOP/s before and {after:.0f} after.",
+            "Host: the time in which Python hands out a step; where it is as long as the step, the card waits. "
+            f"The card's own matrix product ran at {before:.0f} TFLOP/s before and {after:.0f} after.",
             table(
                 ["", "images/s", "of peft-compiled", "peak GiB", "host ms", "warm-up s", "loss", "step 3", "step 6",
                  f"step {steps}"],
