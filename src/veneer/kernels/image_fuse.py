@@ -38,6 +38,7 @@ __all__ = ["FusedImage", "FusedResidual", "FusedSampler", "FusedStage"]
 
 SIDE = 4  # of the image that a block is tried on
 WORDS = 5  # of the text
+MODULATED = "its norms are scaled and moved by the time, which has no fast path yet"
 
 
 class FusedImage(FusedModule):
@@ -246,6 +247,14 @@ FAMILIES |= {
     "diffusers.models.resnet.ResnetBlock2D": Family(
         "residual blocks", FusedResidual, residual_parts, _residual_differs
     ),
+    **{
+        f"diffusers.models.{place}": Family("blocks", FusedModule, lambda block: MODULATED, lambda block: None)
+        for place in (
+            "attention.JointTransformerBlock",
+            "transformers.transformer_flux.FluxTransformerBlock",
+            "transformers.transformer_flux.FluxSingleTransformerBlock",
+        )
+    },
     **{
         f"diffusers.models.{place}": Family("samplers", FusedSampler, sampler_parts, _sampler_differs)
         for place in ("upsampling.Upsample2D", "downsampling.Downsample2D")
