@@ -135,7 +135,7 @@ class FusedResidual(FusedModule):
         if isinstance(block, str):
             return self.plain(block, input_tensor, temb)
         time = self.fused.parts.time(temb)
-        y = None
+        y = None  # the way back does not read the time, so all records may be given theirs in one place
         if input_tensor.requires_grad and (time is None or not time.requires_grad):
             y = _replayed(self, input_tensor, {} if time is None else {"time": time}, self._whole)
         return run_residual(input_tensor, time, block) if y is None else y
