@@ -38,6 +38,7 @@ SHAPES = {  # hidden, mlp, layers, heads, kv heads, vocabulary
     "tiny": (64, 128, 2, 4, 2, 512),
 }
 CONTEXT_GIB = 0.5
+ALLOCATOR, GROWING = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"), "expandable_segments:True"  # new name, old name
 
 
 @dataclass(frozen=True)
@@ -77,6 +78,7 @@ CASES = [
     Case("7b", "none", 1, 2048, "input", cap_gib=16, steps=3),
     Case("7b", "nf4", 1, 2048, "input", embedding=True, cap_gib=8, steps=3),
     Case("13b", "nf4", 1, 1024, "input", True, True, "adamw8bit", offload=True, cap_gib=8, steps=3),
+    Case("13b", "nf4", 1, 1024, "input", True, False, "adamw8bit", offload=True, cap_gib=8, steps=3),
     Case("13b", "nf4", 1, 512, "input", True, True, "adamw8bit", offload=True, cap_gib=8, steps=3),
     Case("33b", "nf4", 1, 2048, "input", embedding=True, optimizer="adamw8bit", cap_gib=24, steps=3),
     Case("70b", "nf4", 1, 2048, "input", embedding=True, optimizer="adamw8bit", offload=True, cap_gib=48, steps=3),
@@ -341,7 +343,8 @@ def main() -> None:
         before, _, rest = PAGE.read_text().partition(BEGIN)
         PAGE.write_text(f"{before}{BEGIN}\n{table()}\n{END}{rest.partition(END)[2]}")
         return
-    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # read at the first allocation
+    if not any(name in os.environ for name in ALLOCATOR):  # read as torch is loaded, so it must be there before
+        os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | dict.fromkeys(ALLOCATOR, GROWING))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     record: dict[str, Any] = {"command": sys.argv, "torch": torch.__version__, "device": str(device), "cases": []}
     if device.type == "cuda":

@@ -25,6 +25,7 @@ from veneer.core.model import adapters
 from veneer.core.op import LinearOp, TransposedLinearOp, op_for, op_of
 from veneer.errors import CheckpointError, StateError
 from veneer.quant.layer import Packed
+from veneer.quant.model import packed_stacks
 from veneer.quant.nf4 import NESTED_BLOCK, dynamic_values, quantiles
 from veneer.quant.storage import Recipe
 
@@ -61,6 +62,7 @@ def _checked(model: nn.Module, packed: dict[str, Packed]) -> Recipe:
     problems = [
         f"{n}: {type(m).__name__} is no linear layer" for n, m in packed.items() if type(op_of(m)) not in LINEAR
     ]
+    problems += [f"{name}: a stack of matrices in one parameter" for *_, name in packed_stacks(model)]
     problems += [f"layers are stored as {kind}, which bitsandbytes does not know" for kind in _unknown(recipes)]
     if any(layer.recipe.kind == "int8" and layer.recipe.rotate for layer in packed.values()):
         problems.append('its int8 weights are not rotated; veneer.quantize(model, "int8", rotate=False)')

@@ -24,10 +24,12 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from veneer.core.host import plain_modules
+from veneer.core.leaf import Leaf
 from veneer.core.select import output_head
 from veneer.errors import CheckpointError
 from veneer.quant.layer import Packed, pack_layer, put_parts, to_matrix
-from veneer.quant.model import choose, quantize
+from veneer.quant.model import choose, packed_stacks, quantize
+from veneer.quant.stack import PackedStack
 from veneer.quant.storage import Recipe, storage_of
 
 __all__ = ["VeneerConfig", "VeneerQuantizer", "note_packing"]
@@ -86,19 +88,23 @@ class VeneerConfig(QuantizationConfigMixin):
 def note_packing(model: Any, whole: Sequence[str] = (), energies: str | None = None) -> None:
     """Write into the model's configuration how its layers are packed, so that a saved folder loads as it is."""
     packed = {n: m for n, m in plain_modules(model).items() if isinstance(m, Packed)}
-    if not packed:
-        vars(model.config).pop("quantization_config", None)
+    stacks = {full: owner._parameters[name] for owner, name, full in packed_stacks(model)}
+    recipes = {m.recipe for m in (*packed.values(), *stacks.values())}  # type: ignore[union-attr]
+    vars(model.config).pop("quantization_config", None)
+    if isinstance(vars(model).get("hf_quantizer"), VeneerQuantizer):
+        del model.hf_quantizer
+    if len(recipes) != 1:  # nothing is packed, or in several ways, and transformers' files hold one
         return
-    recipes = {m.recipe for m in packed.values()}
-    if len(recipes) > 1:  # transformers' files hold one way of packing; veneer.quant.files holds several
-        vars(model.config).pop("quantization_config", None)
-        return
-    compute = next(iter(packed.values())).compute_dtype
+    computes = {layer.compute_dtype for layer in packed.values()} - {None}
+    compute = str(computes.pop()).removeprefix("torch.") if computes else None
     layers = {name: str(layer.weight_dtype).removeprefix("torch.") for name, layer in packed.items()}
-    told = None if compute is None else str(compute).removeprefix("torch.")
-    model.config.quantization_config = VeneerConfig(
-        **recipes.pop()._asdict(), compute_dtype=told, layers=layers, whole=whole, energies=energies
+    config = VeneerConfig(
+        **recipes.pop()._asdict(), compute_dtype=compute, layers=layers, whole=whole, energies=energies
     )
+    model.config.quantization_config = config
+    if stacks:  # transformers asks it whether the model can be saved
+        model.hf_quantizer = VeneerQuantizer(config)
+        model.hf_quantizer.stacks = set(stacks)
 
 
 class Pack(ConversionOps):
@@ -112,11 +118,15 @@ class Pack(ConversionOps):
         result: dict[str, Tensor] = {}
         for name, value in input_dict.items():
             w = value[0] if isinstance(value, list) else value
+            if not bool(torch.isfinite(w).all()):
+                self.hf_quantizer.problems.append(f"{name} holds NaN or infinite values")
+            if name in self.hf_quantizer.stacks:
+                recipe = self.hf_quantizer.quantization_config.recipe
+                result[name] = nn.Parameter(PackedStack.pack(w, recipe), requires_grad=False)
+                continue
             prefix = name.rpartition(".")[0]
             layer = model.get_submodule(prefix)
             assert isinstance(layer, Packed)
-            if not bool(torch.isfinite(w).all()):
-                self.hf_quantizer.problems.append(f"{name} holds NaN or infinite values")
             energy = self.hf_quantizer.energies.get(prefix)
             codes, *rest = storage_of(layer.recipe).pack(to_matrix(layer, w), layer.recipe, energy)
             layer.weight_dtype = w.dtype
@@ -134,6 +144,7 @@ class VeneerQuantizer(HfQuantizer):
     def __init__(self, quantization_config: VeneerConfig, **options: Any) -> None:
         super().__init__(quantization_config, **options)
         self.problems: list[str] = []  # told together when all is read
+        self.stacks: set[str] = set()  # parameters that are stacks of matrices
         told = quantization_config.energies
         self.energies: dict[str, Tensor] = {} if told is None else load_file(told)
 
@@ -151,7 +162,8 @@ class VeneerQuantizer(HfQuantizer):
                 model._keys_to_ignore_on_load_missing = [*known, rf"^{re.escape(name)}\.weight_\w+$"]
             return
         chosen, _left = choose(model, config.targets, config.exclude, False, False, config.whole)
-        for layer in chosen.values():
+        self.stacks = {name for name, layer in chosen.items() if isinstance(layer, Leaf)}
+        for layer in (layer for name, layer in chosen.items() if name not in self.stacks):
             pack_layer(layer, config.recipe, config.options["compute_dtype"], None)
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
@@ -166,6 +178,8 @@ class VeneerQuantizer(HfQuantizer):
         return model
 
     def param_needs_quantization(self, model: Any, param_name: str, **_: Any) -> bool:
+        if param_name in self.stacks:
+            return True
         layer, _dot, name = param_name.rpartition(".")
         module = model.get_submodule(layer)
         return not self.pre_quantized and isinstance(module, Packed) and name in module_parts(module)
@@ -174,7 +188,7 @@ class VeneerQuantizer(HfQuantizer):
         return Pack(self)
 
     def is_serializable(self) -> bool:
-        return True
+        return not self.stacks  # safetensors holds no stack as one tensor
 
     @property
     def is_trainable(self) -> bool:

@@ -15,18 +15,28 @@ import torch
 from torch import Tensor, nn
 
 from veneer.core.host import Whole, plain_modules
-from veneer.core.leaf import Leaf
+from veneer.core.leaf import Leaf, own_parameters
 from veneer.core.model import is_merged
 from veneer.core.observe import loss_of, observe
 from veneer.core.op import LinearOp, op_for, op_of
-from veneer.core.select import PRESETS, block_index, ends_with, output_head, select
+from veneer.core.select import PRESETS, block_index, ends_with, output_head, places, select
 from veneer.core.spec import LoRA
 from veneer.core.weight import is_packed, is_plain
 from veneer.errors import ConfigError, StateError, TargetError
 from veneer.quant.layer import Packed, is_packable, pack_layer, unpack_layer
+from veneer.quant.stack import PackedStack, pack_stack, unpack_stack
 from veneer.quant.storage import Recipe, storage_of
 
-__all__ = ["Quantized", "choose", "dequantize", "note_packing", "quantize", "round_trip", "save_energies"]
+__all__ = [
+    "Quantized",
+    "choose",
+    "dequantize",
+    "note_packing",
+    "packed_stacks",
+    "quantize",
+    "round_trip",
+    "save_energies",
+]
 
 
 @dataclass(frozen=True)
@@ -89,6 +99,9 @@ def quantize(
     before = weight_bytes(model)
     done: dict[int, Packed] = {}
     for name, layer in chosen.items():
+        if isinstance(layer, Leaf):
+            pack_stack(layer, recipe)
+            continue
         weight = layer._parameters["weight"]
         shared = done.get(id(weight))
         pack_layer(layer, recipe, compute_dtype, shared, energies.get(name))
@@ -122,7 +135,8 @@ def dequantize(model: nn.Module, dtype: torch.dtype | None = None) -> tuple[str,
     if is_merged(model):
         raise StateError("the model is merged", fix="unmerge(model) first")
     packed = {n: m for n, m in plain_modules(model).items() if isinstance(m, Packed)}
-    if not packed:
+    stacks = list(packed_stacks(model))
+    if not packed and not stacks:
         theirs = next(((n, k) for n, m in plain_modules(model).items() if (k := _packed_by_others(m))), None)
         raise StateError(
             "no layer of this model is packed by veneer" + (f"; {theirs[0]} holds {theirs[1]}" if theirs else ""),
@@ -132,10 +146,12 @@ def dequantize(model: nn.Module, dtype: torch.dtype | None = None) -> tuple[str,
     for layer in packed.values():
         codes = layer._parameters["weight"]
         done[id(codes)] = unpack_layer(layer, dtype or layer.weight_dtype, done.get(id(codes)))
+    for owner, name, _ in stacks:
+        unpack_stack(owner, name, dtype)
     if dtype is not None:
         model.to(dtype)
     note_packing(model)
-    return tuple(packed)
+    return (*packed, *(full for *_, full in stacks))
 
 
 def note_packing(model: nn.Module, whole: Sequence[str] = (), energies: str | None = None) -> None:
@@ -156,7 +172,16 @@ def round_trip(w: Tensor, kind: str = "nf4", *, block: int = 64, double: bool = 
 
 def weight_bytes(model: nn.Module) -> int:
     """Bytes of all parameters and buffers outside adapters, shared ones once."""
-    return sum(t.numel() * t.element_size() for t in _own_tensors(model))
+    own = _own_tensors(model)
+    return sum(t.nbytes_packed if isinstance(t, PackedStack) else t.numel() * t.element_size() for t in own)
+
+
+def packed_stacks(model: nn.Module) -> Iterator[tuple[nn.Module, str, str]]:
+    """The owner, the parameter's own name and its full one of each packed stack."""
+    for module_name, module in plain_modules(model).items():
+        for name, parameter in module._parameters.items():
+            if isinstance(parameter, PackedStack):
+                yield module, name, f"{module_name}.{name}" if module_name else name
 
 
 def _own_tensors(model: nn.Module) -> Iterator[Tensor]:
@@ -180,8 +205,9 @@ def choose(
     whole: Sequence[str] = (),
 ) -> tuple[dict[str, nn.Module], dict[str, str]]:
     """The layers to pack, by name; and those that a preset covers but that cannot be packed, with the reason."""
-    found = select(model, LoRA(targets=targets, exclude=exclude)) if targets else {}
     preset = isinstance(targets, str) and targets in PRESETS
+    stacks, exclude = _stacks(model, exclude) if targets == "all-linear" else ({}, exclude)
+    found = select(model, LoRA(targets=targets, exclude=exclude)) | stacks if targets else {}
     outside = _outside_blocks(found) if preset else {}
     ends = _ends(model, embedding, head)
     outside |= {name: "trained whole" for name in found if _is_inside(name, whole)}
@@ -191,6 +217,18 @@ def choose(
         raise TargetError("these layers cannot be packed", problems=[f"{n}: {r}" for n, r in reasons.items()])
     chosen = {name: layer for name, layer in found.items() if name not in reasons}
     return {**chosen, **_sharing(model, chosen)}, {**outside, **reasons}
+
+
+def _stacks(model: nn.Module, exclude: str | Sequence[str]) -> tuple[dict[str, nn.Module], str | Sequence[str]]:
+    """Stacks of experts, which are linear layers to whoever packs; and what is left of `exclude` for layers."""
+    found = {n: p for n, p in places(model).items() if isinstance(p, Leaf) and p.raw.dim() == 3}
+    found = {name: leaf for name, leaf in found.items() if block_index(name) is not None}
+    endings = [exclude] if isinstance(exclude, str) and exclude else list(exclude)
+    used = {e for e in endings if any(ends_with(name, e) for name in found)}
+    layers = [n for n, m in plain_modules(model).items() if op_for(type(m)) is not None]
+    left = tuple(e for e in endings if e not in used or any(ends_with(name, e) for name in layers))
+    kept = {name: leaf for name, leaf in found.items() if not any(ends_with(name, e) for e in used)}
+    return dict(kept), left if used else exclude
 
 
 def _is_inside(name: str, modules: Sequence[str]) -> bool:
@@ -220,7 +258,7 @@ def _ends(model: nn.Module, embedding: bool, head: bool) -> dict[str, nn.Module]
 
 def _reason(model: nn.Module, name: str, layer: nn.Module) -> str | None:
     if isinstance(layer, Leaf):
-        return "a parameter that a module reads itself, such as a stack of experts"
+        return None if layer.raw.dim() == 3 else "a parameter that a module reads itself, and no stack of experts"
     if isinstance(layer, Whole):
         return "it is trained whole by an adapter"
     if any(part in name.split(".") for part in getattr(model, "_keep_in_fp32_modules", None) or ()):
@@ -242,7 +280,7 @@ def _check(chosen: Mapping[str, nn.Module], kind: str) -> None:
     """Every weight is a plain finite one that is not packed already; all that is wrong in one error."""
     problems = []
     for name, layer in chosen.items():
-        weight = layer._parameters.get("weight")
+        weight = own_parameters(layer).get("weight")
         if isinstance(layer, Packed):
             problems.append(f"{name} is stored as {layer.recipe.kind} already; veneer.dequantize(model) first")
         elif (theirs := _packed_by_others(layer)) is not None:
