@@ -1,8 +1,9 @@
 """The law of the fast path: fused and plain models have one loss and one gradient, over
 
-    builds x what is kept x targets x bias x dropout (the same masks) x how adapters act x dtype x how rows are given
+    builds x what is adapted x how (LoRA, DoRA, VeRA, biases ..) x dropout (the same masks) x which adapters act
+    x storage of the base x what is kept x dtype
 
-All adapter parameters are moved first. A module that cannot run fused runs plainly, and says so.
+in a choice of cases in which any two values meet (any three, among the slow tests); and over how rows are given. All adapter parameters are moved first. A module that cannot run fused runs plainly, and says so.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import copy
 import itertools
 import pickle
+import random
 import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -21,6 +23,7 @@ from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
     Gemma2Config,
+    Gemma3TextConfig,
     GemmaConfig,
     GPT2Config,
     LlamaConfig,
@@ -46,6 +49,7 @@ SIZES: dict[str, Any] = {
     "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2, "vocab_size": 97, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
 }  # fmt: skip
+LAYERS = ["sliding_attention", "full_attention"]
 DROPS = ("resid_pdrop", "embd_pdrop", "attn_pdrop")
 BUILDS: dict[str, Callable[[], Any]] = {
     "llama": lambda: LlamaConfig(**SIZES),
@@ -55,13 +59,14 @@ BUILDS: dict[str, Callable[[], Any]] = {
     "qwen3": lambda: Qwen3Config(**SIZES, head_dim=8),
     "gemma": lambda: GemmaConfig(**SIZES, head_dim=16),
     "gemma2": lambda: Gemma2Config(**SIZES, head_dim=16),
+    "gemma3": lambda: Gemma3TextConfig(**SIZES, head_dim=16, sliding_window=5, layer_types=LAYERS),
     "phi3": lambda: Phi3Config(**SIZES),
     "phi": lambda: PhiConfig(**SIZES),
     "gpt2": lambda: GPT2Config(
         n_embd=32, n_layer=2, n_head=4, vocab_size=97, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0
     ),
 }
-WHOLE = ("llama", "llama-biased", "mistral", "qwen2", "qwen3", "gemma", "phi3")  # builds whose blocks are taken
+WHOLE = tuple(BUILDS)  # builds whose blocks are taken
 NEAR = 2e-5  # transformers norms in fp32 even where the model is in fp64
 
 
@@ -127,7 +132,7 @@ def test_fused_and_plain_are_one(build: str, level: str) -> None:
     model = model_of(build)
     wanted = outcome(model)
     report = fuse(model, level, verbose=False)
-    assert (report.replaced["blocks"] == 2) == (build in WHOLE)
+    assert (report.replaced["blocks"] == 2) == (build in WHOLE), str(report)
     agree(outcome(model), wanted)
 
 
@@ -149,33 +154,45 @@ def distance(got: dict[str, Tensor], wanted: dict[str, Tensor]) -> float:
     return (off / sum(float(w.double().square().sum()) for w in wanted.values())) ** 0.5
 
 
-TARGETS = {
+# ------------------------------------------------------------------ the law
+
+PARTS: dict[str, Any] = {
     "all": "all-linear",
-    "queries": ["q_proj", "v_proj"],
-    "one side": ["gate_proj", "k_proj"],
-    "last": ["down_proj", "o_proj"],
-    "one block": r".*layers\.1\..*up_proj",
+    "q and v": r".*\.(q_proj|v_proj|qkv_proj|c_attn)",
+    "k and gate": r".*\.(k_proj|qkv_proj|gate_proj|c_attn|c_fc|fc1)",
+    "mlp": r".*\.mlp\.\w+",
+    "last block": r".*\.1\..*(o_proj|dense|c_proj|up_proj|fc2)",
+    "head": r"lm_head|.*\.(o_proj|dense|c_proj)",
+    "embedding": r".*(embed_tokens|wte|down_proj|fc2)|.*\.mlp\.c_proj",
+}
+SECOND = r".*\.(q_proj|qkv_proj|c_attn|up_proj|gate_up_proj|fc1|c_fc|down_proj|fc2)"
+METHODS: dict[str, dict[str, Any]] = {
+    "lora": {},
+    "dora": {"combine": "dora"},
+    "vera": {"delta": "vera"},
+    "lora-fa": {"delta": "lora_fa"},
+    "biases": {"bias": "all"},
+    "dora and biases": {"combine": "dora", "bias": "all"},
 }
 
 
-def adapters_plain(model: nn.Module) -> Any:
+def adapters_one(model: nn.Module) -> Any:
     return nullcontext()
 
 
 def adapters_two(model: nn.Module) -> Any:
-    veneer.attach(model, LoRA(rank=3, alpha=9, targets=["q_proj", "up_proj", "down_proj"]), name="second")
+    veneer.attach(model, LoRA(rank=3, alpha=9, targets=SECOND), name="second")
     spread(model)
     veneer.activate(model, {"default": 0.7, "second": -1.3})
     return nullcontext()
 
 
 def adapters_routed(model: nn.Module) -> Any:
-    veneer.attach(model, LoRA(rank=3, alpha=9, targets=["q_proj", "up_proj"]), name="second")
-    spread(model)
+    adapters_two(model)
     return veneer.routed(model, ["second", "default"])
 
 
-def adapters_frozen_base(model: nn.Module) -> Any:
+def adapters_frozen_beside(model: nn.Module) -> Any:
     """One adapter trained, one beside it as it is."""
     adapters_two(model)
     for name, p in model.named_parameters():
@@ -184,22 +201,85 @@ def adapters_frozen_base(model: nn.Module) -> Any:
 
 
 ACTING = {
-    "one": adapters_plain,
-    "two": adapters_two,
+    "one": adapters_one,
+    "sum": adapters_two,
     "routed": adapters_routed,
-    "one of two trained": adapters_frozen_base,
+    "one of two trained": adapters_frozen_beside,
 }
-PRODUCT = list(itertools.product(TARGETS, [0.0, 0.3], ACTING, LEVELS))
+AXES: dict[str, list[str]] = {
+    "build": list(BUILDS),
+    "parts": list(PARTS),
+    "method": list(METHODS),
+    "dropout": ["", "dropout"],
+    "acting": list(ACTING),
+    "storage": ["dense", "nf4", "int8", "fp8"],
+    "level": list(LEVELS),
+    "dtype": ["float64", "bfloat16"],
+}
 
 
-@pytest.mark.parametrize("targets,dropout,acting,level", PRODUCT, ids=["-".join(map(str, p)) for p in PRODUCT])
-def test_the_law_over_adapters(targets: str, dropout: float, acting: str, level: str) -> None:
-    model = model_of("llama-biased", targets=TARGETS[targets], dropout=dropout)
-    with ACTING[acting](model):
+def covering(strength: int) -> list[tuple[str, ...]]:
+    """Cases in which any `strength` axes meet in every combination of their values: a greedy choice among some drawn."""
+    draw, places = random.Random(0), list(itertools.combinations(range(len(AXES)), strength))
+    values = list(AXES.values())
+    left = {(at, each) for at in places for each in itertools.product(*(values[i] for i in at))}
+    chosen: list[tuple[str, ...]] = []
+    while left:
+        at, each = min(left) if strength == 2 else next(iter(left))
+        drawn = []
+        for _ in range(30):
+            case = [draw.choice(axis) for axis in values]
+            for i, value in zip(at, each, strict=True):
+                case[i] = value
+            drawn.append(tuple(case))
+        met = [{(at, tuple(case[i] for i in at)) for at in places} & left for case in drawn]
+        best = max(range(len(drawn)), key=lambda i: len(met[i]))
+        chosen.append(drawn[best])
+        left -= met[best]
+    return chosen
+
+
+def holds(build: str, parts: str, method: str, dropout: str, acting: str, storage: str, level: str, dtype: str) -> None:
+    if acting == "routed" and parts == "head":
+        parts = "all"  # a head reads tokens without their rows
+    if dtype == "bfloat16":
+        dropout = ""  # there is nothing to compare with: fp64 draws other masks
+    spec = {"targets": PARTS[parts], "dropout": 0.3 if dropout else 0.0, "tied": "together"} | METHODS[method]
+    model = model_of(build, getattr(torch, dtype), **spec)
+    if storage != "dense":
+        veneer.quantize(model, storage)
+    with ACTING[acting](model), unrounded(model):
+        exact = outcome(copy.deepcopy(model).double()) if dtype == "bfloat16" else {}
         wanted = outcome(model)
         fuse(model, level, verbose=False)
-        agree(outcome(model), wanted)
-    assert not said() or (dropout and acting != "one")
+        got = outcome(model)
+    if exact:
+        assert distance(got, exact) <= 1.25 * distance(wanted, exact) + 1e-3
+    else:
+        agree(got, wanted)
+    several = acting != "one"
+    may_be_plain = several and ("dora" in method or dropout or (acting == "routed" and "biases" in method))
+    assert not said() or may_be_plain, said()
+
+
+PAIRS = covering(2)
+
+
+@pytest.mark.parametrize("case", PAIRS, ids=[", ".join(filter(None, case)) for case in PAIRS])
+def test_the_law(case: tuple[str, ...]) -> None:
+    holds(*case)
+
+
+@pytest.mark.slow
+def test_the_law_in_every_triple() -> None:
+    wrong = {}
+    for case in covering(3):
+        home._said.clear()
+        try:
+            holds(*case)
+        except (AssertionError, RuntimeError, ValueError) as error:
+            wrong[case] = str(error).splitlines()[0]
+    assert not wrong
 
 
 FUSED_SPECS: dict[str, dict[str, Any]] = {
@@ -225,26 +305,12 @@ FUSED_SPECS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("spec", FUSED_SPECS)
-@pytest.mark.parametrize("build", ["llama-biased", "phi3"])
-@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("build,level", [("llama-biased", "none"), ("phi3", "input")])
 def test_the_law_over_deltas_and_rules(spec: str, build: str, level: str) -> None:
     model = model_of(build, **FUSED_SPECS[spec])
     wanted = outcome(model)
     fuse(model, level, verbose=False)
     agree(outcome(model), wanted)
-    assert not said()
-
-
-@pytest.mark.parametrize("kind", ["nf4", "int8", "fp8"])
-@pytest.mark.parametrize("level", ["none", "input"])
-@pytest.mark.parametrize("spec", ["dora", "biases", "vera"])
-def test_the_law_over_packed_bases(kind: str, spec: str, level: str) -> None:
-    model = model_of("llama-biased", **FUSED_SPECS[spec])
-    veneer.quantize(model, kind)
-    with unrounded(model):
-        wanted = outcome(model)
-        fuse(model, level, verbose=False)
-        agree(outcome(model), wanted)
     assert not said()
 
 

@@ -13,6 +13,10 @@
 Only what is as wide as the model goes through autograd's saved tensors (and whatever hooks lie on those); what is r
 wide, one number a row or shared by all blocks hangs on the function itself.
 
+Blocks of other builds differ in the tail: Gemma 2 and 3 norm what the attention and the unit give before it is added,
+and keep that, too, as wide as x each (or compute it again); in Phi the unit reads x's norm like the attention, and
+there is no middle; GPT-2's unit has no gate.
+
 DoRA's magnitudes need what their layers gave. q, k and v are there (turned back), gate and up, too; the outputs of o
 and of down are kept besides with none and gate_up, as wide as x each, and computed again with middle and input.
 
@@ -32,7 +36,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from veneer.kernels.group import Factors, Group, Thin, factors_of
-from veneer.kernels.pieces import Pair, kernels_for
+from veneer.kernels.pieces import Pair, activated, activated_back, kernels_for
 
 __all__ = ["LEVELS", "Attend", "Block", "Ending", "Norm", "Unit", "norm", "rotated", "run_block", "run_mlp", "through"]
 
@@ -63,35 +67,41 @@ class Norm(NamedTuple):
 
 @dataclass(slots=True)
 class Unit:
-    """A gated unit: gate and up as two layers, or as one layer that gives both."""
+    """A gated unit: gate and up as two layers, or as one layer that gives both. Or one without a gate: down(act(up))."""
 
     entry: Group
     down: Group
     act: str
+    gated: bool = True
     up_first: bool = False  # of one layer: whether up is its first half, as diffusers has it
 
     @property
     def is_lean(self) -> bool:
         """Whether the adapters' share can be added inside the activation: thin, and nothing but h B^T."""
         layers = (*self.entry.layers, *self.down.layers)
-        return all(layer.is_bare and layer.rank <= THIN for layer in layers)
+        return self.gated and all(layer.is_bare and layer.rank <= THIN for layer in layers)
+
+    def product(self, gates: Sequence[Tensor]) -> Tensor:
+        return kernels_for(gates[0]).glu(*gates, self.act) if self.gated else activated(gates[0], self.act)
 
 
 @dataclass(slots=True)
 class Block:
     """All of a decoder block, as it is at this call."""
 
-    first: Norm
+    first: Any  # a norm: Norm's methods
     qkv: Group
     heads: tuple[int, int]  # of q; of k and v
     head_dim: int
     turns: bool  # whether q and k are rotated right here, with nothing in between
     out: Group
-    second: Norm
+    second: Any
     unit: Unit
     attend: Attend
     random: bool  # whether anything draws random numbers
     factors: tuple[Factors, Factors, Factors, Factors]  # of qkv, out, and the unit's two
+    posts: tuple[Any, Any] = (None, None)  # norms of what the attention and the unit give, before it is added
+    parallel: bool = False  # the unit reads the block's input, as the attention does
 
     @property
     def adds_in_turning(self) -> bool:
@@ -156,13 +166,14 @@ class UnitKept(NamedTuple):
     gate_up: list[Tensor]  # empty where they are computed again; emptied by the backward pass when it is done with them
     entry: Thin
     down: Thin
-    ys: tuple[Tensor, ...]  # what down gave, where it has a magnitude
+    ys: tuple[Tensor, ...]  # what down gave, where it has a magnitude or a norm follows
+    stats: Any = None  # of that norm
 
 
 def unit_gates(unit: Unit, x: Tensor, entry: Thin, factors: Factors) -> tuple[Tensor, ...]:
     """gate and up, in a lean unit without the adapters' share; slices of one tensor where one layer gives both."""
     ys = unit.entry.outputs(x, None if unit.is_lean else entry.h, factors.bs)
-    return tuple(ys) if len(ys) == 2 else _halves(unit, ys[0], -1)
+    return tuple(ys) if len(ys) == 2 or not unit.gated else _halves(unit, ys[0], -1)
 
 
 def _halves(unit: Unit, t: Tensor, dim: int) -> tuple[Tensor, Tensor]:
@@ -183,30 +194,32 @@ def gate_pairs(unit: Unit, entry: Thin, factors: Factors) -> tuple[Pair, Pair]:
 
 
 def unit_forward(
-    unit: Unit, x: Tensor, factors: tuple[Factors, Factors], plus: Tensor | None, want: bool = True
+    unit: Unit, x: Tensor, factors: tuple[Factors, Factors], plus: Tensor | None, want: bool = True, post: Any = None
 ) -> tuple[Tensor | None, UnitKept]:
     """down(act(gate(x)) * up(x)) + plus; without the result where only what is kept is wanted."""
     entry = unit.entry.thin(x, factors[0].a)
-    gate, up = unit_gates(unit, x, entry, factors[0])
+    gates = unit_gates(unit, x, entry, factors[0])
     if unit.is_lean:
-        product = kernels_for(x).thin_glu(gate, up, unit.act, *gate_pairs(unit, entry, factors[0]))
+        product = kernels_for(x).thin_glu(*gates, unit.act, *gate_pairs(unit, entry, factors[0]))
     else:
-        product = kernels_for(x).glu(gate, up, unit.act)
+        product = unit.product(gates)
     down = unit.down.thin(product, factors[1].a)
-    y, ys = through(unit.down, product, down, factors[1], plus, want)
-    return y, UnitKept([gate, up], entry, down, ys)
+    y, ys, stats = through(unit.down, product, down, factors[1], plus, want, post)
+    return y, UnitKept(list(gates), entry, down, ys, stats)
 
 
 def through(
-    group: Group, x: Tensor, thin: Thin, factors: Factors, plus: Tensor | None, want: bool = True
-) -> tuple[Tensor | None, tuple[Tensor, ...]]:
-    """A single layer's output plus `plus`, where it is wanted; and the output alone, where a magnitude needs it."""
+    group: Group, x: Tensor, thin: Thin, factors: Factors, plus: Tensor | None, want: bool = True, post: Any = None
+) -> tuple[Tensor | None, tuple[Tensor, ...], Any]:
+    """A single layer's output, normed by `post`, plus `plus`, where it is wanted; the output alone, where a magnitude
+    or the norm needs it; and what the norm keeps of each row."""
     (layer,), (b,) = group.layers, factors.bs
-    if not group.magnitudes:
+    if not group.magnitudes and post is None:
         wanted = None if not want else layer.forward(x, thin.h, b) if plus is None else layer.onto(plus, x, thin.h, b)
-        return wanted, ()
+        return wanted, (), None
     y = layer.forward(x, thin.h, b)
-    return (None if not want else y if plus is None else y + plus), (y,)
+    normed, stats = (y, None) if post is None else post.forward(y)
+    return (None if not want else normed if plus is None else normed + plus), (y,), stats
 
 
 def unit_back(
@@ -220,23 +233,30 @@ def unit_back(
     if unit.is_lean:
         dx, d_tensors = _lean_back(unit, g, x, d, gates, kept, factors)
         return dx, [*d_tensors, *d_rest]
-    gate, up = gates
     d_product = unit.down.input_gradient(gs, d, kept.down, factors[1])
-    into = _room_for_gates(unit, d_product)
-    d_gate, d_up = into if len(into) == 2 else _halves(unit, into[0], -1)
-    product = kernels_for(g).glu_back(d_product, gate, up, unit.act, d_gate, d_up)
+    into, product = _gates_back(unit, d_product, gates)
     d_down = unit.down.factor_gradients(product, gs, d, kept.down)
     del product, d_product
-    ys = _entry_outputs(unit, gate, up) if unit.entry.magnitudes else []
+    ys = _entry_outputs(unit, gates) if unit.entry.magnitudes else []
+    gates.clear()
     dx, d_entry = unit.entry.back(x, into, kept.entry, factors[0], ys)
     assert dx is not None
     return dx, [*d_entry, *d_down, *d_rest]
 
 
-def _entry_outputs(unit: Unit, gate: Tensor, up: Tensor) -> list[Tensor]:
-    if len(unit.entry.layers) == 2:
-        return [gate, up]
-    return [torch.cat([up, gate] if unit.up_first else [gate, up], dim=-1)]
+def _gates_back(unit: Unit, d_product: Tensor, gates: Sequence[Tensor]) -> tuple[list[Tensor], Tensor]:
+    """The gradients of what the entry's layers gave, and the product, formed again."""
+    if not unit.gated:
+        return [activated_back(d_product, gates[0], unit.act)], unit.product(gates)
+    into = _room_for_gates(unit, d_product)
+    d_gate, d_up = into if len(into) == 2 else _halves(unit, into[0], -1)
+    return into, kernels_for(d_product).glu_back(d_product, *gates, unit.act, d_gate, d_up)
+
+
+def _entry_outputs(unit: Unit, gates: Sequence[Tensor]) -> list[Tensor]:
+    if len(unit.entry.layers) == len(gates):
+        return list(gates)
+    return [torch.cat(gates[::-1] if unit.up_first else gates, dim=-1)]  # type: ignore[arg-type]
 
 
 def _lean_back(
@@ -289,7 +309,7 @@ class Mlp(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         x, *wide = ctx.saved_tensors
         unit, factors, kept = ctx.rest
-        count = len(unit.down.magnitudes)
+        count = len(unit.down.magnitudes)  # no norm follows here
         kept = kept._replace(ys=tuple(wide[:count]), gate_up=list(wide[count:]))
         dx, d_tensors = unit_back(unit, rows_of(g), rows_of(x), kept, factors)
         return dx.view(x.shape), None, None, *d_tensors
@@ -307,7 +327,7 @@ class Front(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, cos: Tensor, sin: Tensor, block: Block, *tensors: Tensor
+        ctx: Any, x: Tensor, cos: Any, sin: Any, block: Block, *tensors: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         rows, factors = rows_of(x), block.factors[0]
         normed, rstd = block.first.forward(rows, rounded=block.qkv.rounds_to)
@@ -335,7 +355,7 @@ class Front(torch.autograd.Function):
         x, *outputs = ctx.saved_tensors
         block, rstd, cos, sin, thin = ctx.rest
         gs = _turned_back(block, (gq, gk, gv), cos, sin)
-        ys = _turned_back(block, outputs, *_inverse(cos, sin)) if outputs else []
+        ys = _turned_back(block, outputs, *(_inverse(cos, sin) if block.turns else (cos, sin))) if outputs else []
         rows = rows_of(x)
         normed, _ = block.first.forward(rows, rstd)
         d_normed, d_tensors = block.qkv.back(normed, gs, thin, block.factors[0], ys, ctx.needs_input_grad[0])
@@ -352,7 +372,7 @@ def _inverse(cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
     return c / size, s / size
 
 
-def _turned_back(block: Block, gs: Sequence[Tensor], cos: Tensor, sin: Tensor) -> list[Tensor]:
+def _turned_back(block: Block, gs: Sequence[Tensor], cos: Any, sin: Any) -> list[Tensor]:
     """Something shaped like q, k and v, as rows: turned back, and side by side where one layer made all three."""
     batch, tokens = gs[0].shape[:2]
     many, few = block.heads
@@ -385,13 +405,18 @@ class Ending(Protocol):
     def unit(self) -> Unit: ...
     @property
     def factors(self) -> Sequence[Factors]: ...  # the first is another's; then of `out` and of the unit's two
+    @property
+    def posts(self) -> tuple[Any, Any]: ...
+    @property
+    def parallel(self) -> bool: ...
 
 
 class TailKept(NamedTuple):
     middle: Tensor | None
     rstd: Any  # whatever the norm keeps of each row
     out: Thin
-    ys: tuple[Tensor, ...]  # what the output projection gave, where it has a magnitude
+    ys: tuple[Tensor, ...]  # what the output projection gave, where it has a magnitude or a norm follows
+    stats: Any  # of that norm
     unit: UnitKept
 
 
@@ -406,25 +431,34 @@ def tail_forward(
     _, own, *units = block.factors
     out = block.out.thin(o, own.a)
     beside = None
-    if middle is not None or block.out.magnitudes:
-        found, ys = through(block.out, o, out, own, x, want=middle is None)
-        middle = found if middle is None else middle
-    else:  # the norm adds x as it reads: what out gives becomes the middle
-        middle, ys, beside = block.out.layers[0].forward(o, out.h, own.bs[0]), (), x
+    if middle is None and not (block.parallel or block.posts[0] or block.out.magnitudes):
+        # the norm adds x as it reads: what out gives becomes the middle
+        middle, ys, stats, beside = block.out.layers[0].forward(o, out.h, own.bs[0]), (), None, x
+        total = middle
+    else:
+        wanted = want if block.parallel else middle is None
+        total, ys, stats = through(block.out, o, out, own, x, wanted, block.posts[0])
+        if middle is None:
+            middle = x if block.parallel else total
     assert middle is not None
     normed, rstd = block.second.forward(middle, rounded=block.unit.entry.rounds_to, plus=beside)
-    y, unit = unit_forward(block.unit, normed, (units[0], units[1]), middle, want)
-    return y, TailKept(middle, rstd, out, ys, unit)
+    plus = total if block.parallel else middle
+    y, unit = unit_forward(block.unit, normed, (units[0], units[1]), plus, want, block.posts[1])
+    return y, TailKept(middle, rstd, out, ys, stats, unit)
 
 
 def tail_back(block: Ending, g: Tensor, o: Tensor, kept: TailKept) -> tuple[Tensor, Tensor, list[Tensor | None]]:
     """The gradients of x, of o, and of the factors."""
     assert kept.middle is not None
     normed, _ = block.second.forward(kept.middle, kept.rstd)
-    d_normed, d_unit = unit_back(block.unit, g, normed, kept.unit, (block.factors[2], block.factors[3]))
-    del normed
+    first, second = block.posts
+    d_down = g if second is None else second.back(g, kept.unit.ys[0], kept.unit.stats)
+    d_normed, d_unit = unit_back(block.unit, d_down, normed, kept.unit, (block.factors[2], block.factors[3]))
+    del normed, d_down
     d_middle = block.second.back(d_normed, kept.middle, kept.rstd, g)
-    d_o, d_out = block.out.back(o, [d_middle], kept.out, block.factors[1], kept.ys)
+    d_total = g if block.parallel else d_middle
+    d_y = d_total if first is None else first.back(d_total, kept.ys[0], kept.stats)
+    d_o, d_out = block.out.back(o, [d_y], kept.out, block.factors[1], kept.ys)
     assert d_o is not None
     return d_middle, d_o, [*d_out, *d_unit]
 
@@ -435,7 +469,8 @@ class Tail(torch.autograd.Function):
         y, kept = tail_forward(block, rows_of(x), rows_of(o))
         unit = kept.unit
         ctx.save_for_backward(o, kept.middle, *kept.ys, *unit.ys, *(() if again else unit.gate_up))
-        ctx.rest = block, kept._replace(middle=None, ys=(), unit=unit._replace(gate_up=[], ys=()))
+        counts = len(kept.ys), len(unit.ys)
+        ctx.rest = block, kept._replace(middle=None, ys=(), unit=unit._replace(gate_up=[], ys=())), counts
         assert y is not None
         return y.view(x.shape)
 
@@ -443,8 +478,7 @@ class Tail(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         o, middle, *wide = ctx.saved_tensors
-        block, kept = ctx.rest
-        outs, downs = len(block.out.magnitudes), len(block.unit.down.magnitudes)
+        block, kept, (outs, downs) = ctx.rest
         ys, unit_ys, gate_up = wide[:outs], wide[outs : outs + downs], wide[outs + downs :]
         unit = kept.unit._replace(gate_up=list(gate_up), ys=tuple(unit_ys))
         kept = kept._replace(middle=middle, ys=tuple(ys), unit=unit)
@@ -460,7 +494,7 @@ class Whole(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, cos: Tensor, sin: Tensor, block: Block, keeps_middle: bool, *tensors: Tensor
+        ctx: Any, x: Tensor, cos: Any, sin: Any, block: Block, keeps_middle: bool, *tensors: Tensor
     ) -> Tensor:
         state = RandomState.now(x) if block.random else None
         q, k, v, _ = Front.forward(Unkept(), x, cos, sin, block)
@@ -523,7 +557,7 @@ class RandomState(NamedTuple):
             yield
 
 
-def run_block(x: Tensor, cos: Tensor, sin: Tensor, block: Block, level: str) -> Tensor:
+def run_block(x: Tensor, cos: Tensor | None, sin: Tensor | None, block: Block, level: str) -> Tensor:
     """The block's output, keeping what `level` says."""
     first, last = block.qkv.tensors(), tail_tensors(block)
     if level in ("middle", "input"):

@@ -13,6 +13,7 @@ run both ways on a few tokens, forwards and backwards, and left alone where the 
 from __future__ import annotations
 
 import importlib
+import inspect
 import math
 import warnings
 from collections import Counter
@@ -107,8 +108,9 @@ def _is_resting(x: Tensor) -> bool:
 
 class FusedBlock(FusedModule):
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        if args or _is_resting(hidden_states):
-            return super().forward(hidden_states, *args, **kwargs)
+        kwargs |= zip(_argument_names(type(self).__mro__[2]), args, strict=False)
+        if _is_resting(hidden_states) or kwargs.get("encoder_hidden_states") is not None:
+            return super().forward(hidden_states, **kwargs)
         if (cache := kwargs.get("past_key_values")) is not None and (why := self._against(cache)) is not None:
             return self.plain(why, hidden_states, **kwargs)
         if (y := _by_replay(self, hidden_states, kwargs)) is not None:
@@ -116,7 +118,7 @@ class FusedBlock(FusedModule):
         block = _block_now(self.fused.parts, hidden_states, kwargs)
         if isinstance(block, str):
             return self.plain(block, hidden_states, **kwargs)
-        cos, sin = kwargs["position_embeddings"]
+        cos, sin = kwargs.get("position_embeddings") or (None, None)
         return run_block(hidden_states, cos, sin, block, self.fused.recompute)
 
     def _against(self, cache: Any) -> str | None:
@@ -155,32 +157,43 @@ def _by_replay(block: FusedBlock, x: Tensor, kwargs: dict[str, Any]) -> Tensor |
     return replayed(state.recorder, block, x, settings, {"cos": cos, "sin": sin, **tensors}, run)
 
 
-PASSED_ON = ("past_key_values", "use_cache", "position_embeddings", "attention_mask", "position_ids")
+PASSED_ON = (
+    "past_key_values", "use_cache", "position_embeddings", "attention_mask",
+    "encoder_hidden_states", "encoder_attention_mask",
+)  # fmt: skip
+
+
+@cache
+def _argument_names(kind: type[nn.Module]) -> tuple[str, ...]:
+    """Of a block's own forward, after its input: GPT-2 gives some by their places."""
+    return tuple(inspect.signature(kind.forward).parameters)[2:]
 
 
 def _block_now(parts: BlockParts, x: Tensor, kwargs: dict[str, Any]) -> Block | str:
     """The block as it is at this call: adapters, dropout and hooks may have changed since the last."""
     positions = kwargs.get("position_embeddings")
-    if not isinstance(positions, tuple) or positions[0].shape[-1] != parts.attention.head_dim:
-        return "its positions do not rotate whole heads"
-    first, second, unit = parts.first.now(x.dtype), parts.second.now(x.dtype), parts.mlp.now(x.dtype, len(x))
-    attention = parts.attention.now(x.dtype, len(x))
-    for part in (first, second, unit, attention):
+    if (positions[0].shape[-1] if isinstance(positions, tuple) else 0) != parts.attention.turned:
+        return "its positions do not rotate what it rotates"
+    norms = [None if norm is None else norm.now(x.dtype) for norm in (parts.first, parts.second, *parts.posts)]
+    unit, attention = parts.mlp.now(x.dtype, len(x)), parts.attention.now(x.dtype, len(x))
+    for part in (*norms, unit, attention):
         if isinstance(part, str):
             return part
     if any(drop.p and drop.training for drop in parts.drops):
         return "it drops out of its residual stream"
     options = {key: value for key, value in kwargs.items() if key not in PASSED_ON}
     qkv, out = attention
-    cache = kwargs.get("past_key_values")
-    attend = parts.attention.attend(*positions, kwargs.get("attention_mask"), options, cache)
-    dropout = parts.attention.module.attention_dropout if parts.attention.module.training else 0.0
+    attend = parts.attention.attend(
+        *(positions or (None, None)), kwargs.get("attention_mask"), options, kwargs.get("past_key_values")
+    )
     groups = (qkv, out, unit.entry, unit.down)
-    is_random = bool(dropout) or any(layer.dropout for group in groups for layer in group.layers)
-    turns = parts.attention.head_norms is None
+    is_random = bool(parts.attention.dropout) or any(layer.dropout for group in groups for layer in group.layers)
     factors = tuple(factors_of(groups, x.dtype))
-    sizes = parts.attention.heads, parts.attention.head_dim
-    return Block(first, qkv, *sizes, turns, out, second, unit, attend, is_random, factors)
+    first, second, *posts = norms
+    return Block(
+        first, qkv, parts.attention.heads, parts.attention.head_dim, parts.attention.turns, out, second, unit, attend,
+        is_random, factors, (posts[0], posts[1]), parts.parallel,
+    )  # fmt: skip
 
 
 class FusedMlp(FusedModule):
@@ -264,7 +277,7 @@ def fuse(model: nn.Module, recompute: str = "none", *, graphs: bool = False, ver
             taken |= {id(inside) for inside in module.modules()}
             module.__dict__["fused"].recorder = recorder
     for name, module in modules.items():
-        if id(module) not in taken and hasattr(module, "down_proj") and not isinstance(module, nn.ModuleList):
+        if id(module) not in taken and _looks_like_unit(module):
             _take(module, name, FusedMlp, mlp_parts(module), recompute, report)
     for name, module in modules.items():
         if _looks_like_norm(module) and (id(module) not in taken or name.endswith(("q_norm", "k_norm"))):
@@ -277,7 +290,11 @@ def fuse(model: nn.Module, recompute: str = "none", *, graphs: bool = False, ver
 
 
 def _looks_like_block(module: nn.Module) -> bool:
-    return hasattr(module, "self_attn") and hasattr(module, "mlp")
+    return (hasattr(module, "self_attn") or hasattr(module, "attn")) and hasattr(module, "mlp")
+
+
+def _looks_like_unit(module: nn.Module) -> bool:
+    return hasattr(module, "down_proj") and not isinstance(module, nn.ModuleList)
 
 
 def _looks_like_norm(module: nn.Module) -> bool:
@@ -351,9 +368,7 @@ def _differs(block: nn.Module) -> str | None:
     if weight.is_meta:
         return None
     x = _trial(_routed_rows(block), len(weight), weight)
-    angle = torch.linspace(0, 1, TOKENS * parts.attention.head_dim // 2, device=weight.device).view(1, TOKENS, -1)
-    angle = torch.cat([angle, angle], -1)
-    positions = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
+    positions = _trial_positions(parts.attention.turned, x)
     with _at_rest(block), torch.random.fork_rng([x.device] if x.is_cuda else []):
         fused = _outcome(block, x, positions)
         if isinstance(fused, str):
@@ -367,6 +382,14 @@ def _differs(block: nn.Module) -> str | None:
         if not off <= near:
             return f"its own forward gives something else (off by {off:.1%})"
     return None
+
+
+def _trial_positions(turned: int, x: Tensor) -> tuple[Tensor, Tensor] | None:
+    if not turned:
+        return None
+    angle = torch.linspace(0, 1, TOKENS * turned // 2, device=x.device).view(1, TOKENS, -1)
+    angle = torch.cat([angle, angle], -1)
+    return angle.cos().to(x.dtype), angle.sin().to(x.dtype)
 
 
 class _Plainly:
@@ -404,11 +427,12 @@ def _at_rest(block: nn.Module) -> Any:
             module.training = mode
 
 
-def _outcome(block: Any, x: Tensor, positions: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor] | str:
+def _outcome(block: Any, x: Tensor, positions: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor] | str:
     with torch.enable_grad():
         x = x.clone().requires_grad_()
         try:
-            y = block(x, position_embeddings=positions, attention_mask=None, position_ids=None)
+            turned = {} if positions is None else {"position_embeddings": positions}
+            y = block(x, attention_mask=None, position_ids=None, **turned)
             y = y[0] if isinstance(y, tuple) else y
             (d,) = torch.autograd.grad(y, x, torch.cos(y.detach()))
         except (TypeError, ValueError, RuntimeError, AttributeError, KeyError) as error:

@@ -77,6 +77,8 @@ class End(NamedTuple):
     second: LayerNorm
     unit: Unit
     factors: tuple[Factors, ...]  # one that is not read, then of out and of the unit's two
+    posts: tuple[None, None] = (None, None)
+    parallel: bool = False
 
 
 @dataclass(slots=True)
@@ -155,7 +157,7 @@ class Between(torch.autograd.Function):
         _, f_out, f_q, *_ = block.factors
         rows = rows_of(o)
         out = block.out.thin(rows, f_out.a)
-        middle, outs = through(block.out, rows, out, f_out, rows_of(x))
+        middle, outs, _ = through(block.out, rows, out, f_out, rows_of(x))
         assert middle is not None
         normed, stats = block.second.forward(middle)
         thin = block.q.thin(normed, f_q.a)

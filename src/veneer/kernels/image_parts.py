@@ -22,7 +22,7 @@ from veneer.kernels.block import Unit
 from veneer.kernels.graphs import state_of
 from veneer.kernels.group import Group, all_bare, factors_of, untouched
 from veneer.kernels.image_blocks import End, GroupNorm, Image, LayerNorm, Residual
-from veneer.kernels.parts import quickest
+from veneer.kernels.parts import layer_norm_now, norm_now, quickest
 
 __all__ = ["AttentionParts", "ImageParts", "ResidualParts", "SamplerParts", "StageParts"]
 __all__ += ["conv_now", "image_parts", "residual_parts", "sampler_parts", "stage_parts"]
@@ -35,20 +35,6 @@ Part = TypeVar("Part")
 def either(*parts: Any) -> str | None:
     """The first reason among parts and reasons."""
     return next((part for part in parts if isinstance(part, str)), None)
-
-
-def norm_now(norm: nn.Module, dtype: torch.dtype) -> str | None:
-    """Why a norm with gain and bias cannot be taken as it is now."""
-    weight, bias = norm._parameters.get("weight"), norm._parameters.get("bias")
-    if isinstance(norm, Hosted) or weight is None or bias is None or weight.requires_grad or bias.requires_grad:
-        return "a norm is trained, or has no gain"
-    if weight.dtype != dtype:
-        return f"a norm is {weight.dtype}, its input {dtype}"
-    return untouched(norm)
-
-
-def layer_norm_now(norm: Any, dtype: torch.dtype) -> LayerNorm | str:
-    return norm_now(norm, dtype) or LayerNorm(norm.weight, norm.bias, norm.eps)
 
 
 def group_norm_now(norm: Any, dtype: torch.dtype, act: bool) -> GroupNorm | str:

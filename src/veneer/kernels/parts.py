@@ -2,11 +2,13 @@
 
 A block is taken when it is built as
 
-    x + attention(norm(x)), then x + mlp(norm(x)), both norms RMSNorms, the mlp a gated unit
+    x + attention(norm(x)), then x + mlp(norm(x))                  Llama, Mistral, Qwen 2 and 3, Gemma, Phi 3, GPT-2 ..
+    x + norm(attention(norm(x))), then x + norm(mlp(norm(x)))      Gemma 2 and 3
+    x + attention(norm(x)) + mlp(norm(x)), one norm for both       Phi
 
-which Llama, Mistral, Qwen 2 and 3, Gemma, Phi 3 and many others are. Whether a norm multiplies by w or by w + 1, and
-which function an activation is, is tried out on a few numbers; that the block as a whole does what its parts say, by
-`fuse.py` on a few tokens. Every answer is either the part or a sentence that says why not.
+with norms that are RMSNorms or LayerNorms and an mlp that is a gated unit or has no gate. Whether a norm multiplies by
+w or by w + 1, and which function an activation is, is tried out on a few numbers; that the block as a whole does what
+its parts say, by `fuse.py` on a few tokens. Every answer is either the part or a sentence that says why not.
 """
 
 from __future__ import annotations
@@ -21,23 +23,29 @@ import torch
 from torch import Tensor, nn
 
 from veneer.core.host import Hosted, original_class
+from veneer.core.op import LinearOp, op_for
 from veneer.kernels.block import Norm, Unit, rotated
 from veneer.kernels.group import Group, all_bare, untouched
+from veneer.kernels.image_blocks import LayerNorm
 from veneer.kernels.pieces import ACTIVATIONS, glu
 
 __all__ = [
     "AttentionParts",
     "BlockParts",
+    "LayerNormParts",
     "MlpParts",
     "NormParts",
     "attention_parts",
     "block_parts",
+    "layer_norm_now",
     "mlp_parts",
+    "norm_now",
     "norm_parts",
 ]
 
-OTHER_NORMS = ("pre_feedforward_layernorm", "post_feedforward_layernorm", "ffn_norm", "post_mlp_layernorm")
-DROPS = ("resid_attn_dropout", "resid_mlp_dropout", "resid_dropout")
+OTHERS = ("ffn_norm", "post_mlp_layernorm", "post_self_attn_layernorm", "crossattention", "cross_attn")
+DROPS = ("resid_attn_dropout", "resid_mlp_dropout", "resid_dropout", "hidden_dropout")
+CAPPING = ("transformers.models.gemma2.modeling_gemma2.Gemma2Attention",)  # they tell their kernel to cap scores
 GAUGE = 64  # numbers an activation is tried on
 
 
@@ -57,26 +65,65 @@ class NormParts:
 
 
 @dataclass(frozen=True)
+class LayerNormParts:
+    module: nn.Module
+
+    def now(self, dtype: torch.dtype) -> LayerNorm | str:
+        return layer_norm_now(self.module, dtype)
+
+
+def layer_norm_now(norm: Any, dtype: torch.dtype) -> LayerNorm | str:
+    return norm_now(norm, dtype) or LayerNorm(norm.weight, norm.bias, norm.eps)
+
+
+def norm_now(norm: nn.Module, dtype: torch.dtype) -> str | None:
+    """Why a norm with gain and bias cannot be taken as it is now."""
+    weight, bias = norm._parameters.get("weight"), norm._parameters.get("bias")
+    if isinstance(norm, Hosted) or weight is None or bias is None or weight.requires_grad or bias.requires_grad:
+        return "a norm is trained, or has no gain"
+    if weight.dtype != dtype:
+        return f"a norm is {weight.dtype}, its input {dtype}"
+    return untouched(norm)
+
+
+@dataclass(frozen=True)
 class MlpParts:
-    entry: tuple[nn.Linear, ...]  # gate and up, or one layer for both
-    down: nn.Linear
+    entry: tuple[nn.Module, ...]  # gate and up, or one layer for both, or one and no gate
+    down: nn.Module
     act: str
+    gated: bool = True
+    drops: tuple[nn.Dropout, ...] = ()
 
     def now(self, dtype: torch.dtype, batch: int) -> Unit | str:
         entry, down = all_bare(self.entry, dtype, batch), all_bare([self.down], dtype, batch)
         if isinstance(entry, str) or isinstance(down, str):
             return entry if isinstance(entry, str) else str(down)
-        return Unit(entry, down, self.act)
+        if any(drop.p and drop.training for drop in self.drops):
+            return "it drops out of what it gives"
+        return Unit(entry, down, self.act, self.gated)
 
 
 @dataclass(frozen=True)
 class AttentionParts:
     module: nn.Module
-    qkv: tuple[nn.Linear, ...]
-    out: nn.Linear
+    qkv: tuple[nn.Module, ...]
+    out: nn.Module
     heads: tuple[int, int]
     head_dim: int
+    turned: int  # how many numbers of each head are rotated
     head_norms: tuple[nn.Module, nn.Module] | None
+
+    @property
+    def turns(self) -> bool:
+        """Whether q and k are rotated whole, right after their projections."""
+        return self.head_norms is None and self.turned == self.head_dim
+
+    @property
+    def dropout(self) -> float:
+        module: Any = self.module
+        if not module.training:
+            return 0.0
+        return module.attn_dropout.p if hasattr(module, "attn_dropout") else module.attention_dropout
 
     def now(self, dtype: torch.dtype, batch: int) -> tuple[Group, Group] | str:
         if (why := untouched(self.module)) is not None:
@@ -87,37 +134,47 @@ class AttentionParts:
         return qkv, out
 
     def attend(
-        self, cos: Tensor, sin: Tensor, mask: Tensor | None, options: dict[str, Any], cache: Any = None
+        self, cos: Tensor | None, sin: Tensor | None, mask: Tensor | None, options: dict[str, Any], cache: Any = None
     ) -> Callable[..., Tensor]:
         """q, k, v as (batch, tokens, heads, d) -> what the model's own attention makes of them, by tokens."""
-        module = self.module
+        module: Any = self.module
         kernel: Any = interface(module)
-        window = getattr(module, "sliding_window", getattr(module.config, "sliding_window", None))
-        dropout = module.attention_dropout if module.training else 0.0
+        options = {**options, "dropout": self.dropout, "scaling": module.scaling}
+        options["sliding_window"] = getattr(module, "sliding_window", getattr(module.config, "sliding_window", None))
+        if (cap := getattr(module, "attn_logit_softcapping", None)) is not None:
+            options["softcap"] = cap
 
         def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             if self.head_norms is not None:
-                q, k = rotated(self.head_norms[0](q), cos, sin), rotated(self.head_norms[1](k), cos, sin)
+                q, k = self.head_norms[0](q), self.head_norms[1](k)
+            if cos is not None and sin is not None and not self.turns:
+                q, k = (_turned(t, cos, sin) for t in (q, k))
             keys, values = k.transpose(1, 2), v.transpose(1, 2)
             if cache is not None:
                 keys, values = cache.update(keys, values, module.layer_idx)
             with quickest(q):
-                o, _ = kernel(
-                    module, q.transpose(1, 2), keys, values, mask, dropout=dropout,
-                    scaling=module.scaling, sliding_window=window, **options,
-                )  # fmt: skip
+                o, _ = kernel(module, q.transpose(1, 2), keys, values, mask, **options)
             return o.reshape(*q.shape[:2], -1)
 
         return attend
 
 
+def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary positions on as much of each head as they are wide."""
+    wide = cos.shape[-1]
+    if wide == x.shape[-1]:
+        return rotated(x, cos, sin)
+    return torch.cat([rotated(x[..., :wide].contiguous(), cos, sin), x[..., wide:]], dim=-1)
+
+
 @dataclass(frozen=True)
 class BlockParts:
-    first: NormParts
+    first: AnyNorm
     attention: AttentionParts
-    second: NormParts
+    second: AnyNorm
     mlp: MlpParts
-    mlp_module: nn.Module
+    posts: tuple[AnyNorm | None, AnyNorm | None]
+    parallel: bool
     drops: tuple[nn.Dropout, ...]
 
 
@@ -143,23 +200,39 @@ def quickest(q: Tensor) -> AbstractContextManager[Any]:
 # ------------------------------------------------------------------ finding them
 
 
+AnyNorm = NormParts | LayerNormParts
+
+
+def named(module: nn.Module, *names: str) -> Any:
+    """The child that has one of these names."""
+    return next((child for name in names if isinstance(child := getattr(module, name, None), nn.Module)), None)
+
+
 def block_parts(block: nn.Module) -> BlockParts | str:
-    attention, mlp = getattr(block, "self_attn", None), getattr(block, "mlp", None)
-    first, second = getattr(block, "input_layernorm", None), getattr(block, "post_attention_layernorm", None)
-    if not all(isinstance(part, nn.Module) for part in (attention, mlp, first, second)):
+    attention, mlp = named(block, "self_attn", "attn"), named(block, "mlp")
+    first, second = named(block, "input_layernorm", "ln_1"), named(block, "post_attention_layernorm", "ln_2")
+    if any(part is None for part in (attention, mlp, first)):
         return "it is not built as norm, attention, norm, mlp"
-    if any(hasattr(block, name) for name in OTHER_NORMS):
-        return "it has norms in other places"
-    found = norm_parts(first), attention_parts(attention), norm_parts(second), mlp_parts(mlp)
-    if (why := next((part for part in found if isinstance(part, str)), None)) is not None:
+    if any(hasattr(block, name) for name in OTHERS):
+        return "it has norms in other places, or a second attention"
+    posts = (None, None)
+    if hasattr(block, "pre_feedforward_layernorm"):
+        posts = norm_parts(second), norm_parts(named(block, "post_feedforward_layernorm"))
+        second = named(block, "pre_feedforward_layernorm")
+    own = norm_parts(first)
+    found = own, attention_parts(attention), own if second is None else norm_parts(second), mlp_parts(mlp)
+    if (why := next((part for part in (*found, *posts) if isinstance(part, str)), None)) is not None:
         return why
-    drops = tuple(getattr(block, name) for name in DROPS if isinstance(getattr(block, name, None), nn.Dropout))
-    return BlockParts(*found, mlp, drops)  # type: ignore[arg-type]
+    inside = [named(module, name) for module in (block, attention) for name in DROPS]
+    drops = tuple(drop for drop in inside if isinstance(drop, nn.Dropout))
+    return BlockParts(*found, posts, second is None, drops)  # type: ignore[arg-type]
 
 
 @torch.no_grad()
-def norm_parts(norm: nn.Module) -> NormParts | str:
-    """An RMSNorm, and whether its gain is w or w + 1: what it does with a row of numbers tells."""
+def norm_parts(norm: nn.Module) -> AnyNorm | str:
+    """A LayerNorm; or an RMSNorm, and whether its gain is w or w + 1: what it does with a row of numbers tells."""
+    if type(norm) is nn.LayerNorm:
+        return LayerNormParts(norm) if norm.elementwise_affine and norm.bias is not None else "a norm has no bias"
     weight = norm._parameters.get("weight")
     eps = next((e for name in ("variance_epsilon", "eps") if isinstance(e := getattr(norm, name, None), float)), None)
     if weight is None or weight.ndim != 1 or eps is None or norm._parameters.get("bias") is not None:
@@ -178,39 +251,69 @@ def norm_parts(norm: nn.Module) -> NormParts | str:
 
 @torch.no_grad()
 def mlp_parts(mlp: nn.Module) -> MlpParts | str:
-    linears = [getattr(mlp, name, None) for name in ("gate_proj", "up_proj", "down_proj")]
-    entry = linears[:2] if isinstance(linears[0], nn.Linear) else [getattr(mlp, "gate_up_proj", None)]
-    act = getattr(mlp, "act_fn", getattr(mlp, "activation_fn", None))
-    if not all(isinstance(layer, nn.Linear) for layer in (*entry, linears[2])) or act is None:
-        return f"{type(mlp).__name__} is no gated unit"
-    known = {id(layer) for layer in (*entry, linears[2])}
+    entry, down, gated = _mlp_layers(mlp)
+    act = getattr(mlp, "act_fn", getattr(mlp, "activation_fn", getattr(mlp, "act", None)))
+    if not all(map(is_linear, (*entry, down))) or act is None:
+        return f"{type(mlp).__name__} is no gated unit, nor one without a gate"
+    known = {id(layer) for layer in (*entry, down)}
     if any(id(child) not in known and any(True for _ in child.parameters()) for child in mlp.children()):
         return f"{type(mlp).__name__} holds more than a gated unit"
     x = torch.linspace(-4, 4, GAUGE)[None]
     wanted, one = act(x), torch.ones_like(x)
     name = next((name for name in ACTIVATIONS if torch.allclose(glu(x, one, name), wanted, atol=1e-6)), None)
-    return MlpParts(tuple(entry), linears[2], name) if name else f"its activation {type(act).__name__} is not known"  # type: ignore[arg-type]
+    if name is None:
+        return f"its activation {type(act).__name__} is not known"
+    drops = tuple(child for child in mlp.children() if isinstance(child, nn.Dropout))
+    return MlpParts(entry, down, name, gated, drops)
+
+
+def _mlp_layers(mlp: nn.Module) -> tuple[tuple[Any, ...], Any, bool]:
+    """What reads the unit's input, what writes its output, and whether there is a gate."""
+    down = named(mlp, "down_proj", "fc2", "c_proj")
+    if (both := named(mlp, "gate_up_proj")) is not None:
+        return (both,), down, True
+    if (gate := named(mlp, "gate_proj")) is not None:
+        return (gate, named(mlp, "up_proj")), down, True
+    return (named(mlp, "up_proj", "fc1", "c_fc"),), down, False
+
+
+def is_linear(layer: Any) -> bool:
+    return isinstance(layer, nn.Module) and isinstance(op_for(type(layer)), LinearOp)
 
 
 def attention_parts(attention: nn.Module) -> AttentionParts | str:
     qkv = [getattr(attention, name, None) for name in ("q_proj", "k_proj", "v_proj")]
-    if not isinstance(qkv[0], nn.Linear):
-        qkv = [getattr(attention, "qkv_proj", None)]
-    out, head_dim = getattr(attention, "o_proj", None), getattr(attention, "head_dim", None)
-    name = type(attention).__name__
-    if not all(isinstance(layer, nn.Linear) for layer in (*qkv, out)) or not isinstance(head_dim, int):
-        return f"{name} is not built from q, k, v and o"
-    if any(getattr(attention, a, None) is None for a in ("scaling", "config", "attention_dropout")):
-        return f"{name} does not say how it scales"
+    if not is_linear(qkv[0]):
+        qkv = [named(attention, "qkv_proj", "c_attn")]
+    out, head_dim = named(attention, "o_proj", "dense", "c_proj"), getattr(attention, "head_dim", None)
+    if not all(map(is_linear, (*qkv, out))) or not isinstance(head_dim, int):
+        return f"{type(attention).__name__} is not built from q, k, v and o"
+    if (why := _unlike_attention(attention)) is not None:
+        return f"{type(attention).__name__} {why}"
     config: Any = attention.config
-    if getattr(config, "attn_logit_softcapping", None) is not None:
-        return f"{name} caps its scores"
     norms = [getattr(attention, n, None) for n in ("q_norm", "k_norm")]
     if any(n is not None for n in norms) and (len(qkv) == 1 or any(_is_wide(n, head_dim) for n in norms)):
-        return f"{name} norms more than single heads"
+        return f"{type(attention).__name__} norms more than single heads"
     heads = config.num_attention_heads, getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     head_norms = (norms[0], norms[1]) if norms[0] is not None else None
-    return AttentionParts(attention, tuple(qkv), out, heads, head_dim, head_norms)  # type: ignore[arg-type]
+    turned = getattr(attention, "rotary_ndims", 0 if hasattr(attention, "c_attn") else head_dim)
+    return AttentionParts(attention, tuple(qkv), out, heads, head_dim, turned, head_norms)  # type: ignore[arg-type]
+
+
+def _unlike_attention(attention: Any) -> str | None:
+    """What an attention does that is not done here."""
+    if any(getattr(attention, a, None) is None for a in ("scaling", "config")):
+        return "does not say how it scales"
+    if not hasattr(attention, "attention_dropout") and not hasattr(attention, "attn_dropout"):
+        return "does not say whether it drops out"
+    if getattr(attention.config, "attn_logit_softcapping", None) is not None:
+        kind = original_class(type(attention))
+        return None if f"{kind.__module__}.{kind.__name__}" in CAPPING else "caps its scores"
+    if getattr(attention, "qk_layernorm", False):
+        return "norms its heads by LayerNorms"
+    if getattr(attention, "reorder_and_upcast_attn", False) or getattr(attention, "is_cross_attention", False):
+        return "computes its scores in a way of its own"
+    return None
 
 
 def _is_wide(norm: Any, head_dim: int) -> bool:

@@ -3,6 +3,7 @@
     piece          computes                                                  keeps for its backward
     rms_norm       x / sqrt(mean x^2 + eps) * (w + offset)                   x and one number a row
     glu            act(gate) * up                                            gate and up; the product is rebuilt
+    activated      act(x), for units without a gate                          x
     rotate         rotary positions                                          nothing: back is the other way round
     add_product    c + h B^T for a thin B                                    nothing
     column_products  sum over tokens of g (y - bias): a gain's gradient      nothing
@@ -29,6 +30,8 @@ from torch import Tensor
 __all__ = [
     "ACTIVATIONS",
     "Pair",
+    "activated",
+    "activated_back",
     "add_product",
     "column_products",
     "glu",
@@ -139,6 +142,20 @@ def glu_back(
     d_up.copy_(_wide(g) * y.detach())
     d_gate.copy_(y_gate)
     return product
+
+
+def activated(x: Float[Tensor, "t m"], act: str) -> Float[Tensor, "t m"]:
+    """A unit without a gate: its activation is one pass over memory wherever torch runs, forwards and backwards."""
+    return _activate(x, act)
+
+
+def activated_back(g: Float[Tensor, "t m"], x: Float[Tensor, "t m"], act: str) -> Float[Tensor, "t m"]:
+    """The gradient of x."""
+    if act == "silu":
+        return torch.ops.aten.silu_backward(g, x)
+    if act == "relu":
+        return torch.ops.aten.threshold_backward(g, x, 0)
+    return torch.ops.aten.gelu_backward(g, x, approximate="tanh" if act == "gelu_tanh" else "none")
 
 
 def thin_glu(gate: Tensor, up: Tensor, act: str, gate_thin: Pair, up_thin: Pair) -> Tensor:
