@@ -3,7 +3,8 @@
     builds x what is adapted x how (LoRA, DoRA, VeRA, biases ..) x dropout (the same masks) x which adapters act
     x storage of the base x what is kept x dtype
 
-in a choice of cases in which any two values meet (any three, among the slow tests); and over how rows are given. All adapter parameters are moved first. A module that cannot run fused runs plainly, and says so.
+in a choice of cases in which any two values meet (any three, among the slow tests); and over how rows are given. All
+adapter parameters are moved first. A module that cannot run fused runs plainly, and says so.
 """
 
 from __future__ import annotations
@@ -219,7 +220,7 @@ AXES: dict[str, list[str]] = {
 
 
 def covering(strength: int) -> list[tuple[str, ...]]:
-    """Cases in which any `strength` axes meet in every combination of their values: a greedy choice among some drawn."""
+    """Cases in which any `strength` axes meet in every combination of their values: each the best of some."""
     draw, places = random.Random(0), list(itertools.combinations(range(len(AXES)), strength))
     values = list(AXES.values())
     left = {(at, each) for at in places for each in itertools.product(*(values[i] for i in at))}
@@ -240,11 +241,15 @@ def covering(strength: int) -> list[tuple[str, ...]]:
 
 
 def holds(build: str, parts: str, method: str, dropout: str, acting: str, storage: str, level: str, dtype: str) -> None:
-    if acting == "routed" and parts == "head":
-        parts = "all"  # a head reads tokens without their rows
+    routed, dora = acting == "routed", "dora" in method
+    if routed and parts in ("head", "embedding"):
+        parts = "all"  # a head reads tokens without their rows, and it may be tied
     if dtype == "bfloat16":
         dropout = ""  # there is nothing to compare with: fp64 draws other masks
-    spec = {"targets": PARTS[parts], "dropout": 0.3 if dropout else 0.0, "tied": "together"} | METHODS[method]
+    tied = "apart" if dora else "together"  # DoRA scales rows, which are columns of the other
+    spec = {"targets": PARTS[parts], "dropout": 0.3 if dropout else 0.0, "tied": tied} | METHODS[method]
+    if routed and "bias" in spec:
+        spec["bias"] = "lora_only"  # and not the head's
     model = model_of(build, getattr(torch, dtype), **spec)
     if storage != "dense":
         veneer.quantize(model, storage)
@@ -254,11 +259,10 @@ def holds(build: str, parts: str, method: str, dropout: str, acting: str, storag
         fuse(model, level, verbose=False)
         got = outcome(model)
     if exact:
-        assert distance(got, exact) <= 1.25 * distance(wanted, exact) + 1e-3
+        assert distance(got, exact) <= 2 * distance(wanted, exact) + 1e-3
     else:
         agree(got, wanted)
-    several = acting != "one"
-    may_be_plain = several and ("dora" in method or dropout or (acting == "routed" and "biases" in method))
+    may_be_plain = acting != "one" and (dora or dropout or (routed and "bias" in spec))
     assert not said() or may_be_plain, said()
 
 
