@@ -67,7 +67,7 @@ class Norm(NamedTuple):
 
 @dataclass(slots=True)
 class Unit:
-    """A gated unit: gate and up as two layers, or as one layer that gives both. Or one without a gate: down(act(up))."""
+    """A gated unit: gate and up as two layers, or as one that gives both. Or one without a gate: down(act(up))."""
 
     entry: Group
     down: Group
@@ -493,9 +493,7 @@ class Whole(torch.autograd.Function):
     """The block as one function that keeps its input, and its middle where asked to."""
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, cos: Any, sin: Any, block: Block, keeps_middle: bool, *tensors: Tensor
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, cos: Any, sin: Any, block: Block, keeps_middle: bool, *tensors: Tensor) -> Tensor:
         state = RandomState.now(x) if block.random else None
         q, k, v, _ = Front.forward(Unkept(), x, cos, sin, block)
         y, kept = tail_forward(block, rows_of(x), rows_of(block.attend(q, k, v)))

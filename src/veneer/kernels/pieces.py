@@ -159,8 +159,9 @@ def activated_back(g: Float[Tensor, "t m"], x: Float[Tensor, "t m"], act: str) -
 
 
 def thin_glu(gate: Tensor, up: Tensor, act: str, gate_thin: Pair, up_thin: Pair) -> Tensor:
-    """`glu` of gate + h B^T and up + h B^T: the adapters' share is added where it is used, and never written."""
-    return glu(_with(gate, gate_thin), _with(up, up_thin), act)
+    """`glu` of gate + h B^T and up + h B^T: the adapters' share is added where it is used, and never written. Nor is it
+    rounded there: most of a young adapter's would be lost."""
+    return glu(_with(gate, gate_thin), _with(up, up_thin), act).to(gate.dtype)
 
 
 def thin_glu_back(
@@ -169,14 +170,14 @@ def thin_glu_back(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
     """`glu_back` of the same, with g + d A for the gradient that arrives; `down` is (d, A). Instead of the product it
     returns what that is needed for: d^T product (r, m), and h^T d_gate and h^T d_up, transposed to (m, r)."""
-    g = g if down is None else torch.addmm(g, down[0], down[1])
-    product = glu_back(g, _with(gate, gate_thin), _with(up, up_thin), act, d_gate, d_up)
+    g = g if down is None else _with(g, (down[0], down[1].T))
+    product = glu_back(g, _with(gate, gate_thin), _with(up, up_thin), act, d_gate, d_up).to(gate.dtype)
     da = None if down is None else down[0].T @ product
     return da, *(None if t is None else d.T @ t[0] for t, d in ((gate_thin, d_gate), (up_thin, d_up)))
 
 
 def _with(y: Tensor, thin: Pair) -> Tensor:
-    return y if thin is None else torch.addmm(y, thin[0], thin[1].T)
+    return y if thin is None else torch.addmm(_wide(y), _wide(thin[0]), _wide(thin[1]).T)
 
 
 # ------------------------------------------------------------------ rotary positions
@@ -195,7 +196,7 @@ def rotate(
     cos and sin hold a row for each position, or for each position of each row of the batch. `thin`: of x + h B^T.
     """
     if thin is not None:
-        x = x + (thin[0] @ thin[1].T).view(x.shape)
+        x = _with(x.reshape(-1, thin[1].shape[0]), thin).view(x.shape)
     shape = (-1, x.shape[1], 1, x.shape[-1])
     half = x.shape[-1] // 2
     (c1, c2), (s1, s2) = (_wide(t).view(shape).split(half, -1) for t in (cos, sin))
@@ -204,8 +205,8 @@ def rotate(
         first, second = a * c1 + b * s2, b * c2 - a * s1
     else:
         first, second = a * c1 - b * s1, b * c2 + a * s2
-    out[..., :half] = first.to(x.dtype)
-    out[..., half:] = second.to(x.dtype)
+    out[..., :half] = first.to(out.dtype)
+    out[..., half:] = second.to(out.dtype)
     return out
 
 
