@@ -58,6 +58,12 @@ class Recorder:
         if self.pool is None:
             self.pool, self.stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream(device)
 
+    def gradient_like(self, t: Tensor) -> Tensor:
+        key = t.shape, t.dtype
+        if key not in self.gradients:
+            self.gradients[key] = torch.empty_like(t, memory_format=torch.contiguous_format, requires_grad=False)
+        return self.gradients[key]
+
     def give_up(self, why: str) -> None:
         """Blocks run as ever from now on."""
         self.why_not = why
@@ -119,6 +125,7 @@ class Record:
         self.x: Tensor | None = None
         self.y: Tensor | None = None
         self.g: Tensor | None = None
+        self.dx: Tensor | None = None  # in g's place where x and y are of one shape
         self.shared: dict[str, Shared] = {}
         self.leaves: list[Tensor] = []
         self.found: list[Tensor] = []  # their gradients
@@ -148,7 +155,8 @@ class Record:
             self.shared[name] = recorder.inputs[key]
             self.shared[name].take(t)
         statics = {name: shared.static for name, shared in self.shared.items()}
-        self.x.copy_(x) if self.x.data_ptr() != x.data_ptr() else None
+        if self.x.data_ptr() != x.data_ptr():
+            self.x.detach().copy_(x)
         with _aliased(module) as own:
             if self.signature[0] not in recorder.warmed:
                 self._warm(run, statics)
@@ -158,16 +166,13 @@ class Record:
             leaves = [leaf for leaf in _leaves(y) if leaf is not self.x]
             if any(id(leaf) not in own for leaf in leaves):
                 raise Unfit("it trains what lies outside of it")
-            key = y.shape, y.dtype
-            if key not in recorder.gradients:
-                recorder.gradients[key] = torch.empty_like(y)
-            self.g = recorder.gradients[key]
+            self.g, self.dx = recorder.gradient_like(y), recorder.gradient_like(self.x)
             wanted = [self.x, *leaves] if self.x.requires_grad else leaves
             with _recording(backward, recorder):
                 # the graph of autograd is kept: it holds what the backward pass reads
                 grads = list(torch.autograd.grad(y, wanted, self.g, retain_graph=True))
                 if self.x.requires_grad:
-                    self.g.copy_(grads.pop(0))
+                    self.dx.copy_(grads.pop(0))
         self.leaves, self.found = [own[id(leaf)] for leaf in leaves], grads
         self.y, self.forward_graph, self.backward_graph = y, forward, backward
         recorder.outputs[y.data_ptr()] = y.detach()
@@ -211,7 +216,8 @@ class Record:
             self.g.copy_(g)
         self.backward_graph.replay()
         self.pending = None
-        return [self.g, *self.found]
+        assert self.dx is not None
+        return [self.dx, *self.found]
 
 
 class Unfit(Exception):

@@ -109,6 +109,12 @@ class Laid(NamedTuple):
     norms: list[LayerNorm]
     groups: list[Group]
     actives: list[Active]
+    trained: list[tuple[dict[str, Any], str, nn.Parameter]]  # where each parameter stood
+
+    @property
+    def is_here(self) -> bool:
+        """Whether these very parameters still stand there: recording has others stand in for them."""
+        return all(held.get(name) is p for held, name, p in self.trained)
 
     @property
     def is_lasting(self) -> bool:
@@ -142,7 +148,7 @@ class ImageParts:
         state = state_of(self.module)
         key = dtype, state, self.says
         laid = self.held.get(key)
-        if laid is None:
+        if laid is None or not laid.is_here:
             laid = self._laid(dtype)
             self.held.clear()
             if isinstance(laid, str):
@@ -172,10 +178,12 @@ class ImageParts:
         if (why := either(*norms, *groups, self.self_attention.now(), self.cross_attention.now(), *hooked)) is not None:
             return why
         hosts = {id(m.active): m.active for m in self.module.modules() if isinstance(m, Hosted)}
-        return Laid(norms, groups, list(hosts.values()))  # type: ignore[arg-type]
+        parameters = [(m._parameters, n, p) for m in self.module.modules() for n, p in m._parameters.items()]
+        trained = [(held, n, p) for held, n, p in parameters if p is not None and p.requires_grad]
+        return Laid(norms, groups, list(hosts.values()), trained)  # type: ignore[arg-type]
 
     def _block(self, laid: Laid, dtype: torch.dtype) -> Image:
-        norms, groups, _ = laid
+        norms, groups = laid.norms, laid.groups
         factors = factors_of(groups, dtype)
         qkv, out, q, kv, cross_out, entry, down = groups
         unit = Unit(entry, down, self.act, up_first=True)
