@@ -139,6 +139,29 @@ def test_torchao_tensors() -> None:
         veneer.merge(net)
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_torchao_nf4_tensors() -> None:
+    pytest.importorskip("torchao")
+    from veneer.quant.foreign import NF4_HOMES, _nf4_tensor
+
+    home = next(name for name in NF4_HOMES if _nf4_tensor(name) is not None)
+    plain, x = nn.Linear(512, 256, bias=False), torch.randn(5, 512)
+    net, w = Net(copy.deepcopy(plain)), plain.weight.detach()
+    net.layer.weight = nn.Parameter(sys.modules[home].to_nf4(w.clone()), requires_grad=False)
+    q = read_weight(net.layer)
+    assert type(q) is Tensor and 0.01 < error(q, w) < 0.13 and is_packed(net.layer) == "NF4Tensor"
+    y0 = net(x)
+    veneer.attach(net, LoRA(rank=4, targets=["layer"]))
+    assert error(net(x), y0) < 1e-6
+    spread(net)
+    y = net(x)
+    assert error(y, nn.functional.linear(x, net.layer.slots["default"].weight(q))) < 1e-5
+    y.sum().backward()
+    check_alive(net)
+    with pytest.raises(StateError, match="NF4Tensor"):
+        veneer.merge(net)
+
+
 class BaseQuantLinear(nn.Module):
     """As gptqmodel's: no nn.Linear, buffers only, the weight (in, out) on demand."""
 

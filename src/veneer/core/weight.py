@@ -93,7 +93,14 @@ def _known_now(function: Any, thing: object) -> Callable[..., Any] | None:
         homes |= _homes(thing._parameters.get("weight"))
     for home in homes:
         module, _, register = home.partition(":")
-        getattr(import_module(module), register)()
+        try:
+            getattr(import_module(module), register)()
+        except ImportError as error:
+            package = register.removeprefix("register_")
+            raise TargetError(
+                f"a weight that {package} packed cannot be read, for {package} cannot be imported: {error}",
+                fix=f"pip install {package}, or load the unpacked weights",
+            ) from error
     found = function.dispatch(type(thing))
     return None if found is before else found
 

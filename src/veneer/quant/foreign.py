@@ -11,6 +11,7 @@ packages never pays for them. Their layers run their own forward under an adapte
 from __future__ import annotations
 
 from functools import cache
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -150,6 +151,23 @@ def register_torchao() -> None:
     @dense.register(TorchAOBaseTensor)
     def _(w: TorchAOBaseTensor) -> Tensor:
         return w.dequantize()
+
+    nf4: Any = next((kind for kind in map(_nf4_tensor, NF4_HOMES) if kind is not None), None)
+    if nf4 is not None:  # older than that class, and no child of it
+
+        @dense.register(nf4)
+        def _(w: Any) -> Tensor:
+            return w.get_original_weight()
+
+
+NF4_HOMES = "torchao.quantization", "torchao.dtypes"  # now, and before
+
+
+def _nf4_tensor(home: str) -> type | None:
+    try:
+        return getattr(import_module(home), "NF4Tensor", None)
+    except ImportError:
+        return None
 
 
 # --- GPTQ and AWQ ----------------------------------------------------------------------------------------------------

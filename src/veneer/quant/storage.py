@@ -35,6 +35,10 @@ Parts = tuple[Tensor, ...]
 BLOCKS = (32, 64, 128, 256, 512, 1024, 2048, 4096)  # what bitsandbytes' kernels take
 
 
+EIGHT = ("int8", "fp8")
+CONCERNS = {"block": ("nf4",), "double": ("nf4",), "dynamic": EIGHT, "rotate": EIGHT, "outliers": ("int8",)}
+
+
 class Recipe(NamedTuple):
     """How one matrix is stored and multiplied.
 
@@ -59,8 +63,12 @@ class Recipe(NamedTuple):
         problems = []
         if self.block not in BLOCKS:
             problems.append(f"block={self.block!r} is none of {', '.join(map(str, BLOCKS))}")
-        if self.outliers is not None and self.kind != "int8":
-            problems.append(f"outliers belong to int8, not to {self.kind}")
+        usual = Recipe(
+            self.kind, rotate=self.rotate if self.rotate is False else None
+        )  # False is what others do anyway
+        for option, kinds in CONCERNS.items():
+            if self.kind not in kinds and getattr(self, option) != getattr(usual, option):
+                problems.append(f"{option}={getattr(self, option)!r} is for {' and '.join(kinds)}, not for {self.kind}")
         if self.outliers is not None and not self.outliers > 0:
             problems.append(f"outliers={self.outliers!r} must be above 0")
         if problems:

@@ -134,6 +134,9 @@ def _from_pretrained(kind: Any, where: str, **options: Any) -> Any:
         raise ConfigError("no model was named", fix="give a folder or a hub id: veneer train MODEL DATA")
     try:
         return kind.from_pretrained(where, **options)
+    except ImportError as error:
+        what = str(error).strip().splitlines()[0]
+        raise ConfigError(f"this model needs a package that is not here: {what}", where, "install it") from error
     except (OSError, ValueError, KeyError) as error:
         what = str(error).strip().splitlines()[0]
         raise ConfigError(
