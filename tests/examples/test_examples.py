@@ -28,6 +28,7 @@ TOLD = {  # a line that each must print, besides running to its end
     "seed_003_trainer.py": "the same losses to the last digit",
     "seed_004_decomposition.py": "dW of rank 1, LoRA of rank 1: 100.0 %",
     "vision_classify.py": "every adapted model gives the base's features, bit for bit",
+    "vision_language.py": "trained on the answers' tokens alone",
     "vision_detect.py": "the detector answers as before it, bit for bit",
 }
 NEEDS = {
@@ -35,6 +36,7 @@ NEEDS = {
     "seed_003_monitoring.py": "accelerate",
     "vision_classify.py": "PIL",
     "vision_detect.py": "pycocotools",
+    "vision_language.py": "PIL",
 }
 
 

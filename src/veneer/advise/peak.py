@@ -107,7 +107,10 @@ def _matching(names: Sequence[str], patterns: str | Sequence[str], what: str) ->
     """The names that targets or exclude mean: a preset, a regular expression for whole names, or name endings."""
     if patterns == "all-linear":
         return set(names)
-    from veneer.core.select import PRESETS, ends_with  # imports torch, so only where a pattern needs it
+    from veneer.core.select import PRESETS, TOWERS, ends_with  # imports torch, so only where a pattern needs it
+
+    if isinstance(patterns, str) and patterns in TOWERS:
+        return {n for n in names if set(TOWERS[patterns]).intersection(n.split("."))}
 
     preset = PRESETS.get(patterns) if isinstance(patterns, str) else None
     if isinstance(patterns, str) and preset is None:

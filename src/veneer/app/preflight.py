@@ -92,7 +92,7 @@ def preflight(resolved: Resolved, tell: Tell) -> Checked:
     task = make_task(settings, settings.model, None, parts, tell)
     settle_length(settings, settings.model)
     train, _ = encode_rows(task, settings, parts, tell)
-    mask = _told_mask(train, task.tokenizer, tell)
+    mask = _told_mask(train, task.renderer.tokenizer if task.renderer else task.tokenizer, tell)
     memory, free = _memory(settings, train, labels=len(task.labels.names) if task.labels else 2)
     _tell_memory(memory, free, tell)
     steps, rate, reason = _plan(settings, train, memory, tell)

@@ -2,7 +2,8 @@
 
     layout        rows                                                families (config.model_type)
     stacked       all q, all k, all v                                 gpt2, mpt, qwen, phi3, dbrx, chatglm; falcon and
-                                                                      gpt_bigcode with one k and v for all heads
+                                                                      gpt_bigcode with one k and v for all heads;
+                                                                      and timm's, told by the class that holds them
     interleaved   q, k and v of the first head, of the second ...     gpt_neox, bloom, persimmon; gpt_bigcode and falcon
                                                                       with a k and v for each head
     grouped       the q of all heads that share a k and v, these      falcon's new architecture
@@ -66,12 +67,18 @@ def _codegen(config: Any, out: int, width: int) -> Layout:
     return Layout(4, dict.fromkeys("qvk", out // 12))
 
 
+def _vision(config: Any, out: int, width: int) -> Layout:
+    """The vision towers of these keep q, k and v in one matrix; their language models do not."""
+    return Layout(1, dict.fromkeys("qkv", out // 3))
+
+
 LAYOUTS: dict[str, Callable[[Any, int, int], Layout]] = {
     **dict.fromkeys(("gpt2", "mpt", "qwen", "phi3", "phi4_multimodal", "dbrx", "chatglm"), _stacked),
     **dict.fromkeys(("gpt_neox", "gpt_neox_japanese", "bloom", "persimmon"), _interleaved),
     "gpt_bigcode": _bigcode,
     "falcon": _falcon,
     "codegen": _codegen,
+    **dict.fromkeys(("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe"), _vision),
 }
 
 
@@ -79,6 +86,9 @@ def fused_parts(model: nn.Module, name: str, layer: nn.Module) -> dict[str, Rang
     """{"q": row ranges, "k": ..., "v": ...} for the fused layer `name` of a transformers model."""
     config = getattr(model, "config", None)
     family = getattr(config, "model_type", None)
+    if type(model.get_submodule(name.rpartition(".")[0])).__module__.partition(".")[0] == "timm":
+        out, _ = op_of(layer).shape(layer)
+        return {part: Layout(1, dict.fromkeys("qkv", out // 3)).ranges(part) for part in "qkv"}
     if family in LAYOUTS:
         layout = LAYOUTS[family](config, *op_of(layer).shape(layer))
         return {part: layout.ranges(part) for part in "qkv"}

@@ -32,6 +32,7 @@ __all__ = [
     "select",
     "select_saved",
 ]
+__all__ += ["TOWERS"]
 
 QUERY_VALUE = ("q_proj", "v_proj", "query", "value", "q_lin", "v_lin", "q", "v", "to_q", "to_v")
 FUSED = ("c_attn", "query_key_value", "qkv_proj", "qkv", "Wqkv", "in_proj")  # q, k and v in one matrix
@@ -42,6 +43,12 @@ PRESETS: Mapping[str, tuple[str, ...] | None] = {
     "minimal": QUERY_VALUE + FUSED,
     "attention": QUERY_VALUE + FUSED + KEY_OUTPUT + OUTPUT,
     "all-linear": None,  # by layer kind, not by name
+    "language": None,  # all-linear inside one tower of a model of pictures and words
+    "vision": None,
+}
+TOWERS: Mapping[str, tuple[str, ...]] = {  # a layer belongs to the tower whose name is a part of its own
+    "language": ("language_model", "text_model"),
+    "vision": ("vision_tower", "visual", "vision_model", "vision_encoder"),
 }
 
 
@@ -142,6 +149,7 @@ def _preset(model: nn.Module, layers: Mapping[str, nn.Module], preset: str) -> l
     else:
         head = output_head(model)
         chosen = [n for n, m in layers.items() if _is_linear(m) and m is not head and not ends_with(n, "lm_head")]
+        chosen = [n for n in chosen if preset not in TOWERS or set(TOWERS[preset]).intersection(n.split("."))]
     if not chosen:
         kinds = ", ".join(sorted({type(m).__name__ for m in layers.values()})) or "none"
         raise TargetError(

@@ -40,8 +40,8 @@ class LoRA:
     """A low-rank adapter as one value.
 
     rank, alpha     dW = s B A with A (rank, in), B (out, rank) and s = alpha / rank
-    targets         a preset ("minimal": q and v, "attention": q, k, v and o, "all-linear": all but the head), a
-                    regular expression for whole module names, or a list of name endings
+    targets         a preset ("minimal": q and v, "attention": q, k, v and o, "all-linear": all but the head, "language"
+                    and "vision": all in one tower), a regular expression for whole module names, or name endings
     exclude         name endings, or one regular expression, for layers to leave alone
     layers          indices of the blocks to adapt, negative ones counted from the end; None for all
     dropout         share of the inputs of A that is zeroed in training

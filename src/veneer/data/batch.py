@@ -26,7 +26,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from veneer.data.types import IGNORE, Encoded
-from veneer.errors import StateError
+from veneer.errors import DataError, StateError
 from veneer.kernels.varlen import MARK
 
 __all__ = ["Batch", "batches", "collate", "pad_id_of"]
@@ -117,6 +117,8 @@ def collate(samples: Sequence[Encoded], pad_id: int = 0, *, flat: bool = False, 
         inputs["attention_mask"] = _padded([[1] * len(row) for row in rows], 0, width)
     if any(row.token_type_ids is not None for row in rows):
         inputs["token_type_ids"] = _padded([row.token_type_ids or [0] * len(row) for row in rows], 0, width)
+    if any(row.extras is not None for row in rows):
+        inputs |= _beside(rows, width)
     trained = sum(sample.trained_tokens for sample in samples)
     places = tuple(sample.where for sample in samples)
     return Batch(inputs, _labels(rows, width), trained, tuple(row.segments for row in rows), places)
@@ -127,6 +129,23 @@ def _pictures(samples: Sequence[Encoded]) -> Batch:
     places = tuple(sample.where for sample in samples)
     trained = sum(sample.trained_tokens for sample in samples)
     return Batch({"pixel_values": values}, _labels(samples, 1), trained, tuple(s.segments for s in samples), places)
+
+
+def _beside(rows: Sequence[Encoded], width: int) -> dict[str, Any]:
+    """Pictures of all rows one after the other, and what has a value for each token padded as tokens are."""
+    held = [row.extras() if row.extras is not None else {} for row in rows]
+    found: dict[str, Any] = {}
+    for name in dict.fromkeys(name for each in held for name in each):
+        parts = [each.get(name) for each in held]
+        if all(part is None or part.shape == (1, len(row)) for part, row in zip(parts, rows, strict=True)):
+            found[name] = _padded([[] if part is None else part[0].tolist() for part in parts], 0, width)
+            continue
+        shapes = {tuple(part.shape[1:]) for part in parts if part is not None}
+        if len(shapes) > 1:
+            fix = "set batch_size: 1 (global_batch stays), or bring the pictures to one shape"
+            raise DataError(f"{name} of the pictures in one batch have unlike shapes: {sorted(shapes)}", fix=fix)
+        found[name] = torch.cat([part for part in parts if part is not None])
+    return found
 
 
 def batches(

@@ -12,6 +12,7 @@
 | labelled (sequence classification) | text, label, pair? |
 | text | text |
 | objects, boxes, box table (object detection) | image, objects; image, boxes, labels; image, x0, y0, x1, y1, label |
+| illustrated, picture questions (image and text) | messages with parts, images?; image, question, answer |
 | image (image classification) | image (a path, or what a data set holds), label |
 
 Detection takes the first format in this file's order that half of the rows fit, and every row is then held to it: a
@@ -28,12 +29,14 @@ from typing import Any, NoReturn
 
 from veneer.core.registry import Registry, near
 from veneer.data.boxes import corners, joined, of_objects
+from veneer.data.illustrated import with_pictures
 from veneer.data.turns import RowError, conversation, json_list, kind_of, tool_list
 from veneer.data.types import (
     Boxed,
     Chat,
     Completion,
     Example,
+    Illustrated,
     Labelled,
     Message,
     Pair,
@@ -362,19 +365,49 @@ def _box(fields: Fields) -> Boxed:
 
 
 def _image(fields: Fields) -> Any:
-    value = fields.value("image")
+    return _picture(fields.value("image"), fields.name("image"))
+
+
+def _picture(value: Any, field: str) -> Any:
     if isinstance(value, Mapping):  # as `datasets` keeps pictures that it has not decoded
         value = value.get("bytes") or value.get("path")
     if not isinstance(value, str | bytes) and not hasattr(value, "tobytes"):
-        raise RowError(f"field {fields.name('image')!r} is {kind_of(value)}; a path or an image is expected")
+        raise RowError(f"field {field!r} is {kind_of(value)}; a path or an image is expected")
     if isinstance(value, str | bytes) and not value.strip():
-        raise RowError(f"field {fields.name('image')!r} is empty")
+        raise RowError(f"field {field!r} is empty")
     return value
 
 
 @_format("image", Pictured, f"{IMAGE} label|labels|class|category|target|fine_label")
 def _pictured(fields: Fields) -> Pictured:
     return Pictured(_image(fields), _label(fields))
+
+
+@_format("illustrated", Illustrated, "messages|conversations|conversation", "images|image system")
+def _illustrated(fields: Fields) -> Illustrated:
+    value, name = fields.value("messages"), fields.name("messages")
+    messages, images = with_pictures(value, name, _images(fields) if fields.has("images") else ())
+    chat = _chat(_with_system(fields.optional_text("system"), messages), fields)
+    return Illustrated(chat, images, where=chat.where)
+
+
+QUESTIONS = "question|prompt|query|instruction"
+
+
+@_format("picture questions", Illustrated, f"images|{IMAGE} {QUESTIONS} answer|caption|{ANSWERS}", "system")
+def _picture_question(fields: Fields) -> Illustrated:
+    turns = [
+        {"role": "user", "content": fields.text("question")},
+        {"role": "assistant", "content": fields.text("answer")},
+    ]
+    messages, images = with_pictures(turns, "question", _images(fields))
+    return Illustrated(_chat(_with_system(fields.optional_text("system"), messages), fields), images)
+
+
+def _images(fields: Fields) -> tuple[Any, ...]:
+    value = fields.value("images")
+    held = value if isinstance(value, list | tuple) else [value]
+    return tuple(_picture(each, fields.name("images")) for each in held)
 
 
 @_format("text", Text, "text|content|document")

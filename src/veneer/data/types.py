@@ -13,6 +13,7 @@
 | source, target | `Pair` | seq2seq |
 | image, label | `Pictured` | image classification |
 | image, boxes and labels; COCO's JSON | `Boxed` | object detection |
+| messages and images; image, question, answer | `Illustrated` | image and text |
 
 Examples are frozen and hold text only; every one knows the place it came from, so that a complaint made at any later
 stage still names file and line.
@@ -36,6 +37,7 @@ __all__ = [
     "Encoded",
     "Example",
     "Ids",
+    "Illustrated",
     "Label",
     "Labelled",
     "LossOn",
@@ -176,12 +178,27 @@ class Boxed(_Example):
         return _hash_of(f"{self.boxes}{self.labels}\0", self.image)
 
 
+@dataclass(frozen=True)
+class Illustrated(_Example):
+    """A conversation with pictures, each of which is one character of its texts (`data.illustrated.MARK`)."""
+
+    chat: Chat
+    images: tuple[Any, ...]
+
+    @cached_property
+    def id(self) -> str:
+        told = f"{self.chat.messages}\0"
+        for image in self.images:
+            told += _hash_of("", image)
+        return _hash_of(told, "")
+
+
 def _hash_of(said: str, image: Any) -> str:
     data = image.encode() if isinstance(image, str) else image if isinstance(image, bytes) else image.tobytes()
     return hashlib.sha256(said.encode() + data).hexdigest()[:16]
 
 
-Example: TypeAlias = Chat | Completion | Text | Tokens | Labelled | Tagged | Pair | Pictured | Boxed
+Example: TypeAlias = Chat | Completion | Text | Tokens | Labelled | Tagged | Pair | Pictured | Boxed | Illustrated
 
 
 @dataclass(frozen=True)
@@ -205,6 +222,7 @@ class Encoded:
     token_type_ids: Ids | None = None  # BERT's, for a pair of texts
     pixels: Callable[[], Any] | None = None  # gives the picture that takes the place of tokens, read when it is needed
     boxes: tuple[Box, ...] = ()
+    extras: Callable[[], dict[str, Any]] | None = None  # gives what goes to the model beside the tokens: pictures
 
     def __post_init__(self) -> None:
         if not self.segments:

@@ -90,7 +90,8 @@ def evaluate(
     """Judge the first source of `ready` on these rows. `answer`: how many rows are also answered (0 for none)."""
     found = compiled(pattern)
     judge = Judge(ready, _sides(ready), batch_size, say)
-    encoded = ready.task.encode(examples, max_len=max_len or ready.engine.limit, overlong="truncate", loss_on=loss_on)
+    overlong = "truncate" if ready.task.packs or not ready.task.renders else "drop"  # a picture cannot be cut
+    encoded = ready.task.encode(examples, max_len=max_len or ready.engine.limit, overlong=overlong, loss_on=loss_on)
     questions = [each for example in examples if (each := question_of(example))] if ready.answers else []
     if (pattern or choices) and not questions:
         fix = "give rows with a prompt and an answer"

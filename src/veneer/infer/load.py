@@ -178,7 +178,7 @@ def _task(source: Source) -> Task:
     """The task with the tokenizer, the classes and, for conversations, the renderer that it was trained with."""
     kind = TASKS[source.task]
     tokenizer = _tokenizer(source.tokenizer, kind.reader)
-    renderer = Renderer(tokenizer, source.template, source.system) if kind.renders else None
+    renderer = Renderer(kind.speaker(tokenizer), source.template, source.system) if kind.renders else None
     return kind(tokenizer, source.labels, renderer)
 
 

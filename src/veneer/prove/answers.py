@@ -25,7 +25,7 @@ from veneer.errors import StateError
 from veneer.prove.found import bare
 
 __all__ = ["NOISE", "Answer", "Inputs", "Subject", "answers", "batches", "call", "divergence", "few", "first_tensor"]
-__all__ += ["gap", "largest", "limit", "same_bits", "tensors_in"]
+__all__ += ["gap", "largest", "limit", "same_bits", "shows_pictures", "tensors_in"]
 
 Inputs = Mapping[str, Any] | Sequence[Any] | Tensor
 
@@ -179,13 +179,21 @@ def batches(inputs: Inputs | list[Any]) -> list[Inputs]:
     return [few(each) for each in (inputs if isinstance(inputs, list) else [inputs])]
 
 
+def shows_pictures(inputs: Inputs) -> bool:
+    """Whether pictures stand among the tokens."""
+    return isinstance(inputs, Mapping) and "input_ids" in inputs and any(key.startswith("pixel_") for key in inputs)
+
+
 def few(inputs: Inputs, rows: int = ROWS, tokens: int = TOKENS) -> Inputs:
     """The first rows of a batch of token ids, cut to `tokens`: enough to tell two models apart, and cheap.
 
-    Only what is known to run along the tokens is cut; a batch of anything else keeps its rows as they are.
+    Only what is known to run along the tokens is cut; a batch of anything else keeps its rows as they are, and one of
+    words and pictures stays whole, for which patches belong to which token is the model's own knowledge.
     """
     if isinstance(inputs, Tensor):
         return inputs[:rows]
+    if shows_pictures(inputs):
+        return {key: value for key, value in inputs.items() if key not in NOT_AN_INPUT}  # type: ignore[union-attr]
     if not isinstance(inputs, Mapping):
         return tuple(each[:rows] if isinstance(each, Tensor) else each for each in inputs)
     ids = inputs.get("input_ids")

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from veneer.core.model import activate, adapters, is_merged
 from veneer.errors import StateError
-from veneer.prove.answers import Inputs, Subject, call, first_tensor
+from veneer.prove.answers import Inputs, Subject, call, first_tensor, shows_pictures
 from veneer.prove.found import as_found, bare
 from veneer.prove.proof import Check, Proof
 
@@ -34,7 +34,7 @@ Row = dict[str, Any]
 
 
 def canary_of(subject: Subject, tokenizer: Any | None = None) -> dict[str, Any]:
-    """Empty for a model that does not read token ids: its inputs would be too large to write down."""
+    """Empty for a model that does not read token ids alone: its inputs would be too large to write down."""
     prompts = [row for inputs in subject.inputs for row in _rows(inputs)][:PROMPTS]
     if not prompts or not all(answer.are_logits for answer in subject.adapted):
         return {}
@@ -85,7 +85,7 @@ def _verdict(canary: Mapping[str, Any], now: Sequence[Tensor], tokenizer: Any | 
 def _rows(inputs: Inputs) -> list[Row]:
     """The prompts of a batch as lists of ids, without padding."""
     ids = inputs.get("input_ids") if isinstance(inputs, Mapping) else None
-    if not isinstance(ids, Tensor) or ids.ndim != 2 or ids.is_floating_point():
+    if not isinstance(ids, Tensor) or ids.ndim != 2 or ids.is_floating_point() or shows_pictures(inputs):
         return []
     mask = inputs.get("attention_mask")  # type: ignore[union-attr]
     keep = torch.ones_like(ids) if not isinstance(mask, Tensor) or mask.shape != ids.shape else mask

@@ -3,6 +3,7 @@
 from veneer.tasks import (
     causal_lm,
     image_classification,
+    image_text,
     object_detection,
     seq2seq,
     sequence_classification,
@@ -12,6 +13,7 @@ from veneer.tasks import (
 __all__ = [
     "causal_lm",
     "image_classification",
+    "image_text",
     "object_detection",
     "seq2seq",
     "sequence_classification",

@@ -56,6 +56,7 @@ class Task(ABC):
     reader: ClassVar[str] = "AutoTokenizer"  # of transformers: what turns rows into what the model takes
     kinds: ClassVar[tuple[type[Any], ...]]  # of example, in veneer.data.types
     renders: ClassVar[bool] = False  # whether rows are conversations or plain text that a template may write
+    packs: ClassVar[bool] = False  # whether several rows may be joined to one
     labelled: ClassVar[bool] = False  # whether rows hold classes, and the model a head for them
     exact: ClassVar[bool] = False  # whether the loss needs fp32
 
@@ -74,6 +75,11 @@ class Task(ABC):
         report: Callable[[int, int], None] | None = None,
     ) -> Encodings:
         """Token ids and labels of rows, and what was left out. `loss_on` is for tasks that mask a text."""
+
+    @staticmethod
+    def speaker(reader: Any) -> Any:
+        """What writes conversations for a renderer."""
+        return reader
 
     def training_options(self, settings: Any) -> dict[str, Any]:
         """What `encode` is told about training rows alone."""

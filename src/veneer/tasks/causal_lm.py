@@ -31,7 +31,7 @@ class CausalLM(Task):
     name = "causal_lm"
     auto_class = "AutoModelForCausalLM"
     kinds = (Chat, Completion, Text, Tokens)
-    renders = True
+    renders = packs = True
     split: HeadSplit = HeadSplit(None, None, "not looked at yet")
 
     def encode(self, examples: Sequence[Any], *, loss_on: LossOn = "assistant", **options: Any) -> Encodings:

@@ -52,6 +52,14 @@ class ImageClassification(Task):
             raise DataError(f"a picture has one class here, and the labels are {self.known_labels}", fix=fix)
         return encode_pictures(examples, self.tokenizer, self.known_labels, **options)
 
+    def heads(self, model: nn.Module) -> tuple[str, ...]:
+        """What stands beside the body; inside transformers' wrapper of a model of timm, what timm says it is."""
+        inner: Any = getattr(model, "timm_model", None)
+        if inner is None:
+            return super().heads(model)
+        head = inner.get_classifier()
+        return tuple(name for name, module in model.named_modules() if module is head)
+
     def judge(self, model: nn.Module, batch: Batch) -> Judged:
         """Predictions are the classes of the TOP largest logits, the best first."""
         pixels = batch.inputs["pixel_values"]

@@ -166,7 +166,7 @@ def make_task(settings: Reads, source: Any, tokenizer: Any, parts: Split, tell: 
         tell("doing", text="loading the tokenizer")
         tokenizer = base.tokenizer_of(source, kind.reader)
     labels = parts.train.labels if kind.labelled else None
-    renderer = Renderer(tokenizer, settings.template, settings.system) if kind.renders else None
+    renderer = Renderer(kind.speaker(tokenizer), settings.template, settings.system) if kind.renders else None
     if labels is not None:
         tell("note", text=str(labels))
     if renderer is not None:
@@ -349,7 +349,7 @@ def check_token_rows(settings: Reads, task: Task, samples: Sequence[Encoded], te
 
 def tell_attention(task: Task, model: nn.Module, tell: Tell) -> bool:
     """Whether batches go without padding: all samples in one row, and attention within each. Tried out on the model."""
-    if not task.renders:
+    if not task.packs:
         return False
     if (why := obstacle(model) or varlen.obstacle(model)) is None:
         try:
@@ -386,8 +386,8 @@ def settle_packing(
 def _packing_rule(
     settings: Reads, task: Task, model: nn.Module, train: Encodings, device: torch.device
 ) -> tuple[str, str]:
-    if not task.renders:
-        return "off", f"the task {settings.task} has one label or target per sample"
+    if not task.packs:
+        return "off", f"the task {settings.task} keeps its samples apart"
     if (why := obstacle(model)) is not None:
         return "off", why
     if device.type == "cpu":
@@ -429,7 +429,8 @@ def _rate_rule(settings: Reads, model: nn.Module) -> tuple[float, str]:
 
 def previews(task: Task, samples: list[Encoded]) -> list[list[Any]]:
     """The first samples as stretches of trained and untrained text: what the report colours."""
-    return [list(runs(sample, task.tokenizer)) for sample in samples[:3] if sample.layout == "token"]
+    words = task.renderer.tokenizer if task.renderer is not None else task.tokenizer
+    return [list(runs(sample, words)) for sample in samples[:3] if sample.layout == "token"]
 
 
 def facts(parts: Split, train: Encodings, val: Encodings, rows: list[Encoded]) -> dict[str, Any]:

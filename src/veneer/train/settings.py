@@ -69,7 +69,8 @@ def choice(default: str, choices: str, help: str, *, also: Mapping[Any, str] | N
 
 
 LORA = {"method": ("lora",)}
-TEXT = {"task": ("causal_lm",)}
+TEXT = {"task": ("causal_lm", "image_text")}
+PACKED = {"task": ("causal_lm",)}
 of_adapter = partial(key, group="method", only_for=LORA)
 of_data = partial(key, group="data")
 of_text = partial(key, group="data", only_for=TEXT)
@@ -81,6 +82,7 @@ TASKS = {
     **dict.fromkeys(["classification", "text_classification", "seq_cls"], "sequence_classification"),
     **dict.fromkeys(["ner", "token_cls"], "token_classification"),
     **dict.fromkeys(["image", "images", "vision", "image_cls"], "image_classification"),
+    **dict.fromkeys(["image_text_to_text", "vision_language", "vlm", "multimodal"], "image_text"),
     **dict.fromkeys(["detection", "boxes", "object"], "object_detection"),
     **dict.fromkeys(["text2text", "seq_2_seq_lm"], "seq2seq"),
 }
@@ -106,8 +108,10 @@ class Settings:
     # The method
     task: str = choice(
         "causal_lm",
-        "causal_lm sequence_classification token_classification seq2seq image_classification object_detection",
-        "What is learned: answers (causal_lm), a label per text, word or image, text from text, or boxes on images.",
+        "causal_lm sequence_classification token_classification seq2seq image_classification object_detection "
+        "image_text",
+        "What is learned: answers (causal_lm), a label per text, word or image, text from text, boxes on images, or "
+        "answers about images.",
         also=TASKS, group="method",
     )  # fmt: skip
     method: str = choice(
@@ -127,7 +131,8 @@ class Settings:
     )
     targets: str | tuple[str, ...] = of_adapter(
         "all-linear", "names", parse.targets,
-        "Layers to adapt: minimal (q, v), attention (q, k, v, o), all-linear, a regular expression, or name endings.",
+        "Layers to adapt: minimal (q, v), attention (q, k, v, o), all-linear, language or vision (one tower), a "
+        "regular expression, or name endings.",
     )  # fmt: skip
     exclude: tuple[str, ...] = of_adapter((), "names", parse.names, "Layers to leave alone among the targets.")
     modules_to_save: tuple[str, ...] = of_adapter(
@@ -203,7 +208,8 @@ class Settings:
     overlong: str = choice("drop", "drop truncate split error", "What happens to longer samples.", group="data")
     packing: str = choice(
         "auto", "auto on off", "Several samples in one row, none of which can see another.",
-        also={True: "on", False: "off"}, rule="on where the model can keep samples apart", group="data", only_for=TEXT,
+        also={True: "on", False: "off"}, rule="on where the model can keep samples apart",
+        group="data", only_for=PACKED,
     )  # fmt: skip
     loss_on: str = choice(
         "assistant", "assistant completions last all",
