@@ -48,12 +48,12 @@ METHODS: dict[str, dict[str, Any]] = {
     "full": {"method": "full"},
 }
 RATES = {
-    "probe": (3e-4, 1e-3, 3e-3, 1e-2),
+    "probe": (1e-2, 3e-2, 1e-1, 3e-1),
     "LoRA": (3e-4, 1e-3, 2e-3, 4e-3),
     "DoRA": (3e-4, 1e-3, 2e-3, 4e-3),
     "full": (1e-5, 3e-5, 1e-4, 3e-4),
 }
-USUAL = {"probe": 3e-3, "LoRA": 1e-3, "DoRA": 1e-3, "full": 5e-5}
+USUAL = {"probe": 3e-2, "LoRA": 1e-3, "DoRA": 1e-3, "full": 5e-5}
 FOR_TINY = {"probe": 2e-2, "LoRA": 1e-2, "DoRA": 1e-2, "full": 2e-3}
 TINY = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "patch_size": 7, "image_size": 28,
         "initializer_range": 0.2}  # fmt: skip
@@ -70,6 +70,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--grid", action="store_true", help="try every learning rate with every seed")
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
+    parser.add_argument("--beside", help="show the runs of this file, which --json kept, in the same table")
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--json", help="keep all runs in this file")
     parser.add_argument("--picture", help="draw what LoRA's first seed took for what (PNG)")
@@ -219,6 +221,7 @@ def all_runs(asked: argparse.Namespace) -> Iterator[dict[str, Any]]:
     tasks = [
         (told, method, rate, seed)
         for method in reversed(METHODS)  # the slow ones first
+        if method in asked.methods
         for rate in (RATES[method] if asked.grid else (usual[method],))
         for seed in range(asked.seeds)
     ]
@@ -235,7 +238,7 @@ def all_runs(asked: argparse.Namespace) -> Iterator[dict[str, Any]]:
 def chosen(runs: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
     """For each method the runs at the rate that was best on the validation rows."""
     found = {}
-    for method in METHODS:
+    for method in dict.fromkeys(run["method"] for run in sorted(runs, key=lambda run: [*METHODS].index(run["method"]))):
         own = [run for run in runs if run["method"] == method]
         rates = sorted({run["rate"] for run in own})
         best = max(rates, key=lambda rate: statistics.mean(r["val"] for r in own if r["rate"] == rate))
@@ -293,7 +296,7 @@ def draw(confusion: dict[str, Any], file: str) -> None:
 
 def main() -> None:
     asked = arguments()
-    runs = []
+    runs = json.loads(Path(asked.beside).read_text())["runs"] if asked.beside else []
     started = time.perf_counter()
     for run in all_runs(asked):
         runs.append(run)

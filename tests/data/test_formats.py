@@ -281,4 +281,5 @@ def test_the_rows_in_the_manual_are_what_it_says(name, rows, tmp_path):
 
 def test_the_manual_has_every_format():
     told = re.findall(r"```jsonl ([^\n]+)\n", PAGE)
-    assert set(told) == {name for name in FORMATS if "preference" not in name}
+    undetected = {"illustrated parts"}  # the task says so: such rows look like those of words alone
+    assert set(told) == {name for name in FORMATS if "preference" not in name} - undetected

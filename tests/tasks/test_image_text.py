@@ -151,6 +151,20 @@ def test_towers_by_preset_by_pattern_and_by_mistake(kind: str) -> None:
         veneer.attach(transformers.LlamaForCausalLM(transformers.LlamaConfig(**TEXT)), LoRA(rank=2, targets="vision"))
 
 
+def test_minimal_means_q_and_v_in_the_vision_towers_fused_matrix_too() -> None:
+    model = qwen().eval()
+    inputs = asked("qwen2_5_vl")
+    report = veneer.attach(model, LoRA(rank=2, targets="minimal"))
+    assert {name.rsplit(".", 1)[-1] for name in report.sites} == {"q_proj", "v_proj", "qkv"}
+    spread(model)
+    layer = model.model.visual.blocks[0].attn.qkv
+    change = layer.lora["default"].delta.weight()
+    assert (change[32:64] == 0).all() and (change[:32] != 0).any() and (change[64:] != 0).any()
+    adapted = model(**inputs).logits
+    veneer.merge(model)
+    assert torch.allclose(model(**inputs).logits, adapted, atol=1e-4)
+
+
 def test_layers_behind_the_one_that_is_read_would_be_found_dead() -> None:
     model = llava()
     veneer.attach(model, LoRA(rank=2))

@@ -179,9 +179,9 @@ def _is_near_miss(name: str, wanted: list[str]) -> bool:
 
 
 def _missing(form: Format, present: list[str]) -> str:
-    """What a format of which some fields are there still lacks; nothing for the rest."""
+    """What a format of which half of the fields are there still lacks; nothing for the rest."""
     lacking = [names for names in form.needs if not set(names).intersection(present)]
-    return ", ".join(" or ".join(names) for names in lacking) if 0 < len(lacking) < len(form.needs) else ""
+    return ", ".join(" or ".join(names) for names in lacking) if 0 < 2 * len(lacking) <= len(form.needs) else ""
 
 
 def example_of(row: Row, form: Format, columns: Mapping[str, str]) -> Example:
@@ -211,6 +211,40 @@ def _unpaired(fields: Fields) -> NoReturn:
         "these are unpaired preference rows (prompt, completion, label), which need KTO; it is not built yet",
         fix="keep the rows with a good label, leave the label column out, and they are prompt/completion rows",
     )
+
+
+# Pictures and words: before the formats of words alone, which would leave the pictures out
+
+
+IMAGE = "image|img|picture|path|file|file_name|filename|filepath|image_path"
+TURNS = "messages|conversations|conversation"
+
+
+@_format("illustrated", Illustrated, f"{TURNS} images|image", "system")
+def _illustrated(fields: Fields) -> Illustrated:
+    value, name = fields.value("messages"), fields.name("messages")
+    messages, images = with_pictures(value, name, _images(fields) if fields.has("images") else ())
+    chat = _chat(_with_system(fields.optional_text("system"), messages), fields)
+    return Illustrated(chat, images, where=chat.where)
+
+
+QUESTIONS = "question|prompt|query|instruction"
+
+
+@_format("picture questions", Illustrated, f"images|{IMAGE} {QUESTIONS} answer|caption|{ANSWERS}", "system")
+def _picture_question(fields: Fields) -> Illustrated:
+    turns = [
+        {"role": "user", "content": fields.text("question")},
+        {"role": "assistant", "content": fields.text("answer")},
+    ]
+    messages, images = with_pictures(turns, "question", _images(fields))
+    return Illustrated(_chat(_with_system(fields.optional_text("system"), messages), fields), images)
+
+
+def _images(fields: Fields) -> tuple[Any, ...]:
+    value = fields.value("images")
+    held = value if isinstance(value, list | tuple) else [value]
+    return tuple(_picture(each, fields.name("images")) for each in held)
 
 
 # Text to be continued
@@ -339,9 +373,6 @@ def _label(fields: Fields) -> Any:
     return value.strip() if isinstance(value, str) else value
 
 
-IMAGE = "image|img|picture|path|file|file_name|filename|filepath|image_path"
-
-
 @_format("objects", Boxed, f"{IMAGE} objects|annotations")
 def _objects(fields: Fields) -> Boxed:
     return Boxed(_image(fields), *of_objects(fields.value("objects"), fields.name("objects")))
@@ -383,31 +414,7 @@ def _pictured(fields: Fields) -> Pictured:
     return Pictured(_image(fields), _label(fields))
 
 
-@_format("illustrated", Illustrated, "messages|conversations|conversation", "images|image system")
-def _illustrated(fields: Fields) -> Illustrated:
-    value, name = fields.value("messages"), fields.name("messages")
-    messages, images = with_pictures(value, name, _images(fields) if fields.has("images") else ())
-    chat = _chat(_with_system(fields.optional_text("system"), messages), fields)
-    return Illustrated(chat, images, where=chat.where)
-
-
-QUESTIONS = "question|prompt|query|instruction"
-
-
-@_format("picture questions", Illustrated, f"images|{IMAGE} {QUESTIONS} answer|caption|{ANSWERS}", "system")
-def _picture_question(fields: Fields) -> Illustrated:
-    turns = [
-        {"role": "user", "content": fields.text("question")},
-        {"role": "assistant", "content": fields.text("answer")},
-    ]
-    messages, images = with_pictures(turns, "question", _images(fields))
-    return Illustrated(_chat(_with_system(fields.optional_text("system"), messages), fields), images)
-
-
-def _images(fields: Fields) -> tuple[Any, ...]:
-    value = fields.value("images")
-    held = value if isinstance(value, list | tuple) else [value]
-    return tuple(_picture(each, fields.name("images")) for each in held)
+_format("illustrated parts", Illustrated, TURNS, "system")(_illustrated)  # pictures in the turns themselves, or none
 
 
 @_format("text", Text, "text|content|document")

@@ -332,6 +332,8 @@ def _columns(value: dict[str, Any]) -> list[tuple[Any, ...]] | None:
         return None
     if any(key in value and not all(isinstance(item, list) for item in value[key]) for key in LISTS):
         return None  # these are lists in every row, so this is one row
+    if any(value.get(key) and isinstance(value[key][0], dict) for key in ROW_LISTS):
+        return None  # the turns of one conversation, beside its pictures
     sizes = {len(column) for column in value.values()}
     return list(zip(*value.values(), strict=True)) if len(sizes) == 1 else None
 

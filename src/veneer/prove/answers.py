@@ -30,6 +30,7 @@ __all__ += ["gap", "largest", "limit", "same_bits", "shows_pictures", "tensors_i
 Inputs = Mapping[str, Any] | Sequence[Any] | Tensor
 
 NOISE = {torch.float64: 1e-9, torch.float32: 5e-5, torch.float16: 1.5e-2, torch.bfloat16: 0.12}
+REPEATED = 7  # tokens of a source that a decoder is asked to repeat
 ROWS, TOKENS = 4, 64  # of an input that a training batch was cut to
 NOT_AN_INPUT = ("labels", "label", "start_positions", "end_positions")  # asking for the loss would only cost memory
 PER_TOKEN = ("input_ids", "attention_mask", "position_ids", "token_type_ids")
@@ -81,14 +82,15 @@ def call(model: nn.Module, inputs: Inputs) -> Any:
 
 
 def _with_decoder(model: nn.Module, inputs: dict[str, Any]) -> dict[str, Any]:
-    """An encoder-decoder that is given no target begins one, where generation would."""
+    """An encoder-decoder that is given no target is asked to repeat the beginning of what it reads. Of one token alone
+    its attention could say anything: queries and keys would seem to be without effect."""
     config = getattr(model, "config", None)
     start = getattr(config, "decoder_start_token_id", None)
     ids = inputs.get("input_ids")
     known = {"decoder_input_ids", "decoder_inputs_embeds"} & inputs.keys()
     if not getattr(config, "is_encoder_decoder", False) or known or start is None or not isinstance(ids, Tensor):
         return inputs
-    return {**inputs, "decoder_input_ids": ids.new_full((len(ids), 1), start)}
+    return {**inputs, "decoder_input_ids": torch.cat([ids.new_full((len(ids), 1), start), ids[:, :REPEATED]], 1)}
 
 
 def first_tensor(output: Any) -> Tensor:
