@@ -127,6 +127,17 @@ def chunked_loss(model: nn.Module, ids: Tensor) -> Tensor:
     return chunked_cross_entropy(hidden[:, :-1], ids[:, 1:], model.lm_head, rows=1024, count=count) / count
 
 
+def away(model: nn.Module, ids: Tensor) -> Tensor:
+    """The same with what blocks keep in the host's memory until it is needed: forward and backward at once, since both
+    have to run under `offloaded`. The step's own backward pass then finds nothing left to do."""
+    from veneer.train.offload import offloaded
+
+    with offloaded(ids.device):
+        loss = chunked_loss(model, ids)
+        loss.backward()
+    return loss.detach().requires_grad_()
+
+
 def peft_chunked(model: nn.Module, ids: Tensor) -> Tensor:
     """PEFT with our loss: it has none of its own, and whole logits would decide the comparison."""
     return chunked_loss(model.base_model.model, ids)
@@ -142,12 +153,15 @@ VARIANTS: dict[str, Variant] = {
     "fused": (fused(), chunked_loss),
     "fused-asked": (fused(graphs=False), chunked_loss),
     **{f"fused-{level}": (fused(level), chunked_loss) for level in ("gate_up", "middle", "input")},
+    "fused-input-away": (fused("input", graphs=False), away),
     "fp8": (fused(storage="fp8"), chunked_loss),
+    "fp8-input-asked": (fused("input", "fp8", graphs=False), chunked_loss),
     "fp8-asked": (fused(storage="fp8", graphs=False), chunked_loss),
     **{f"fp8-{level}": (fused(level, "fp8"), chunked_loss) for level in ("gate_up", "middle", "input")},
     "int8": (fused(storage="int8"), chunked_loss),
     "nf4": (fused(storage="nf4"), chunked_loss),
     "nf4-input": (fused("input", "nf4", ends=True), chunked_loss),
+    "nf4-input-away": (fused("input", "nf4", graphs=False, ends=True), away),
 }
 TABLES: dict[str, tuple[int, int, tuple[str, ...]]] = {
     "2x2048": (2, 2048, ("peft", "peft-compiled", "plain", "plain-compiled", "fused", "fp8")),

@@ -5,14 +5,16 @@ small model the card waits for Python. A recorded block is asked for as a whole.
 
     calls 1, 2    as ever: kernels are compiled, libraries make their plans
     call 3        forward, then backward, are recorded; from here on they are replayed
-    any later     replayed if everything that was recorded still holds, otherwise as ever, and recorded anew
+    any later     replayed if everything that was recorded still holds, otherwise as ever; if what is new lasts, all
+                  blocks are recorded anew
 
 What a replay takes for granted is compared at each call: shapes, every tensor's place, modes, hooks, which adapters act
 and how strongly (`Record.state`). Numbers in tensors may change, as an optimiser changes them; places may not.
 
 Every record keeps the memory of what its backward pass needs, as a fused block does anyway between its two passes.
 Scratch memory is shared by all: record k's scratch may lie where record k + 1 keeps something, for the backward pass of
-k comes after that of k + 1. So a block that is entered twice before its backward pass runs as ever the second time.
+k comes after that of k + 1. So all blocks are recorded in one pass through the model, in the order in which they run,
+or not at all; and a block that is entered twice before its backward pass runs as ever the second time.
 """
 
 from __future__ import annotations
@@ -34,8 +36,9 @@ from veneer.quant.eight import forget
 
 __all__ = ["Recorder", "Unfit", "replayed"]
 
-WARM = 2  # calls before a block is recorded
-ANEW = 4  # recordings of one block; what changes more often than that is not worth recording
+WARM = 2  # calls alike before a block is recorded
+LASTING = 4  # calls alike, but unlike the record, before all is recorded anew: an odd last batch is none
+ROUNDS = 16  # in which all is recorded; what changes more often than that is not worth it
 Run = Callable[..., Tensor]
 """The block by its kernels: from x and the tensors among its keyword arguments to its output."""
 
@@ -51,12 +54,38 @@ class Recorder:
     gradients: dict[Any, Tensor] = field(default_factory=dict)  # by shape: what goes from one block back to the last
     outputs: dict[int, Tensor] = field(default_factory=dict)  # by place: what records give, which may be others' input
     records: weakref.WeakKeyDictionary[nn.Module, Record] = field(default_factory=weakref.WeakKeyDictionary)
+    rounds: int = 0
+    is_open: bool = False  # blocks are being recorded, in this pass through the model
+    is_stale: bool = False  # a block is no longer what was recorded: all of them anew, before the next pass
     why_not: str | None = None
     said: set[str] = field(default_factory=set)
 
-    def start(self, device: torch.device) -> None:
-        if self.pool is None:
-            self.pool, self.stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream(device)
+    def may_record(self, device: torch.device) -> bool:
+        """Whether this is the pass in which blocks are recorded, or may become it."""
+        if not self.is_open:
+            if any(record.forward_graph is not None for record in self.records.values()):
+                self.is_stale = True
+                return False
+            if self.rounds == ROUNDS:
+                self.give_up("they keep being changed")
+                return False
+            self.is_open, self.rounds = True, self.rounds + 1
+            self.pool, self.stream = torch.cuda.graph_pool_handle(), self.stream or torch.cuda.Stream(device)
+        return True
+
+    def record(self, work: Callable[[], Any]) -> tuple[Any, Any]:
+        """A graph of `work`, and what it will have given after a replay."""
+        graph = torch.cuda.CUDAGraph()
+        with _recording(graph, self), torch.enable_grad():
+            found = work()
+        return graph, found
+
+    def refresh(self, record: Record) -> None:
+        """Before a pass, which begins with the block that was met first: drop what does not hold any more, once no
+        backward pass needs it."""
+        first = next(iter(self.records.values()))
+        if self.is_stale and record is first and not any(each.is_busy for each in self.records.values()):
+            self.forget()
 
     def gradient_like(self, t: Tensor) -> Tensor:
         key = t.shape, t.dtype
@@ -76,13 +105,13 @@ class Recorder:
             warnings.warn(f"fused blocks are not recorded as CUDA graphs, and slower: {why}", stacklevel=6)
 
     def forget(self) -> None:
-        """Free what records hold; the next calls record again."""
-        for record in list(self.records.values()):
+        """Free what records hold."""
+        for record in self.records.values():
             record.drop()
-        self.records.clear()
         self.inputs.clear()
         self.gradients.clear()
         self.outputs.clear()
+        self.is_open = self.is_stale = False
 
     def __deepcopy__(self, memo: Any) -> Recorder:
         return Recorder()
@@ -110,9 +139,10 @@ class Record:
 
     def __init__(self, recorder: Recorder) -> None:
         self.recorder = recorder
-        self.calls = 0
-        self.made = 0
-        self.signature: Any = None
+        self.latest: Any = None  # what the last calls were like
+        self.calls = 0  # how many of them in a row
+        self.signature: Any = None  # what was recorded
+        self.unfit: Any = None  # what cannot be
         self.generation = 0
         self.pending: weakref.ref[Any] | None = None  # the forward pass whose backward pass is to come
         self.drop()
@@ -145,8 +175,7 @@ class Record:
 
     def make(self, module: nn.Module, x: Tensor, tensors: dict[str, Tensor], run: Run) -> None:
         recorder = self.recorder
-        recorder.start(x.device)
-        self.drop()
+        self.signature = self.latest
         self.x = self._place_of(x)
         for name, t in tensors.items():
             key = name, t.shape, t.dtype
@@ -156,26 +185,28 @@ class Record:
             self.shared[name].take(t)
         statics = {name: shared.static for name, shared in self.shared.items()}
         if self.x.data_ptr() != x.data_ptr():
-            self.x.detach().copy_(x)
+            self.x.detach().copy_(x.detach())
         with _aliased(module) as own:
             if self.signature[0] not in recorder.warmed:
                 self._warm(run, statics)
-            forward, backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
-            with _recording(forward, recorder), torch.enable_grad():
-                y = run(self.x, **statics)
+            forward, y = recorder.record(lambda: run(self.x, **statics))
             leaves = [leaf for leaf in _leaves(y) if leaf is not self.x]
             if any(id(leaf) not in own for leaf in leaves):
                 raise Unfit("it trains what lies outside of it")
             self.g, self.dx = recorder.gradient_like(y), recorder.gradient_like(self.x)
             wanted = [self.x, *leaves] if self.x.requires_grad else leaves
-            with _recording(backward, recorder):
-                # the graph of autograd is kept: it holds what the backward pass reads
-                grads = list(torch.autograd.grad(y, wanted, self.g, retain_graph=True))
-                if self.x.requires_grad:
-                    self.dx.copy_(grads.pop(0))
+            backward, grads = recorder.record(lambda: self._back(y, wanted))
         self.leaves, self.found = [own[id(leaf)] for leaf in leaves], grads
         self.y, self.forward_graph, self.backward_graph = y, forward, backward
         recorder.outputs[y.data_ptr()] = y.detach()
+
+    def _back(self, y: Tensor, wanted: list[Tensor]) -> list[Tensor]:
+        """The gradients of the leaves; x's goes to its own place, which may be y's. What the pass reads stays with y."""
+        assert self.x is not None and self.dx is not None
+        grads = list(torch.autograd.grad(y, wanted, self.g, retain_graph=True))
+        if self.x.requires_grad:
+            self.dx.copy_(grads.pop(0))
+        return grads
 
     def _warm(self, run: Run, statics: dict[str, Tensor]) -> None:
         """Once on the stream that records, for what libraries set up for each stream."""
@@ -215,7 +246,7 @@ class Record:
         if g.data_ptr() != self.g.data_ptr():
             self.g.copy_(g)
         self.backward_graph.replay()
-        self.pending = None
+        self.pending, self.recorder.is_open = None, False
         assert self.dx is not None
         return [self.dx, *self.found]
 
@@ -327,45 +358,53 @@ def replayed(
 
     settings: what else the output depends on and can be compared. tensors: what the block is called with besides x.
     """
-    if recorder.why_not is not None or not x.is_cuda or _is_watched():
+    if recorder.why_not is not None or not _can_record(x) or _is_watched():
         return None
     record = recorder.records.get(module)
     if record is None:
         record = recorder.records[module] = Record(recorder)
-    if record.is_busy:
-        return None
-    if (state := state_of(module)) is None:
+    recorder.refresh(record)
+    if record.is_busy or (state := state_of(module)) is None:
         return None
     signature = _signature(x, settings, tensors), state
-    if signature != record.signature or (record.x is not None and not record.fits(x)):
-        record.drop()
-        record.signature, record.calls = signature, 0
-    record.calls += 1
-    if record.forward_graph is None:
-        if record.calls <= WARM or record.made >= ANEW:
+    record.calls = record.calls + 1 if signature == record.latest else 1
+    record.latest = signature
+    if signature == record.unfit:
+        return None
+    if record.forward_graph is not None:
+        if signature != record.signature or not record.fits(x):
+            recorder.is_stale |= record.calls >= LASTING
             return None
-        record.made += 1
-        try:
-            record.make(module, x, tensors, run)
-        except Unfit:
-            record.drop()
-            record.made = ANEW
-            return None
-        except (RuntimeError, ValueError) as error:
-            record.drop()
-            recorder.give_up(f"recording failed: {str(error).splitlines()[0]}")
-            return None
-        if record.made == ANEW:
-            warnings.warn("a fused block was recorded for the last time: it keeps being changed", stacklevel=4)
+        recorder.is_open &= record.generation == 0
+    elif record.calls <= WARM or not recorder.may_record(x.device) or not _recorded(record, module, x, tensors, run):
+        return None
     for name, shared in record.shared.items():
         shared.take(tensors[name])
     return Replayed.apply(x, record, _follows(x), *record.leaves)  # type: ignore[return-value]
 
 
+def _recorded(record: Record, module: nn.Module, x: Tensor, tensors: dict[str, Tensor], run: Run) -> bool:
+    try:
+        record.make(module, x, tensors, run)
+    except Unfit:
+        record.drop()
+        record.unfit = record.latest
+        return False
+    except (RuntimeError, ValueError) as error:
+        record.drop()
+        record.recorder.give_up(f"recording failed: {str(error).splitlines()[0]}")
+        return False
+    return True
+
+
+def _can_record(x: Tensor) -> bool:
+    return x.is_cuda
+
+
 def _is_watched() -> bool:
     """Whether somebody wants to see, or keep elsewhere, what is saved; or records the whole step already."""
     hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
-    return hooks is not None or torch.cuda.is_current_stream_capturing()
+    return hooks is not None or (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing())
 
 
 def _signature(x: Tensor, settings: Any, tensors: dict[str, Tensor]) -> Any:
