@@ -201,7 +201,7 @@ class Record:
         recorder.outputs[y.data_ptr()] = y.detach()
 
     def _back(self, y: Tensor, wanted: list[Tensor]) -> list[Tensor]:
-        """The gradients of the leaves; x's goes to a place of its own, which may be y's. y keeps what the pass reads."""
+        """The gradients of the leaves, and of x in a place that may be that of y. y keeps what the pass reads."""
         assert self.x is not None and self.dx is not None
         grads = list(torch.autograd.grad(y, wanted, self.g, retain_graph=True))
         if self.x.requires_grad:
