@@ -135,12 +135,11 @@ def glu_back(
     d_up: Tensor,
 ) -> Float[Tensor, "t m"]:
     """Writes the two gradients where they are wanted and returns act(gate) * up, rebuilt. `d_gate` may be `g`."""
-    wide = _wide(gate).detach().requires_grad_()
-    with torch.enable_grad():
-        y = _activate(wide, act)
-    y_gate, product = torch.autograd.grad(y, wide, _wide(g) * _wide(up))[0], (y.detach() * up).to(gate.dtype)
-    d_up.copy_(_wide(g) * y.detach())
-    d_gate.copy_(y_gate)
+    wide, w = _wide(gate), _wide(g)
+    y = _activate(wide, act)
+    product, own = (y * up).to(gate.dtype), activated_back(w * up, wide, act)
+    d_up.copy_(w.mul(y))  # before the gate's, which may take g's place
+    d_gate.copy_(own)
     return product
 
 
