@@ -32,6 +32,7 @@ TITLES = {
     "method": "The method",
     "data": "The data",
     "training": "The training",
+    "pictures": "Pictures",
     "run": "How the run is kept",
 }
 

@@ -80,12 +80,14 @@ CASES: dict[str, tuple[Any, dict[str, Any], list[dict[str, Any]]]] = {
     "precision": ("bf16", {}, ROWS),
     "recompute": ("full", {}, ROWS),
     "fuse": ("on", {}, ROWS),
+    "ema": (0.5, {}, ROWS),
     "save_every": (1, {}, ROWS),
     "out": ("elsewhere", {}, ROWS),
     "name": ("mine", {}, ROWS),
     "yes": (True, {"max_len": 40}, ROWS),
 }
 ELSEWHERE = {"model": "test_loop.py", "data": "test_tasks.py and below", "resume": "test_resume.py"}
+ELSEWHERE |= dict.fromkeys((name for name, key in KEYS.items() if key.group == "pictures"), "test_diffusion.py")
 
 
 @pytest.fixture

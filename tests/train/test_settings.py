@@ -30,7 +30,8 @@ def written(folder: Path, text: str) -> Path:
 
 
 def test_few_keys_decide_what_a_run_produces() -> None:
-    assert sum(key.group not in ("subject", "run") for key in KEYS.values()) <= 47
+    assert sum(key.group not in ("subject", "run", "pictures") for key in KEYS.values()) <= 47
+    assert sum(key.group == "pictures" for key in KEYS.values()) <= 24
 
 
 def test_the_defaults_pass_their_own_readers() -> None:

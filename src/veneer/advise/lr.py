@@ -41,6 +41,7 @@ SHORT_STEPS, FEW_ROWS = 100, 100
 METHODS = {"lora": 1.0, "full": 0.1, "freeze": 0.5}
 COMBINES = ("add", "dora")
 TASKS = {"sequence_classification": 0.4, "token_classification": 0.4}
+PICTURES = 1e-4  # what the scripts of diffusers, kohya and ai-toolkit begin with for a LoRA, whatever the model's size
 LOWEST, HIGHEST = 1e-6, 5e-3
 
 
@@ -69,6 +70,8 @@ def learning_rate(
     >>> learning_rate(8e9, method="full").value
     2e-05
     """
+    if task == "diffusion":
+        return LearningRate(PICTURES * METHODS[method], f"rule: {PICTURES:.0e} for pictures".replace("e-0", "e-"))
     alpha = 2.0 * rank if alpha is None else float(alpha)
     _check(params, rank, alpha, scaling, combine, method, steps, rows)
     factors = (

@@ -26,6 +26,7 @@ GROUPS = {
     "method": "method",
     "data": "data",
     "training": "training",
+    "pictures": "pictures (task diffusion)",
     "run": "the run",
 }
 METAVARS = {"flag": "", "whole": "N", "number": "X", "path": "PATH", "names": "NAMES", "mapping": "A=B"}

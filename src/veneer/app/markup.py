@@ -16,7 +16,7 @@ from collections.abc import Iterable
 
 __all__ = ["Html", "escape", "join", "raw", "tag"]
 
-VOID = ("meta", "input", "br", "link")
+VOID = ("meta", "input", "br", "link", "img")
 
 
 class Html(str):

@@ -5,6 +5,7 @@
     mask       one sample with its trained tokens marked, and the share of all that is trained
     lengths    how long samples are, and what becomes of those over max_len
     memory     from the model's shapes, against what is free here                            exit 3 when it does not fit
+               (not of pipelines that paint: what they need is measured by the run's first step)
     plan       steps, learning rate and how long it will take
 
 The first steps are the very functions that training uses, so what passes here passes there.
@@ -51,15 +52,13 @@ class Checked:
     steps: int
     lr: float
     lr_reason: str
-    memory: Estimate
+    memory: Estimate | None  # None where nothing is known before the first step
     free_bytes: int
-    duration: Duration
+    duration: Duration | None
 
     def to_json(self) -> dict[str, Any]:
-        memory = self.memory.to_json()
-        memory.pop("plan")
         return {
-            "fits": self.memory.fits,
+            "fits": None if self.memory is None else self.memory.fits,
             "rows": self.train.rows,
             "val_rows": self.val_rows,
             "template": self.template,
@@ -67,15 +66,19 @@ class Checked:
             "trained_share": self.train.trained_share,
             "mask": self.mask,
             "plan": {"steps": self.steps, "lr": self.lr, "lr_reason": self.lr_reason},
-            "memory": {**memory, "free_bytes": self.free_bytes, "knobs": [str(knob) for knob in self.memory.knobs]},
-            "time": self.duration.to_json(),
+            "memory": None if self.memory is None else self._memory(self.memory),
+            "time": None if self.duration is None else self.duration.to_json(),
             "settings": {
                 name: str(origin) for name, origin in self.resolved.origins.items() if origin.how != "default"
             },
         }
 
+    def _memory(self, memory: Estimate) -> dict[str, Any]:
+        told = {name: value for name, value in memory.to_json().items() if name != "plan"}
+        return {**told, "free_bytes": self.free_bytes, "knobs": [str(knob) for knob in memory.knobs]}
+
     def raise_if_too_big(self) -> None:
-        if self.memory.fits is False:
+        if self.memory is not None and self.memory.fits is False:
             raise DoesNotFit(
                 f"this needs {bytes_(self.memory.needed_bytes)} and {bytes_(self.free_bytes)} are free",
                 f"memory of the {self.memory.plan.device}",
@@ -93,10 +96,13 @@ def preflight(resolved: Resolved, tell: Tell) -> Checked:
     settle_length(settings, settings.model)
     train, _ = encode_rows(task, settings, parts, tell)
     mask = _told_mask(train, task.renderer.tokenizer if task.renderer else task.tokenizer, tell)
-    memory, free = _memory(settings, train, labels=len(task.labels.names) if task.labels else 2)
-    _tell_memory(memory, free, tell)
+    memory, free, duration = None, free_memory(usual_device()), None
+    if not task.paints:
+        memory, free = _memory(settings, train, labels=len(task.labels.names) if task.labels else 2)
+        _tell_memory(memory, free, tell)
     steps, rate, reason = _plan(settings, train, memory, tell)
-    duration = _duration(settings, train, steps, memory, tell)
+    if memory is not None:
+        duration = _duration(settings, train, steps, memory, tell)
     template = task.renderer.decision if task.renderer is not None else ""
     return Checked(
         settings.resolved, train, len(parts.validation), mask, template, steps, rate, reason, memory, free, duration
@@ -155,20 +161,21 @@ def _tell_memory(memory: Estimate, free: int, tell: Tell) -> None:
         tell("note", text=str(knob))
 
 
-def _plan(settings: Reads, train: Encodings, memory: Estimate, tell: Tell) -> tuple[int, float, str]:
+def _plan(settings: Reads, train: Encodings, memory: Estimate | None, tell: Tell) -> tuple[int, float, str]:
     per_epoch = -(-len(train) // settings.global_batch)
     steps = settings.steps if settings.steps is not None else max(1, round(settings.epochs * per_epoch))
     if settings.lr == "auto":
         names = ("alpha", "scaling", "combine", "method", "task")
         given = {name: getattr(settings, name) for name in names}
-        rate, reason = learning_rate(memory.parameters, rank=settings.r, steps=steps, **given)
+        size = 1.0 if memory is None else memory.parameters  # of pictures the rule does not ask
+        rate, reason = learning_rate(size, rank=settings.r, steps=steps, **given)
     else:
         rate, reason = float(settings.lr), str(settings.resolved.origins["lr"])
-    share_trained = memory.trainable / max(memory.parameters + memory.trainable, 1)
-    text = (
-        f"{steps:,} steps of {settings.global_batch} rows, {settings.batch_size} at a time; lr {number(rate)} "
-        f"({reason}); {count(memory.trainable)} parameters trained ({share(share_trained)})"
-    )
+    text = f"{steps:,} steps of {settings.global_batch} rows, {settings.batch_size} at a time"
+    text += f"; lr {number(rate)} ({reason})"
+    if memory is not None:
+        share_trained = memory.trainable / max(memory.parameters + memory.trainable, 1)
+        text += f"; {count(memory.trainable)} parameters trained ({share(share_trained)})"
     tell("plan", text=text, steps=steps, lr=rate)
     return steps, rate, reason
 

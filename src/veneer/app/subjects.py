@@ -39,21 +39,21 @@ def _of_run(run: Run, base: str | None) -> Source:
     from veneer.infer.load import Source, told_by
 
     settings = run.config().settings
-    if not run.best.is_dir():
+    if not run.learned.is_dir():
         fix = f"`veneer train --resume {run.folder}` goes on with it" if run.status != "done" else "train it again"
-        raise CheckpointError(f"the run {run.name} ({run.status}) has no checkpoint", str(run.best), fix)
+        raise CheckpointError(f"the run {run.name} ({run.status}) has no checkpoint", str(run.learned), fix)
     common: dict[str, Any] = {
         "label": run.name,
         "template": settings.template,
         "system": settings.system,
         "plain": _is_plain(run),
-        **({"task": settings.task} | told_by(run.best)),
+        **({"task": settings.task} | told_by(run.learned)),
     }
     if settings.method != "lora":
-        return Source(base=str(run.best), **common)
+        return Source(base=str(run.learned), **common)
     proof = run.path("proof.json")
     return Source(
-        base=base or str(settings.model), adapter=run.best, proof=proof if proof.is_file() else None, **common
+        base=base or str(settings.model), adapter=run.learned, proof=proof if proof.is_file() else None, **common
     )
 
 

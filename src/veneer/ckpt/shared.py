@@ -191,7 +191,7 @@ def _has_shape(file: TensorFile, key: str, piece: Piece, known: Mapping[str, Sha
 
 
 def _read_folder(where: Path, part: str | None) -> Shared:
-    """PEFT's folders: one, or one for each part under the part's name."""
+    """PEFT's folders: one, one for each part under the part's name, or one of a model that has the parts inside it."""
     folders = {name: where / name for name in PARTS if (where / name / CONFIG).is_file()} or {part: find(where)}
     shared = Shared({}, coverage=Coverage("peft"))
     for name, folder in folders.items():
@@ -206,14 +206,15 @@ def _read_folder(where: Path, part: str | None) -> Shared:
                 "This adapter has more than low-rank factors, and the layouts that people share have no place for it."
             )
             raise CheckpointError(what, str(folder), "train with bias='none' and without modules_to_save", unknown)
-        name = name or _part_by_names(layers)
+        joined = len({module.partition(".")[0] for module in layers} & set(PARTS)) > 1
+        name = name or ("" if joined else _part_by_names(layers))
         for module, tensors in layers.items():
             own = parsed.spec.at(module)
             rank = Layer(tensors).rank
-            canon = canonical(name, module)
-            shared.parts.setdefault(name, {})[canon] = Layer(tensors, own.scale * rank)
+            owner, _, inner = module.partition(".") if joined else (name, "", module)
+            shared.parts.setdefault(owner, {})[canonical(owner, inner)] = Layer(tensors, own.scale * rank)
+            shared.coverage.used[owner] = shared.coverage.used.get(owner, 0) + len(tensors)
         shared.coverage.keys += len(file)
-        shared.coverage.used[name] = len(file)
         shared.metadata |= {k: v for k, v in file.metadata.items() if k not in ("format", "veneer")}
     return shared
 

@@ -46,6 +46,11 @@ NOTICES = {
     "see-through": "{n:,} pictures are partly transparent; what is behind was taken as black",
     "without boxes": "{n:,} pictures have no box: they teach that there may be nothing",
     "resized": "{n:,} pictures differ in size from the others; all are brought to the model's size",
+    "enlarged": "{n:,} pictures are smaller than they are trained at, and were enlarged",
+    "shapes": "trained in {n:,} shapes",
+    "repeats": "{n:,} more in each epoch, for folders that say how often",
+    "wordless": "{n:,} pictures have no words and are trained without",
+    "foldernames": "{n:,} pictures are called what their folder is called",
 }
 
 

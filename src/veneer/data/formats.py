@@ -14,6 +14,7 @@
 | objects, boxes, box table (object detection) | image, objects; image, boxes, labels; image, x0, y0, x1, y1, label |
 | illustrated, picture questions (image and text) | messages with parts, images?; image, question, answer |
 | image (image classification) | image (a path, or what a data set holds), label |
+| captioned (diffusion) | image, text? |
 
 Detection takes the first format in this file's order that half of the rows fit, and every row is then held to it: a
 format found by majority alone would call {text, label} rows plain text as soon as one label is missing.
@@ -33,6 +34,7 @@ from veneer.data.illustrated import with_pictures
 from veneer.data.turns import RowError, conversation, json_list, kind_of, tool_list
 from veneer.data.types import (
     Boxed,
+    Captioned,
     Chat,
     Completion,
     Example,
@@ -217,6 +219,7 @@ def _unpaired(fields: Fields) -> NoReturn:
 
 
 IMAGE = "image|img|picture|path|file|file_name|filename|filepath|image_path"
+LABEL = "label|labels|class|category|target|fine_label"
 TURNS = "messages|conversations|conversation"
 
 
@@ -409,9 +412,17 @@ def _picture(value: Any, field: str) -> Any:
     return value
 
 
-@_format("image", Pictured, f"{IMAGE} label|labels|class|category|target|fine_label")
+@_format("image", Pictured, f"{IMAGE} {LABEL}")
 def _pictured(fields: Fields) -> Pictured:
     return Pictured(_image(fields), _label(fields))
+
+
+@_format("captioned", Captioned, IMAGE, f"text|caption|prompt|description {LABEL}")
+def _captioned(fields: Fields) -> Captioned:
+    """The class of a picture is no caption by itself: whether it may stand for one is the task's to say."""
+    caption = " ".join(fields.optional_text("text").split())
+    folder = fields.value("label")
+    return Captioned(_image(fields), caption or None, folder if isinstance(folder, str) else "")
 
 
 _format("illustrated parts", Illustrated, TURNS, "system")(_illustrated)  # pictures in the turns themselves, or none

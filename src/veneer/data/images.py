@@ -39,7 +39,7 @@ from veneer.data.types import Boxed, Encoded, Pictured
 from veneer.errors import DataError
 from veneer.extras import need
 
-__all__ = ["AUGMENTS", "Kept", "encode_pictures", "looked_at", "open_picture", "pixels_of"]
+__all__ = ["AUGMENTS", "Kept", "encode_pictures", "in_colours", "looked_at", "name_of", "open_picture", "pixels_of"]
 
 PLAIN = "RGB"
 REPORTED = 256  # rows between two reports
@@ -60,7 +60,7 @@ def open_picture(example: Any) -> Any:
     except FileNotFoundError:
         raise DataError("there is no such file", str(image)) from None
     except (OSError, ValueError, TypeError, AttributeError, pil.DecompressionBombError) as error:
-        raise DataError(f"it cannot be read as a picture ({_short(error)})", _name(example)) from None
+        raise DataError(f"it cannot be read as a picture ({_short(error)})", name_of(example)) from None
 
 
 def _place(path: str, where: str) -> Path:
@@ -70,7 +70,7 @@ def _place(path: str, where: str) -> Path:
     return beside if not found.is_absolute() and beside.is_file() else found
 
 
-def _name(example: Any) -> str:
+def name_of(example: Any) -> str:
     return example.image if isinstance(example.image, str) else example.where
 
 
@@ -134,7 +134,7 @@ def colours_of(example: Any) -> Any:
     try:
         return in_colours(open_picture(example))
     except OSError as error:
-        raise DataError(f"it can no longer be read ({_short(error)})", _name(example)) from None
+        raise DataError(f"it can no longer be read ({_short(error)})", name_of(example)) from None
 
 
 def pixels_of(processor: Any, picture: Any) -> Any:
@@ -216,10 +216,10 @@ def looked_at(example: Any, counts: Counter[str]) -> tuple[int, int]:
         picture.load()
     except (OSError, ValueError, SyntaxError) as error:
         _close(picture, example)
-        raise DataError(f"the picture is damaged ({_short(error)})", _name(example)) from None
+        raise DataError(f"the picture is damaged ({_short(error)})", name_of(example)) from None
     _close(picture, example)
     if min(picture.size) < 1:
-        raise DataError("the picture is empty", _name(example))
+        raise DataError("the picture is empty", name_of(example))
     counts["grey"] += picture.mode in ("1", "L", "LA", "I", "F") or picture.mode.startswith("I;")
     counts["see-through"] += "A" in picture.mode or "transparency" in picture.info
     return picture.size

@@ -106,11 +106,11 @@ class Loader:
         pool = self.global_batch * (max(1, min(POOL, len(self) // 4)) if self.shuffle else len(self))
         full = len(places) - len(places) % self.global_batch if self.shuffle else len(places)
         pools = [places[start : min(start + pool, full)] for start in range(0, full, pool)]
-        by_length = [sorted(held, key=lambda place: -len(self.samples[place])) for held in pools]
+        by_length = [sorted(held, key=lambda place: _size(self.samples[place])) for held in pools]
         return [place for held in by_length for place in held] + places[full:]
 
     def _step(self, epoch: int, number: int, places: list[int]) -> Step:
-        samples = sorted((self.samples[place] for place in places), key=len, reverse=True)
+        samples = sorted((self.samples[place] for place in places), key=_size)
         trained = sum(sample.trained_tokens for sample in samples)
         mine = tuple(samples[self.rank :: self.world]) or (_untrained(samples[-1]),)
         return Step(epoch, number, mine, trained, sum(map(len, samples)))
@@ -146,6 +146,11 @@ class Loader:
             digest.update(f"{sample.id}:{len(sample)}:{sample.trained_tokens};".encode())
         chosen = {"seed": self.seed, "global_batch": self.global_batch, "shuffle": self.shuffle, "group": self.group}
         return {**chosen, "samples": len(self.samples), "content": digest.hexdigest()[:16]}
+
+
+def _size(sample: Encoded) -> tuple[int, tuple[int, ...]]:
+    """The longest first; pictures of one shape side by side."""
+    return -len(sample), sample.shape
 
 
 def _untrained(sample: Encoded) -> Encoded:

@@ -62,6 +62,7 @@ LISTS = ("input_ids", "tokens", "words")  # fields that are lists in every row
 ROW_LISTS = {"messages", "conversations", "conversation", "tools", "prompt", "completion", "chosen", "rejected"}
 CUT = "(a cut download or copy?)"
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".pgm", ".ppm")
+CAPTIONS = (".txt", ".caption")
 SPLITS = {
     "train": ("train", "training"),
     "validation": ("validation", "valid", "val", "dev", "eval"),
@@ -93,6 +94,7 @@ def files_in(folder: Path, split: str) -> list[Path]:
     """The files of one split: those named after it (train.jsonl, validation/a.csv), or all if none is named so."""
     files = sorted(path for path in folder.rglob("*") if path.is_file() and suffix_of(path) in READERS)
     files = [path for path in files if not path.name.startswith((".", "README", "LICENSE", "dataset_info", "state."))]
+    files = _without_captions(files)
     files = [path for path in files if suffix_of(path) not in PICTURES] or files  # a table beside pictures names them
     named = {path: _split_of(path.relative_to(folder)) for path in files}
     if not any(named.values()):
@@ -100,7 +102,18 @@ def files_in(folder: Path, split: str) -> list[Path]:
     return [path for path in files if named[path] == split]
 
 
+def _without_captions(files: list[Path]) -> list[Path]:
+    """A text beside a picture of its name says what that shows. Other texts are documents, unless pictures outnumber
+    them: then they are notes."""
+    pictures = {path.with_suffix("") for path in files if suffix_of(path) in PICTURES}
+    texts = [path for path in files if READERS[suffix_of(path)] is read_text and path.with_suffix("") not in pictures]
+    kept = set(texts) if len(texts) >= len(pictures) else set()
+    return [path for path in files if READERS[suffix_of(path)] is not read_text or path in kept] if pictures else files
+
+
 def _split_of(path: Path) -> str | None:
+    if suffix_of(path) in PICTURES:  # what a picture is called says nothing: a folder must be named so, and no more
+        return next((split for part in path.parts[:-1] for split in SPLITS if part.lower() in SPLITS[split]), None)
     words = {word for part in path.parts for word in part.lower().replace("-", ".").replace("_", ".").split(".")}
     return next((split for split, names in SPLITS.items() if words.intersection(names)), None)
 
@@ -390,8 +403,17 @@ def _kind(value: Any) -> str:
 
 @READERS.register(*PICTURES)
 def read_picture(path: Path) -> Iterator[Found]:
-    """A file of a folder of pictures, whose class is the name of the folder that it stands in."""
-    yield Row({"image": str(path), "label": path.parent.name}, str(path))
+    """A file of a folder of pictures, whose class is the name of the folder that it stands in. A text of its name
+    beside it (x.jpg, x.txt) is its caption."""
+    fields = {"image": str(path), "label": path.parent.name}
+    beside = next((file for ending in CAPTIONS if (file := path.with_suffix(ending)).is_file()), None)
+    lines = [line for _, line in _lines(beside)] if beside is not None else []
+    if problem := next((line for line in lines if isinstance(line, Problem)), None):
+        yield problem
+        return
+    if beside is not None:
+        fields["text"] = " ".join(str(line).strip() for line in lines).strip()
+    yield Row(fields, str(path))
 
 
 @READERS.register(".csv")

@@ -14,6 +14,7 @@
 | image, label | `Pictured` | image classification |
 | image, boxes and labels; COCO's JSON | `Boxed` | object detection |
 | messages and images; image, question, answer | `Illustrated` | image and text |
+| image, caption | `Captioned` | diffusion |
 
 Examples are frozen and hold text only; every one knows the place it came from, so that a complaint made at any later
 stage still names file and line.
@@ -32,6 +33,7 @@ __all__ = [
     "IGNORE",
     "Box",
     "Boxed",
+    "Captioned",
     "Chat",
     "Completion",
     "Encoded",
@@ -198,7 +200,22 @@ def _hash_of(said: str, image: Any) -> str:
     return hashlib.sha256(said.encode() + data).hexdigest()[:16]
 
 
-Example: TypeAlias = Chat | Completion | Text | Tokens | Labelled | Tagged | Pair | Pictured | Boxed | Illustrated
+@dataclass(frozen=True)
+class Captioned(_Example):
+    """A picture and the words for it; None where nothing says them. `folder` is the name of the folder it lies in."""
+
+    image: Any
+    caption: str | None = None
+    folder: str = ""
+
+    @cached_property
+    def id(self) -> str:
+        return _hash_of(f"{self.caption}\0", self.image)
+
+
+Example: TypeAlias = (
+    Chat | Completion | Text | Tokens | Labelled | Tagged | Pair | Pictured | Boxed | Illustrated | Captioned
+)
 
 
 @dataclass(frozen=True)
@@ -223,6 +240,7 @@ class Encoded:
     pixels: Callable[[], Any] | None = None  # gives the picture that takes the place of tokens, read when it is needed
     boxes: tuple[Box, ...] = ()
     extras: Callable[[], dict[str, Any]] | None = None  # gives what goes to the model beside the tokens: pictures
+    shape: tuple[int, ...] = ()  # of the picture, where a batch should hold pictures of one shape
 
     def __post_init__(self) -> None:
         if not self.segments:

@@ -160,6 +160,9 @@ def load(sources: Sequence[Source], *, device: str | None = None, dtype: str | N
     first = next((source for source in sources if source.adapter is not None), sources[0])
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     say(f"loading {first.base}")
+    if TASKS[first.task].paints:
+        fix = "paint with it: pipeline = DiffusionPipeline.from_pretrained(...); veneer.load_shared(pipeline, ADAPTER)"
+        raise ConfigError(f"{first.label or first.base} paints pictures; it does not answer", first.base, fix)
     task = _task(first)
     model = _base(first, task, place, _dtype(dtype, place))
     for source in sources:

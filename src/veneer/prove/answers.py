@@ -190,7 +190,8 @@ def few(inputs: Inputs, rows: int = ROWS, tokens: int = TOKENS) -> Inputs:
     """The first rows of a batch of token ids, cut to `tokens`: enough to tell two models apart, and cheap.
 
     Only what is known to run along the tokens is cut; a batch of anything else keeps its rows as they are, and one of
-    words and pictures stays whole, for which patches belong to which token is the model's own knowledge.
+    words and pictures stays whole, for which patches belong to which token is the model's own knowledge. What
+    has another number of rows than the ids, or than the first tensor, is the same for all (FLUX's places of patches).
     """
     if isinstance(inputs, Tensor):
         return inputs[:rows]
@@ -198,8 +199,8 @@ def few(inputs: Inputs, rows: int = ROWS, tokens: int = TOKENS) -> Inputs:
         return {key: value for key, value in inputs.items() if key not in NOT_AN_INPUT}  # type: ignore[union-attr]
     if not isinstance(inputs, Mapping):
         return tuple(each[:rows] if isinstance(each, Tensor) else each for each in inputs)
-    ids = inputs.get("input_ids")
-    batch = ids.shape[0] if isinstance(ids, Tensor) else None
+    held = [inputs.get("input_ids"), *inputs.values()]
+    batch = next((each.shape[0] for each in held if isinstance(each, Tensor) and each.ndim), None)
     return {key: _cut(key, value, rows, tokens, batch) for key, value in inputs.items() if key not in NOT_AN_INPUT}
 
 

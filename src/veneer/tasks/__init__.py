@@ -2,6 +2,7 @@
 
 from veneer.tasks import (
     causal_lm,
+    diffusion,
     image_classification,
     image_text,
     object_detection,
@@ -12,6 +13,7 @@ from veneer.tasks import (
 
 __all__ = [
     "causal_lm",
+    "diffusion",
     "image_classification",
     "image_text",
     "object_detection",

@@ -11,7 +11,8 @@ itself here.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -19,14 +20,15 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from veneer.core.registry import Registry
-from veneer.data.batch import Batch
+from veneer.core.spec import LoRA
+from veneer.data.batch import Batch, collate, pad_id_of
 from veneer.data.encode import Encodings
 from veneer.data.labels import LabelSet
 from veneer.data.template import Renderer
-from veneer.data.types import LossOn
+from veneer.data.types import Encoded, LossOn
 from veneer.errors import ConfigError, StateError
 
-__all__ = ["TASKS", "Judged", "Shown", "Task", "class_options", "new_heads"]
+__all__ = ["TASKS", "Judged", "Painted", "Shown", "Task", "class_options", "new_heads"]
 
 TASKS: Registry[type[Task]] = Registry("task")
 
@@ -47,6 +49,13 @@ class Shown(NamedTuple):
     answer: str
 
 
+class Painted(NamedTuple):
+    """Pictures that the model makes of prompts, as arrays of (height, width, channels) in 0 ... 255."""
+
+    prompts: Sequence[str]
+    pictures: Sequence[Any]
+
+
 class Task(ABC):
     """One kind of learning. `labels` are the classes of the training rows and `renderer` writes conversations, for
     tasks that have such."""
@@ -59,6 +68,8 @@ class Task(ABC):
     packs: ClassVar[bool] = False  # whether several rows may be joined to one
     labelled: ClassVar[bool] = False  # whether rows hold classes, and the model a head for them
     exact: ClassVar[bool] = False  # whether the loss needs fp32
+    paints: ClassVar[bool] = False  # whether the base is a pipeline of diffusers, and what it makes are pictures
+    holds_out: ClassVar[bool] = True  # whether rows are held out when nobody says so
 
     def __init__(self, tokenizer: Any = None, labels: LabelSet | None = None, renderer: Renderer | None = None) -> None:
         self.tokenizer, self.labels, self.renderer = tokenizer, labels, renderer
@@ -85,6 +96,17 @@ class Task(ABC):
         """What `encode` is told about training rows alone."""
         return {}
 
+    def configure(self, settings: Any, tell: Callable[..., Any]) -> None:  # noqa: B027 - most tasks need nothing
+        """Take in what of the settings only this task knows, before any row is encoded."""
+
+    def collate(self, samples: Sequence[Encoded], *, by_samples: bool = False) -> Batch:
+        return collate(samples, pad_id_of(self.tokenizer), by_samples=by_samples)
+
+    def batches(self, samples: Sequence[Encoded], rows: int, by_samples: bool = False) -> Iterator[Batch]:
+        """The samples in micro-batches of `rows`, in their order; `by_samples`: see `veneer.data.batch.collate`."""
+        starts = range(0, len(samples), rows)
+        return (self.collate(samples[start : start + rows], by_samples=by_samples) for start in starts)
+
     @property
     def ends(self) -> tuple[int, ...]:
         """The tokens that end an answer; none where there are no answers."""
@@ -103,6 +125,24 @@ class Task(ABC):
     def model_options(self) -> dict[str, Any]:
         """What `from_pretrained` needs to know of the task."""
         return {}
+
+    def load(self, dtype: torch.dtype, device: torch.device) -> nn.Module:
+        """The model that learns, where the base is a pipeline (`paints`)."""
+        raise StateError(f"the task {self.name} has one model, which is loaded by its auto_class")
+
+    def aim(self, model: nn.Module, spec: LoRA) -> LoRA:
+        """The adapter that was asked for, with what its targets mean on this model."""
+        return spec
+
+    def gather(
+        self, model: nn.Module, train: list[Encoded], val: Sequence[Encoded], folder: Path, tell: Callable[..., Any]
+    ) -> list[Encoded]:
+        """The samples to train on, when the model is there to have a part in them. `folder` is the run's."""
+        return train
+
+    def asked(self, batch: Batch) -> dict[str, Any]:
+        """What the model's forward takes, for the proofs."""
+        return batch.inputs
 
     def prepare(self, model: nn.Module, batch: Batch) -> str:
         """Look at the model once, with a batch at hand; the answer is what was found, for the log."""
@@ -129,6 +169,22 @@ class Task(ABC):
     def shown(self, model: nn.Module, examples: Sequence[Any]) -> list[Shown]:
         """A few rows with the model's answers, for people to look at."""
         return []
+
+    def paint_every(self, steps: int) -> int:
+        """How often pictures are painted during a run of `steps`, in steps; 0: only at its ends."""
+        return 0
+
+    def painted(self, model: nn.Module) -> Painted:
+        """The run's prompts as the model paints them now, for tasks that paint."""
+        return Painted((), ())
+
+    def told(self) -> dict[str, Any]:
+        """What task.json says besides the task's name."""
+        return {}
+
+    def use(self, base: str, run: str) -> str:
+        """How the adapter of a run is put to use, in Python."""
+        return f'model = AutoModel....from_pretrained({base!r})\nveneer.load(model, "{run}/adapter")'
 
     def detail(self, model: nn.Module, batches: Iterable[Batch]) -> dict[str, Any]:
         """What the report shows of the held-out rows beyond numbers; kept in the run's detail.json."""

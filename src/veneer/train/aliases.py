@@ -93,6 +93,13 @@ def _fp16(value: Any) -> dict[str, Any]:
     return {}
 
 
+def _ema(value: Any) -> dict[str, Any]:
+    """A decay, or yes and no: then diffusers' decay."""
+    if str(value).lower() in ("true", "yes", "on", "false", "no", "off"):
+        return {"ema": 0.9999 if flag(value) else 0}
+    return {"ema": value}
+
+
 ASSISTANT, ALL, COMPLETIONS, LAST = ({"loss_on": word} for word in ("assistant", "all", "completions", "last"))
 
 VARIANTS: Mapping[str, dict[str, Any]] = {  # what people call a method, as our settings
@@ -110,7 +117,16 @@ ALIASES: dict[str, Alias] = {
         renamed("model"),
     ),
     **dict.fromkeys(
-        ["dataset", "datasets", "dataset_name", "train", "data.json_path", "folder_path", "train_data_dir"],
+        [
+            "dataset",
+            "datasets",
+            "dataset_name",
+            "train",
+            "data.json_path",
+            "folder_path",
+            "train_data_dir",
+            "instance_data_dir",
+        ],
         renamed("data"),
     ),
     **dict.fromkeys(
@@ -187,6 +203,23 @@ ALIASES: dict[str, Alias] = {
     **dict.fromkeys(["output_dir", "out_dir", "adapter_path", "training_folder"], renamed("out")),
     **dict.fromkeys(["run_name", "output_name"], renamed("name")),
     **dict.fromkeys(["resume_from_checkpoint", "resume_adapter_file"], renamed("resume")),
+    **dict.fromkeys(["use_ema", "ema_decay"], _ema),
+    **dict.fromkeys(["enable_bucket", "bucket"], renamed("buckets")),
+    "center_crop": switch({"buckets": False}),
+    "instance_prompt": renamed("captions"),
+    "trigger_word": renamed("trigger"),
+    "caption_dropout_rate": renamed("caption_dropout"),
+    "train_text_encoder": renamed("text_encoders"),
+    **dict.fromkeys(["v_parameterization", "v_pred"], switch({"prediction": "v_prediction"})),
+    **dict.fromkeys(["min_snr_gamma", "snr_gamma"], renamed("min_snr")),
+    **dict.fromkeys(["class_data_dir", "reg_data_dir"], renamed("prior")),
+    "class_prompt": renamed("prior_prompt"),
+    "num_class_images": renamed("prior_images"),
+    "prior_loss_weight": renamed("prior_weight"),
+    **dict.fromkeys(["validation_prompt", "validation_prompts", "sample.prompts"], renamed("sample_prompts")),
+    **dict.fromkeys(["sample_every_n_steps", "sample.sample_every", "validation_steps"], renamed("sample_every")),
+    "sample.sample_steps": renamed("sample_steps"),
+    "sample.guidance_scale": renamed("sample_guidance"),
 }
 
 NOT_NEEDED: Mapping[str, str] = {

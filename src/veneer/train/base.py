@@ -17,10 +17,13 @@ from veneer.tasks.base import Task
 __all__ = [
     "config_of",
     "context_of",
+    "device_of",
     "dtype_of",
     "fit_head",
+    "is_loaded",
     "load_model",
     "packing",
+    "pipeline_of",
     "precision_of",
     "quiet",
     "recomputing",
@@ -36,13 +39,28 @@ def usual_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def dtype_of(model: nn.Module) -> torch.dtype:
-    return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+def is_loaded(model: Any) -> bool:
+    """Whether this is a model itself, or a pipeline of several, and not the name of one."""
+    return isinstance(model, nn.Module) or hasattr(model, "components")
 
 
-def precision_of(model: nn.Module | str) -> tuple[str, str]:
-    """The precision when nobody says, and why: a loaded module stays as it is (but for fp16, which overflows)."""
-    if isinstance(model, nn.Module):
+def _learning_part(model: Any) -> nn.Module:
+    """The module itself; of a pipeline the one that paints."""
+    held = getattr(model, "components", None) if not isinstance(model, nn.Module) else None
+    return model if held is None else held.get("unet") or held["transformer"]
+
+
+def dtype_of(model: Any) -> torch.dtype:
+    return next((p.dtype for p in _learning_part(model).parameters() if p.is_floating_point()), torch.float32)
+
+
+def device_of(model: Any) -> torch.device:
+    return next(_learning_part(model).parameters()).device
+
+
+def precision_of(model: Any) -> tuple[str, str]:
+    """The precision when nobody says, and why: a loaded model stays as it is (but for fp16, which overflows)."""
+    if is_loaded(model):
         held = dtype_of(model)
         return ("bf16" if held.itemsize == 2 else "fp32"), f"the model came in {held}"
     if not torch.cuda.is_available():
@@ -72,6 +90,16 @@ def tokenizer_of(model: nn.Module | str, reader: str = "AutoTokenizer") -> Any:
 
     with quiet():
         return _from_pretrained(getattr(transformers, reader), where)
+
+
+def pipeline_of(source: Any, kind: Any) -> Any:
+    """What is known of a pipeline before its weights are read."""
+    if not source:
+        raise ConfigError("no model was named", fix="give a pipeline's folder or hub id: veneer train MODEL DATA")
+    if isinstance(source, nn.Module):
+        what = f"the task {kind.name} needs a whole pipeline, and got a {type(source).__name__}"
+        raise ConfigError(what, "model", "give the pipeline of diffusers, loaded or by its folder")
+    return kind.open(source)
 
 
 def load_model(
@@ -180,22 +208,27 @@ def recomputing(model: nn.Module, wanted: bool) -> Iterator[None]:
     enable = _method(
         model, "activation_checkpointing_enable", "gradient_checkpointing_enable"
     )  # before 5.20 the second
-    if enable is None:
+    enable_plainly = _method(model, "enable_gradient_checkpointing")  # diffusers', never reentrant
+    if enable is None and enable_plainly is None:
         fix = "leave recompute: none, or wrap its blocks yourself"
         raise ConfigError(f"{type(model).__name__} knows no gradient checkpointing", fix=fix)
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     cached = getattr(config, "use_cache", None)
-    enable({"use_reentrant": False})
+    if enable is not None:
+        enable({"use_reentrant": False})
+    else:
+        enable_plainly()
     if (disable := _method(model, "disable_input_require_grads")) is not None:
         disable()
     try:
-        if config is not None:
+        if cached is not None:
             config.use_cache = False
         yield
     finally:
-        if config is not None:
+        if cached is not None:
             config.use_cache = cached
-        if (stop := _method(model, "activation_checkpointing_disable", "gradient_checkpointing_disable")) is not None:
+        names = ("activation_checkpointing_disable", "gradient_checkpointing_disable", "disable_gradient_checkpointing")
+        if (stop := _method(model, *names)) is not None:
             stop()
 
 

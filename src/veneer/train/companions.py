@@ -36,7 +36,7 @@ def write_companions(folder: Path, task: Task, model: nn.Module) -> None:
         config = copy.deepcopy(config)
         config.eos_token_id = list(task.ends)
         config.save_pretrained(folder)
-    told: dict[str, Any] = {"task": task.name}
+    told: dict[str, Any] = {"task": task.name, **task.told()}
     if task.labels is not None:
         told |= {"labels": list(task.labels.names), "kind": task.labels.kind}
     if task.renderer is not None:

@@ -7,12 +7,12 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from veneer.ckpt.atomic import atomic_write
-from veneer.data.batch import Batch, batches
+from veneer.data.batch import Batch
 from veneer.prove.frozen import Before
 from veneer.prove.run import prove_run
 from veneer.train.method import ADAPTER
 from veneer.train.prepare import Job
-from veneer.train.resume import STATE, Progress, put_values, read
+from veneer.train.resume import STATE, Progress, put_learned, read
 from veneer.train.run import Run
 
 __all__ = ["card", "finish", "show"]
@@ -25,7 +25,7 @@ def finish(job: Job, run: Run, progress: Progress, before: Before | None, tell: 
     run.update(status="proving")
     run.link_adapter()
     folder = run.adapter.resolve()
-    put_values(read(folder), job.trained, folder / STATE)
+    put_learned(read(folder), job.trained, folder / STATE)
     job.model.eval()
     result = outcome(run, progress)
     if result["val_after"] is not None and result["val_after"] >= result["val_before"]:
@@ -58,7 +58,7 @@ def finish(job: Job, run: Run, progress: Progress, before: Before | None, tell: 
 
 
 def held_out(job: Job, rows: int) -> Iterator[Batch]:
-    return (batch.to(job.device) for batch in batches(job.val, rows, job.pad))
+    return (batch.to(job.device) for batch in job.task.batches(job.val, rows))
 
 
 def outcome(run: Run, progress: Progress) -> dict[str, Any]:
@@ -106,9 +106,7 @@ def card(run: Run, job: Job, result: dict[str, Any], proved: str) -> str:
         held_out = f"Held-out loss: {result['val_before']:.4g} before, {result['val_after']:.4g} after.\n"
     given = "\n".join(f"  {name}: {getattr(settings, name)}" for name in sorted(job.settings.given))
     use = (
-        f'model = AutoModel....from_pretrained({str(base)!r})\nveneer.load(model, "{run.name}/adapter")'
-        if is_lora
-        else f'model = AutoModel....from_pretrained("{run.name}/adapter")'
+        job.task.use(str(base), run.name) if is_lora else f'model = AutoModel....from_pretrained("{run.name}/adapter")'
     )
     return CARD.format(
         base=base, tag="peft" if is_lora else "transformers", name=run.name, what=what, task=settings.task,

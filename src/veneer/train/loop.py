@@ -26,6 +26,7 @@ The loop knows no terminal. It calls `report(event)` with a dict whose "event" s
 | save | step, folder |
 | oom, diverged, stopping | what was done about it |
 | samples | samples: prompt, expected, before, after |
+| pictures | step, file, prompts: what the model paints now |
 | proof | passed, failed |
 | done | status, folder, val_before, val_after, seconds |
 """
@@ -35,13 +36,12 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
-from torch import nn
-
 from veneer.core.model import check_alive
-from veneer.data.batch import Batch, batches
+from veneer.data.batch import Batch
 from veneer.data.loader import Loader, Step
 from veneer.data.types import Encoded
 from veneer.errors import Diverged
@@ -50,12 +50,14 @@ from veneer.prove.frozen import Before, snapshot
 from veneer.tasks.cross_entropy import evaluating
 from veneer.train.base import recomputing
 from veneer.train.companions import write_companions
+from veneer.train.ema import Average
 from veneer.train.fast import fused
 from veneer.train.finish import finish, show
 from veneer.train.memory import back_off
 from veneer.train.method import ADAPTER, allocator_of, optimizer_of, to_train, write_model
 from veneer.train.monitor import Meter, Movement, Watchdog, memory_bytes, not_finite
 from veneer.train.optim import Masters, Projection, set_rate
+from veneer.train.pictures import write_strip
 from veneer.train.prepare import Job, prepare
 from veneer.train.resume import STATE, Progress, apply, capture, checkpoint, read, same_random, values_of
 from veneer.train.run import Run
@@ -71,7 +73,7 @@ MEASURED = 50  # times in a run that |dW| is written down, besides at evaluation
 
 
 def train(
-    model: str | Path | nn.Module | None = None,
+    model: Any = None,
     data: Any = None,
     *,
     tokenizer: Any = None,
@@ -81,7 +83,8 @@ def train(
 ) -> Run:
     """Train and prove an adapter. Returns the run; `run.adapter` is the folder of what was learned.
 
-    model: a folder, a hub id, or a loaded module (then it is adapted in place and ends with the best adapter active).
+    model: a folder, a hub id, or a loaded module (then it is adapted in place and ends with the best adapter active);
+    for pictures a pipeline of diffusers, by name or loaded.
     data: files or a hub id, or rows in memory. keys: any settings of `veneer.train.settings`; or `resolved`, where a
     command line has read them already. Ctrl-C stops after the step and saves: status "stopped", resumable.
     """
@@ -120,6 +123,8 @@ class Loop:
         self.watchdog, self.meter = Watchdog(), Meter()
         self.movement = Movement(job.model, ADAPTER)
         self.allocator = allocator_of(job.model, settings, job.steps)
+        self.average = Average(self.masters.values, settings.ema) if settings.ema else None
+        self.paint_every = job.task.paint_every(job.steps) if job.task.paints else 0
         self.before: Before | None = None  # the model before its first step, for the proofs
         self.saved = -1  # the step of the last checkpoint
         self.noted: set[str] = set()  # what was said about the adapter's file
@@ -131,6 +136,8 @@ class Loop:
         while True:
             if self.is_time_to_evaluate():
                 self.evaluate()
+            if self.is_time_to_paint():
+                self.paint()
             if self.is_time_to_save():
                 self.save()
             if self.is_over() or self.stop.requested:
@@ -141,8 +148,10 @@ class Loop:
         """Remember the model as it is, take up the last checkpoint if there is one, and try the heaviest batches."""
         job = self.job
         to_train(job.model)
-        first = next(batches(job.val[:4] or job.train[:4], 4, job.pad)).to(job.device)
-        self.before = snapshot(job.model, ADAPTER, [first.inputs])
+        first = next(job.task.batches(job.val[:4] or job.train[:4], 4)).to(job.device)
+        with same_random():
+            asked = job.task.asked(first)
+        self.before = snapshot(job.model, ADAPTER, [asked])
         self.tell("note", text=job.task.prepare(job.model, first))
         self.run.update(status="training", total_steps=job.steps)
         if (self.run.last / STATE).exists():
@@ -202,6 +211,8 @@ class Loop:
         self.progress.step += 1
         if self.allocator is not None:
             self.allocator.allocate(self.progress.step)
+        if self.average is not None:
+            self.average.update(self.progress.step)
         return self.measure(step, loss, norm, rate)
 
     def gradients(self, samples: Sequence[Encoded], rows: int, collect: bool = True) -> float:
@@ -263,7 +274,8 @@ class Loop:
         """The loss on the held-out rows. The best one so far is kept in a checkpoint of its own."""
         progress = self.progress
         self.tell("doing", text=f"held-out loss of {len(self.job.val):,} rows")
-        found = self.fitting(lambda rows: self.judged(self.job.val, rows))
+        with self.averaged():
+            found = self.fitting(lambda rows: self.judged(self.job.val, rows))
         self.meter.restart()
         if not found:  # stopped in the middle: the resumed run evaluates here first
             return None
@@ -274,7 +286,8 @@ class Loop:
         is_best = progress.step > 0 and progress.is_better(loss)
         if is_best:
             progress.best_loss, progress.best_step, progress.worse = loss, progress.step, 0
-            self.write(self.run.best, values_of(self.masters.values))
+            with self.averaged():
+                self.write(self.run.best, values_of(self.masters.values))
         elif progress.step > 0:
             progress.worse += 1
         self.run.log_metrics({"step": progress.step, **found})
@@ -297,6 +310,36 @@ class Loop:
     def is_over(self) -> bool:
         patience = self.settings.patience
         return self.progress.step >= self.job.steps or (patience > 0 and self.progress.worse >= patience)
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """The model as its average is, where one is kept: what is judged, painted with and saved."""
+        if self.average is None:
+            yield
+            return
+        with self.average.acting():
+            self.masters.publish()
+            yield
+        self.masters.publish()
+
+    # ---------------------------------------------------------------- pictures
+
+    def is_time_to_paint(self) -> bool:
+        done, every = self.progress.step, self.paint_every
+        if not self.job.task.paints or self.progress.painted == done:
+            return False
+        return done in (0, self.job.steps) or self.is_over() or (every > 0 and done % every == 0)
+
+    def paint(self) -> None:
+        """The run's prompts as the model paints them now: one strip of pictures for each time."""
+        self.tell("doing", text="painting the run's prompts")
+        with same_random(), evaluating(self.job.model), self.averaged():
+            found = self.job.task.painted(self.job.model)
+        self.meter.restart()
+        self.progress.painted = self.progress.step
+        if found.pictures:
+            file = write_strip(found.pictures, self.run.path("samples"), self.progress.step)
+            self.tell("pictures", step=self.progress.step, file=file, prompts=list(found.prompts))
 
     # ---------------------------------------------------------------- saving and going back
 
@@ -323,11 +366,14 @@ class Loop:
         self.progress.watchdog = self.watchdog.state()
         self.progress.metrics_position = self.run.metrics_position()
         found = capture(self.progress, self.masters.values, self.optimizer)
-        return found if self.allocator is None else {**found, "allocator": self.allocator.state_dict()}
+        kept = {"allocator": self.allocator, "average": self.average}
+        return found | {name: each.state_dict() for name, each in kept.items() if each is not None}
 
     def write(self, folder: Path, state: dict[str, Any]) -> None:
         def files(temp: Path) -> None:
-            for note in write_model(self.job.model, temp, self.settings.method):
+            with self.averaged():
+                notes = write_model(self.job.model, temp, self.settings.method)
+            for note in notes:
                 if note not in self.noted:
                     self.tell("warning", text=note)
                 self.noted.add(note)
@@ -344,6 +390,8 @@ class Loop:
         self.masters.publish()
         if self.allocator is not None:
             self.allocator.load_state_dict(state["allocator"])
+        if self.average is not None:
+            self.average.load_state_dict(state["average"])
         self.loader.load_state_dict(self.progress.loader)
         self.source = self.loader.steps(self.job.steps - self.progress.step)
         self.watchdog.restore(self.progress.watchdog)
@@ -373,7 +421,7 @@ class Loop:
     # ---------------------------------------------------------------- means
 
     def batches(self, samples: Sequence[Encoded], rows: int) -> Iterator[Batch]:
-        for batch in batches(samples, rows, self.job.pad, by_samples=self.job.by_samples):
+        for batch in self.job.task.batches(samples, rows, self.job.by_samples):
             self.run.beat()
             yield batch.to(self.job.device)
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,14 +35,20 @@ ADAPTER = "default"
 
 
 def place(
-    model: nn.Module, settings: Any, heads: Sequence[str], idle: Sequence[str] = (), **seen: Any
+    model: nn.Module,
+    settings: Any,
+    heads: Sequence[str],
+    idle: Sequence[str] = (),
+    aim: Callable[[nn.Module, LoRA], LoRA] = lambda model, spec: spec,
+    **seen: Any,
 ) -> dict[str, nn.Parameter]:
     """Make `model` ready to train by the method and return what trains, by name. `heads` are new and must learn, `idle`
-    layers could not; `seen` is for inits that look at data (see `attach`)."""
+    layers could not; `aim` says what the targets mean on this model; `seen` is for inits that look at data (see
+    `attach`)."""
     if settings.method == "lora":
         spec = lora_of(settings, heads)
         exclude = (spec.exclude,) if isinstance(spec.exclude, str) else tuple(spec.exclude)
-        attach(model, dataclasses.replace(spec, exclude=(*exclude, *idle)), ADAPTER, **seen)
+        attach(model, aim(model, dataclasses.replace(spec, exclude=(*exclude, *idle))), ADAPTER, **seen)
         return parameters(model, ADAPTER)
     if settings.method == "full":
         model.requires_grad_(True)

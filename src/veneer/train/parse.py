@@ -29,6 +29,7 @@ __all__ = [
     "options",
     "overrides",
     "paths",
+    "prompts",
     "share_rows_or_path",
     "targets",
     "text",
@@ -144,6 +145,20 @@ def names(value: Any) -> tuple[str, ...]:
     if not listed or not all(isinstance(name, str) for name in found):
         raise ValueError(f"expected a list of names, got {_shown(value)}")
     return tuple(name.strip() for name in found if name.strip())
+
+
+def prompts(value: Any) -> tuple[str, ...]:
+    """A list of texts; in one text they are parted by |, since prompts hold commas. A .txt file is read later.
+
+    >>> prompts("a cat, sleeping | a dog")
+    ('a cat, sleeping', 'a dog')
+    """
+    if value in NOTHING or value == []:
+        return ()
+    found = value.split("|") if isinstance(value, str) else value
+    if not isinstance(found, (list, tuple)) or not all(isinstance(each, str) for each in found):
+        raise ValueError(f"expected a list of texts, got {_shown(value)}")
+    return tuple(each.strip() for each in found if each.strip())
 
 
 def targets(value: Any) -> str | tuple[str, ...]:

@@ -26,7 +26,6 @@ from veneer.advise.lr import learning_rate
 from veneer.ckpt.plan import originals
 from veneer.core.host import plain_modules
 from veneer.core.init import CHANGES_BASE, NEEDS
-from veneer.data.batch import batches, pad_id_of
 from veneer.data.dataset import Dataset, Split, load, split
 from veneer.data.encode import Encodings
 from veneer.data.isolation import check as check_isolation
@@ -76,10 +75,6 @@ class Job:
         return next(iter(self.trained.values())).device
 
     @property
-    def pad(self) -> int:
-        return pad_id_of(self.task.tokenizer)
-
-    @property
     def steps(self) -> int:
         return self.settings.steps
 
@@ -89,7 +84,7 @@ def prepare(run: Run, settings: Reads, model: Any, data: Any, tokenizer: Any, te
     if settings.method == "lora":
         lora_of(settings)  # what cannot be built is said before anything is read
     named = settings.model or ""
-    source = model if isinstance(model, nn.Module) else named
+    source = model if base.is_loaded(model) else named
 
     parts = read_data(settings, data, tell)
     task = make_task(settings, source, tokenizer, parts, tell)
@@ -99,7 +94,10 @@ def prepare(run: Run, settings: Reads, model: Any, data: Any, tokenizer: Any, te
 
     device = settle_precision(settings, source, tell)
     tell("doing", text="loading the model")
-    if isinstance(source, nn.Module):
+    if task.paints:
+        model = task.load(base.DTYPES[settings.precision], device)
+        pack_base(run, model, settings, task, train.samples, tell)
+    elif isinstance(source, nn.Module):
         model = source
         pack_base(run, model, settings, task, train.samples, tell)
     else:
@@ -108,13 +106,14 @@ def prepare(run: Run, settings: Reads, model: Any, data: Any, tokenizer: Any, te
     if idle := task.idle(model):
         tell("note", text=f"left alone, for nothing they learn could be seen: {', '.join(idle)}")
     seen = to_look_at(settings, task, train.samples, device, tell) | what_was_lost(settings, source, model)
-    trained = place(model, settings, task.heads(model), idle, **seen)
+    trained = place(model, settings, task.heads(model), idle, task.aim, **seen)
     if not trained:
         raise ConfigError("nothing would be trained", fix="choose other targets or layers")
     tell("model", text=size_of(model, trained), **numbers_of(model, trained))
 
     by_samples = tell_attention(task, model, tell)
     rows = settle_packing(settings, task, model, train, device, tell)
+    rows = task.gather(model, rows, val.samples, run.folder, tell)
     settle_plan(settings, model, len(rows), tell)
     run.write_config(settings.resolved)
     run.write_json("data.json", {**facts(parts, train, val, rows), "preview": previews(task, train.samples)})
@@ -144,9 +143,20 @@ def read_data(settings: Reads, data: Any, tell: Tell) -> Split:
     val = settings.val
     if isinstance(val, str):
         val = load(val, format=dataset.format, split="validation", **options)
+    if val is None and not TASKS[settings.task].holds_out and dataset.held_out is None:
+        val = hold_nothing_out(settings)
     parts = split(dataset, val, settings.seed)
     tell("data", text=str(parts), rows=len(parts.train), val_rows=len(parts.validation))
     return parts
+
+
+def hold_nothing_out(settings: Reads) -> int:
+    """Where every row counts and results are judged by eye. Whoever asks for evaluations must say on what."""
+    if asked := [name for name in ("patience", "eval_every") if name in settings.given and getattr(settings, name)]:
+        what = f"{' and '.join(asked)} need held-out rows, and the task {settings.task} holds none out by itself"
+        raise ConfigError(what, "val", "set val to a share or a number of rows, or leave them out")
+    settings.settle("val", 0, f"the task {settings.task} trains on every row")
+    return 0
 
 
 def refuse_kind(task: str, dataset: Dataset) -> None:
@@ -162,7 +172,9 @@ def refuse_kind(task: str, dataset: Dataset) -> None:
 
 def make_task(settings: Reads, source: Any, tokenizer: Any, parts: Split, tell: Tell) -> Task:
     kind = TASKS[settings.task]
-    if tokenizer is None:
+    if kind.paints:
+        tokenizer = base.pipeline_of(source, kind)
+    elif tokenizer is None:
         tell("doing", text="loading the tokenizer")
         tokenizer = base.tokenizer_of(source, kind.reader)
     labels = parts.train.labels if kind.labelled else None
@@ -173,7 +185,9 @@ def make_task(settings: Reads, source: Any, tokenizer: Any, parts: Split, tell: 
         tell("note", text=renderer.decision)
         for warning in renderer.warnings:
             tell("warning", text=warning)
-    return kind(tokenizer, labels, renderer)
+    task = kind(tokenizer, labels, renderer)
+    task.configure(settings, tell)
+    return task
 
 
 def encode_rows(task: Task, settings: Reads, parts: Split, tell: Tell) -> tuple[Encodings, Encodings]:
@@ -208,6 +222,8 @@ def by_length(samples: list[Encoded]) -> list[Encoded]:
 
 def settle_length(settings: Reads, source: Any) -> None:
     """No row may be longer than the model has positions for."""
+    if TASKS[settings.task].paints:
+        return
     context = base.context_of(base.config_of(source))
     if context is not None and context < settings.max_len:
         settings.settle("max_len", context, f"the model has {context:,} positions")
@@ -244,7 +260,7 @@ def rows_to_look_at(
     """One by one, so that none is padded."""
     few = samples[: settings.quant_rows]
     tell("doing", text=f"{settings.quant} looks at {len(few)} rows before it packs")
-    return [batch.to(device).inputs for batch in batches(few, 1, pad_id_of(task.tokenizer))]
+    return [task.asked(batch.to(device)) for batch in task.batches(few, 1)]
 
 
 def pack_base(run: Run, model: nn.Module, settings: Reads, task: Task, samples: Sequence[Encoded], tell: Tell) -> None:
@@ -276,13 +292,13 @@ def settle_precision(settings: Reads, source: Any, tell: Tell) -> torch.device:
         settings.settle("precision", *(why if exact else base.precision_of(source)))
         origin = settings.resolved.origins["precision"]
         tell("note", text=f"precision {settings.precision}: {origin.note}")
-    if not isinstance(source, nn.Module):
+    if isinstance(source, str):
         return base.usual_device()
     held, wanted = base.dtype_of(source), base.DTYPES[settings.precision]
     if held != wanted:
         source.to(wanted)
         tell("note", text=f"the model came in {held} and was turned to {wanted}, for precision {settings.precision}")
-    return next(source.parameters()).device
+    return base.device_of(source)
 
 
 def to_look_at(
@@ -293,10 +309,10 @@ def to_look_at(
     if need is None:
         return {}
     tell("doing", text=f"init {settings.init} looks at {min(LOOKED_AT, len(samples))} rows")
-    rows = [batch.to(device) for batch in batches(samples[:LOOKED_AT], 1, pad_id_of(task.tokenizer))]
+    rows = [batch.to(device) for batch in task.batches(samples[:LOOKED_AT], 1)]
     if need == "gradient":
         return {"data": rows, "loss": lambda model, batch: task.loss(model, batch) / batch.trained_tokens}
-    return {"data": [batch.inputs for batch in rows]}
+    return {"data": [task.asked(batch) for batch in rows]}
 
 
 def what_was_lost(settings: Reads, source: Any, model: nn.Module) -> dict[str, Any]:

@@ -3,6 +3,7 @@
     progress     step, place in the data, best so far, what the watchdog has seen, micro-batch, where metrics.jsonl ends
     parameters   what is trained, raw: the adapter's own file may hold it in another form or type
     optimizer    AdamW's moments
+    average      the moving average of the parameters, where one is kept; the adapter's file holds it then
     random       the states of Python, NumPy and PyTorch
 
 A checkpoint is one folder that appears whole or not at all, so a process killed at any moment, also while it saves,
@@ -35,6 +36,7 @@ __all__ = [
     "apply",
     "capture",
     "checkpoint",
+    "put_learned",
     "put_values",
     "random_state",
     "read",
@@ -61,6 +63,7 @@ class Progress:
     best_step: int = 0
     worse: int = 0  # evaluations since the best one
     evaluated: int = -1  # the last step at which the model was evaluated
+    painted: int = -1  # and at which it painted
     metrics_position: int = 0
     loader: dict[str, Any] = field(default_factory=dict)
     watchdog: dict[str, Any] = field(default_factory=dict)
@@ -142,6 +145,11 @@ def apply(
     optimizer.load_state_dict(state["optimizer"])
     restore_random(state["random"])
     return Progress(**state["progress"])
+
+
+def put_learned(state: Mapping[str, Any], parameters: Mapping[str, nn.Parameter], where: Path) -> None:
+    """Put back what the adapter's file holds: the average where one is kept, else the parameters themselves."""
+    put_values({**state, "parameters": state.get("average") or state["parameters"]}, parameters, where)
 
 
 def put_values(state: Mapping[str, Any], parameters: Mapping[str, nn.Parameter], where: Path) -> None:

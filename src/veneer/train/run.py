@@ -120,6 +120,11 @@ class Run:
         return self.folder / "checkpoints" / "last"
 
     @property
+    def learned(self) -> Path:
+        """The checkpoint that counts: the best one, or the last where nothing was held out to judge by."""
+        return self.best if self.best.is_dir() else self.last
+
+    @property
     def adapter(self) -> Path:
         """What the run learned: the best checkpoint."""
         return self.folder / "adapter"

@@ -10,8 +10,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from torch import nn
-
 from veneer.errors import ConfigError
 from veneer.train.run import Run
 from veneer.train.settings import KEYS, Reads, Resolved
@@ -36,7 +34,7 @@ def named(model: Any, data: Any) -> dict[str, Any]:
     found: dict[str, Any] = {}
     if isinstance(model, (str, Path)):
         found["model"] = str(model)
-    elif isinstance(model, nn.Module) and (where := getattr(model, "name_or_path", "")):
+    elif isinstance(where := getattr(model, "name_or_path", None), str) and where:
         found["model"] = where
     if isinstance(data, (str, Path)):
         found["data"] = str(data)

@@ -7,7 +7,8 @@ cannot exist in one of them and not in another. Two rules keep it honest:
     a key that somebody sets is either used by the run or refused      (`only_for`, and proof P0 at the end of a run)
     a value always knows where it came from                            default < file < call < flag; rule: worked out
 
-There are at most 44 keys that decide what a run produces; the few in the group "run" only say where and how it is kept.
+A text's run is decided by at most 47 keys, and a picture's has two dozen of its own (the group "pictures"); the few in
+the group "run" only say where and how it is kept.
 This module imports nothing heavy: `veneer --help` reads it.
 """
 
@@ -71,11 +72,13 @@ def choice(default: str, choices: str, help: str, *, also: Mapping[Any, str] | N
 LORA = {"method": ("lora",)}
 TEXT = {"task": ("causal_lm", "image_text")}
 PACKED = {"task": ("causal_lm",)}
+PICTURES = {"task": ("diffusion",)}
 of_adapter = partial(key, group="method", only_for=LORA)
 of_data = partial(key, group="data")
 of_text = partial(key, group="data", only_for=TEXT)
 of_training = partial(key, group="training")
 of_run = partial(key, group="run")
+of_pictures = partial(key, group="pictures", only_for=PICTURES)
 
 TASKS = {
     **dict.fromkeys(["sft", "clm", "text_generation"], "causal_lm"),
@@ -84,6 +87,7 @@ TASKS = {
     **dict.fromkeys(["image", "images", "vision", "image_cls"], "image_classification"),
     **dict.fromkeys(["image_text_to_text", "vision_language", "vlm", "multimodal"], "image_text"),
     **dict.fromkeys(["detection", "boxes", "object"], "object_detection"),
+    **dict.fromkeys(["text_to_image", "dreambooth", "stable_diffusion", "sdxl", "sd3", "flux"], "diffusion"),
     **dict.fromkeys(["text2text", "seq_2_seq_lm"], "seq2seq"),
 }
 
@@ -109,9 +113,9 @@ class Settings:
     task: str = choice(
         "causal_lm",
         "causal_lm sequence_classification token_classification seq2seq image_classification object_detection "
-        "image_text",
-        "What is learned: answers (causal_lm), a label per text, word or image, text from text, boxes on images, or "
-        "answers about images.",
+        "image_text diffusion",
+        "What is learned: answers (causal_lm), a label per text, word or image, text from text, boxes on images, "
+        "answers about images, or pictures.",
         also=TASKS, group="method",
     )  # fmt: skip
     method: str = choice(
@@ -285,6 +289,78 @@ class Settings:
         "off", "off on", "Run decoder blocks as functions written by hand: faster on a GPU, and less is kept.",
         also={True: "on", False: "off"}, group="training",
     )  # fmt: skip
+
+    ema: float = of_training(
+        0.0, "number", number(0, 0.99999), "Decay of a moving average of what is trained, which is then saved; 0: no.",
+    )  # fmt: skip
+
+    # Pictures: what only the task diffusion has
+    resolution: int | None = of_pictures(
+        None, "whole", optional(whole(8)), "Side of a square picture, and the root of every bucket's area.",
+        unit="pixels", rule="what the model was made for",
+    )  # fmt: skip
+    buckets: bool = of_pictures(
+        True, "flag", parse.flag, "Pictures keep their proportions, in buckets of one area; no: all are cut square."
+    )
+    captions: str = of_pictures(
+        "auto", "text", parse.text,
+        "Where words come from: auto, files (x.txt, tables), folders (their names), none; or one text for all.",
+    )  # fmt: skip
+    trigger: str | None = of_pictures(
+        None, "text", optional(parse.text), "The word that stands for [trigger] in captions and prompts."
+    )
+    caption_dropout: float = of_pictures(
+        0.0, "number", number(0, 1), "Share of pictures that are trained without words, for guidance."
+    )
+    text_encoders: bool = of_pictures(
+        False, "flag", parse.flag, "Adapt the CLIP text encoders too, and train them beside the denoiser."
+    )
+    convolutions: bool = of_pictures(
+        False, "flag", parse.flag, "Adapt the UNet's convolutions too (LoCon), besides what targets says."
+    )
+    prediction: str = choice(
+        "auto", "auto epsilon v_prediction sample flow",
+        "What the model is known to predict; anything but what its scheduler says is refused.",
+        group="pictures", only_for=PICTURES, rule="the pipeline's scheduler says",
+    )  # fmt: skip
+    times: str = choice(
+        "auto", "auto uniform logit_normal", "How times are drawn; steps of noise always evenly.",
+        group="pictures", only_for=PICTURES, rule="logit_normal for flow matching",
+    )  # fmt: skip
+    min_snr: float = of_pictures(
+        0.0, "number", number(0), "Min-SNR weighting, its gamma: 5 is usual, 0 for none; not for flow matching."
+    )
+    noise_offset: float = of_pictures(
+        0.0,
+        "number",
+        number(0, 1),
+        "Noise that is the same in a whole channel: dark and bright pictures (0.05 to 0.1).",
+    )
+    prior: str | None = of_pictures(
+        None, "path", optional(parse.text), "Pictures of the class, so that it is not forgotten (DreamBooth)."
+    )
+    prior_prompt: str | None = of_pictures(
+        None, "text", optional(parse.text),
+        "Words for the pictures of the class; without prior, the base paints them first.",
+    )  # fmt: skip
+    prior_images: int = of_pictures(100, "whole", whole(1), "How many pictures of the class the base paints.")
+    prior_weight: float = of_pictures(1.0, "number", number(0), "How much a picture of the class counts.")
+    cache: str = choice(
+        "all", "all latents texts none", "What is computed once and kept in memory: pictures as latents, captions as "
+        "embeddings.", also={True: "all", False: "none"}, group="pictures", only_for=PICTURES,
+    )  # fmt: skip
+    sample_prompts: tuple[str, ...] = of_pictures(
+        (), "names", parse.prompts, "Prompts painted during the run: a list, texts parted by |, or a .txt file.",
+        rule="the first four captions",
+    )  # fmt: skip
+    sample_every: int | None = of_pictures(
+        None, "whole", optional(whole(0)), "Paint every so many steps, always with the same seeds; 0 only at the ends.",
+        unit="steps", rule="five times a run",
+    )  # fmt: skip
+    sample_steps: int = of_pictures(25, "whole", whole(1), "Denoising steps of such a picture.", unit="steps")
+    sample_guidance: float | None = of_pictures(
+        None, "number", optional(number(0)), "Its guidance scale.", rule="the pipeline's own"
+    )
 
     # How the run is kept: none of these changes what is learned
     save_every: int | None = of_run(
@@ -510,6 +586,15 @@ def _contradictions(settings: Settings, given: dict[str, Given]) -> list[str]:
         found.append("layers: with method freeze say how many of the last layers train, as a number")
     if settings.init == "loftq" and settings.quant == "none":
         found.append("init: loftq starts from what packing the base loses. Say how it is packed, quant: nf4")
+    if settings.task == "diffusion" and settings.method != "lora":
+        found.append(f"method {settings.method}: the task diffusion trains adapters only")
+    if settings.task == "diffusion" and settings.init == "loftq":
+        found.append("init: loftq reads the base's files as it packs them, and a pipeline is packed when it is loaded")
+    for name in ("prior_images", "prior_weight"):
+        if name in given and settings.task == "diffusion" and not (settings.prior or settings.prior_prompt):
+            found.append(f"{name} has no effect without prior or prior_prompt. Leave it out")
+    if "prior_images" in given and settings.prior:
+        found.append("prior_images has no effect with prior, whose pictures are taken. Leave it out")
     if settings.optimizer == "lora_fa" and settings.delta != "lora_fa":
         found.append(f"optimizer lora_fa is for delta lora_fa, whose A is frozen, not for {settings.delta}")
     if settings.global_batch is not None and settings.global_batch < settings.batch_size and "batch_size" in given:

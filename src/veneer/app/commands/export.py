@@ -25,4 +25,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, out: Output) -> int:
     found = find_run(args.source, args.root)
-    return convert(Path(args.source) if found is None else found.best, args, out)
+    if found is None:
+        return convert(Path(args.source), args, out)
+    settings = found.config().settings
+    if args.base is None and settings.task == "diffusion" and Path(str(settings.model)).is_dir():
+        args.base = str(settings.model)  # the names of its own layers, whatever its shape
+    return convert(found.learned, args, out)

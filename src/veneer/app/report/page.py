@@ -25,6 +25,7 @@ from veneer.app.report.learning import learning, speed
 from veneer.app.report.origin import environment, events, reproduce, settings
 from veneer.app.report.outcome import figures, outcome, subject, trouble
 from veneer.app.report.parts import badge
+from veneer.app.report.pictures import pictures
 from veneer.app.report.record import Record, is_number, read
 from veneer.ckpt.atomic import atomic_write
 
@@ -33,6 +34,7 @@ __all__ = ["SECTIONS", "page", "write_report"]
 SECTIONS: list[tuple[str, str, Callable[[Record], Html | None]]] = [
     ("learning", "Learning", learning),
     ("samples", "Before and after", samples),
+    ("pictures", "Pictures on the way", pictures),
     ("confusion", "What is taken for what", confusion),
     ("proofs", "Proofs", proofs),
     ("change", "What changed in the model", change),
@@ -82,7 +84,13 @@ def page(record: Record) -> str:
 
 def _policy(script: str) -> str:
     ours = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    rules = ["default-src 'none'", "style-src 'unsafe-inline'", f"script-src 'sha256-{ours}'", "base-uri 'none'"]
+    rules = [
+        "default-src 'none'",
+        "img-src data:",
+        "style-src 'unsafe-inline'",
+        f"script-src 'sha256-{ours}'",
+        "base-uri 'none'",
+    ]
     return "; ".join([*rules, "form-action 'none'"])
 
 
