@@ -7,7 +7,7 @@ cannot exist in one of them and not in another. Two rules keep it honest:
     a key that somebody sets is either used by the run or refused      (`only_for`, and proof P0 at the end of a run)
     a value always knows where it came from                            default < file < call < flag; rule: worked out
 
-A text's run is decided by at most 47 keys, and a picture's has two dozen of its own (the group "pictures"); the few in
+A text's run is decided by at most 48 keys, and a picture's has two dozen of its own (the group "pictures"); the few in
 the group "run" only say where and how it is kept.
 This module imports nothing heavy: `veneer --help` reads it.
 """
