@@ -167,7 +167,8 @@ def test_every_part_is_there(make_run: Make) -> None:
     run = make_run()
     sorted_out = {"classes": ["cat", "dog"], "counts": [[3, 1], [0, 4]]}  # a classifier's run has this one, too
     run.path("detail.json").write_text(json.dumps({"confusion": sorted_out}))
-    run.log_event({"event": "pictures", "step": 0, "file": "gone.png", "prompts": ["a dog"]})  # and one that paints this
+    run.log_event({"event": "pictures", "step": 0, "file": "gone.png", "prompts": ["a dog"]})
+    run.close()
     page = page_of(run)
     assert [id for id, _, _ in SECTIONS if id not in page.ids] == []
     assert len(page.ids) == len(set(page.ids))
