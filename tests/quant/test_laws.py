@@ -323,3 +323,20 @@ def test_quantize_looks_at_data() -> None:
     with pytest.raises(ConfigError, match="no batch"):
         veneer.quantize(net, "nf4", targets=["0", "2"], data=[])
     assert type(net[0]) is nn.Linear
+
+
+@pytest.mark.parametrize("storage", ["nf4", "int8", "fp8"])
+def test_adapters_are_fp32_and_multiply_in_bf16(storage: str) -> None:
+    """A step moves fp32 values; what is multiplied is their bf16 rounding, and gradients come back in fp32."""
+    net, x = make("linear", torch.bfloat16)
+    pack(net, storage)
+    veneer.attach(net, LoRA(rank=4, targets=["layer"]))
+    spread(net)
+    y = net(x)
+    assert y.dtype == torch.bfloat16 and all(p.dtype == torch.float32 for p in parameters(net).values())
+    with torch.no_grad():
+        for p in parameters(net).values():
+            p.copy_(p.bfloat16())
+    assert torch.equal(net(x), y)
+    net(x).float().square().sum().backward()
+    assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in parameters(net).values())
