@@ -340,3 +340,20 @@ def test_adapters_are_fp32_and_multiply_in_bf16(storage: str) -> None:
     assert torch.equal(net(x), y)
     net(x).float().square().sum().backward()
     assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in parameters(net).values())
+
+
+@pytest.mark.parametrize("kind", ["int8", "fp8"])
+def test_outliers_are_multiplied_as_they_are(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Columns that are nearly all of the output cost what the others say nothing of its digits."""
+    monkeypatch.setenv("VENEER_KERNELS", "emulate")
+    torch.manual_seed(0)
+    rest, layer = torch.randn(50, 64), nn.Linear(64, 16, bias=False)
+    x = rest.clone()
+    x[:, 5], x[:, 9] = 100, 60 + 20 * torch.rand(50)
+    off = {}
+    for outliers in (None, 6.0):
+        net = Net(copy.deepcopy(layer))
+        veneer.quantize(net, kind, targets=["layer"], rotate=False, outliers=outliers)
+        w = read_weight(net.layer)
+        off[outliers] = float((net(x) - x @ w.T).norm() / (rest @ w.T).norm())
+    assert off[6.0] < 0.1 * off[None] and off[6.0] < {"int8": 0.01, "fp8": 0.04}[kind]

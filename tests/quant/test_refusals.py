@@ -51,7 +51,8 @@ def test_weights_of_any_size_stay_finite(kind: str, scale: float) -> None:
         ({"rotate": True}, "rotate=True is for int8 and fp8, not for nf4"),
         ({"dynamic": False}, "dynamic=False is for int8 and fp8"),
         ({"kind": "int8", "block": 128}, "block=128 is for nf4"),
-        ({"kind": "fp8", "double": False, "outliers": 6.0}, "outliers=6.0 is for int8, not for fp8"),
+        ({"kind": "fp8", "double": False}, "double=False is for nf4, not for fp8"),
+        ({"outliers": 6.0}, "outliers=6.0 is for int8 and fp8, not for nf4"),
         ({"kind": "int8", "outliers": -1.0}, "must be above 0"),
     ],
 )

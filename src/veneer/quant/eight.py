@@ -7,7 +7,8 @@ Language models have columns of x that are twenty times larger than the rest. A 
 such a column takes the others' codes, or, in floats, drowns their sum in its own rounding error. With `rotate` x and W
 are turned alike before they are rounded, each 64 neighbouring columns by a Hadamard matrix H (after QuaRot,
 arXiv:2404.00456): x W^T = (x H)(W H)^T, and in x H a large value is spread over 64 equal ones. H is its own inverse, so
-dx is turned back by it; nothing is measured or stored.
+dx is turned back by it; nothing is measured or stored. With `outliers` such columns are multiplied apart instead, in
+x's own type (LLM.int8(), arXiv:2208.07339, section 3.2).
 
 int8.py and fp8.py say what a code is and which instruction multiplies. A device without the instruction unpacks W for
 each product and leaves inputs unrounded, or, with VENEER_KERNELS=emulate, rounds them all the same and multiplies the
@@ -65,8 +66,14 @@ class RowScaled(Storage):
         if (multiply := self._way(x, shape, recipe)) is None:
             return super().product(x, parts, shape, recipe)
         codes, scale = parts
-        x_q, s = quantize_rows(x, self.code, width=self.width(shape[1], recipe))
-        return multiply(x_q, s, codes.view(self.code).T, scale, x.dtype)
+        large = x.new_empty(0) if recipe.outliers is None else (x.abs() >= recipe.outliers).any(dim=0).nonzero()[:, 0]
+        rest = x.index_fill(1, large, 0) if len(large) else x
+        x_q, s = quantize_rows(rest, self.code, width=self.width(shape[1], recipe))
+        y = multiply(x_q, s, codes.view(self.code).T, scale, x.dtype)
+        if not len(large):
+            return y
+        apart = self.unpack((codes[:, large], scale), (shape[0], len(large)), x.dtype, recipe)
+        return y.addmm_(x[:, large], apart.T)
 
     def product_back(self, g: Float[Tensor, "t rows"], parts: Parts, shape: tuple[int, int], recipe: Recipe) -> Tensor:
         if (multiply := self._way(g, shape, recipe)) is None:
@@ -81,7 +88,8 @@ class RowScaled(Storage):
         return next((w for w in WIDTHS if cols % w == 0), 1) if self.turns(recipe) else 1
 
     def turns(self, recipe: Recipe) -> bool:
-        return self.rotates if recipe.rotate is None else recipe.rotate
+        wanted = self.rotates if recipe.rotate is None else recipe.rotate
+        return wanted and recipe.outliers is None
 
     def products_back(
         self, gs: Sequence[Tensor], stored: Sequence[tuple[Parts, tuple[int, int]]], recipe: Recipe

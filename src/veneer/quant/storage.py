@@ -36,7 +36,7 @@ BLOCKS = (32, 64, 128, 256, 512, 1024, 2048, 4096)  # what bitsandbytes' kernels
 
 
 EIGHT = ("int8", "fp8")
-CONCERNS = {"block": ("nf4",), "double": ("nf4",), "dynamic": EIGHT, "rotate": EIGHT, "outliers": ("int8",)}
+CONCERNS = {"block": ("nf4",), "double": ("nf4",), "dynamic": EIGHT, "rotate": EIGHT, "outliers": EIGHT}
 
 
 class Recipe(NamedTuple):
@@ -47,8 +47,8 @@ class Recipe(NamedTuple):
     is unpacked for each product, which is slower and leaves the inputs as they are.
     rotate: int8 and fp8 only; W and its inputs are turned alike before they are rounded, so that no column stands out.
     None is what the storage does by itself.
-    outliers: int8 only, in place of rotate; input columns with a value of at least this size are multiplied in the
-    input's own type.
+    outliers: int8 and fp8 only, in place of rotate; input columns with a value of at least this size are multiplied in
+    the input's own type.
     """
 
     kind: str
