@@ -121,28 +121,48 @@ def memory(found: dict[str, Any]) -> str:
     )
 
 
-def train_gpu(found: dict[str, Any]) -> str:
-    rows = [
-        (
-            r["variant"] + (" (1)" if "note" in r else ""),
-            f"{r['tokens_per_second']:,.0f}",
-            f"{r['peak_gib']:.1f}",
-            f"{r['warmup_seconds']:.0f}",
-            *(f"{r['losses'][i]:.3f}" for i in (0, 1, 3, 7)),
+SHAPES = {"8b": "Llama-3.1-8B", "1b": "Llama-3.2-1B", "0.5b": "Qwen2.5-0.5B"}
+TRAIN = """\
+`python benchmarks/train_gpu.py --table 2x2048`, `--table 4x2048`, or with the names of variants and `--shape`, and
+`benchmarks/peers_gpu.py` for `peft-nf4`; random weights and tokens, r = 16 on all seven linears, fused AdamW, median of 8
+steps that follow each other. `fused` is `veneer.fuse(model, graphs=True)`, `asked` the same without CUDA graphs; fp8,
+nf4 and int8 are the stored base (of nf4 the embedding too), otherwise bf16. gate_up, middle and input say what is
+computed again instead of kept, `away` that what blocks keep waits in the host's memory. The chunked loss is ours in all
+rows but `peft`. Rows of one run, on one card, have one letter; each run says what the card's own product of two 8192 x
+8192 matrices gave before and after. Memory is what is allocated at the highest point, all that graphs hold included.
+"""
+
+
+def train_gpu(runs: list[dict[str, Any]]) -> str:
+    """Of all runs: a table for each shape and batch."""
+    lines = ["## Training steps on one GPU", TRAIN.strip()]
+    sizes = sorted({(r["shape"], r["batch"], r["length"]) for r in runs}, key=lambda s: (-float(s[0][:-1]), s[1]))
+    letters = {id(run): chr(97 + i) for i, run in enumerate(runs)}
+    for shape, batch, length in sizes:
+        own = [run for run in runs if (run["shape"], run["batch"], run["length"]) == (shape, batch, length)]
+        rows = [
+            (
+                r["variant"] + (" (1)" if "note" in r else ""),
+                f"{letters[id(run)]}: {run['device'].replace('NVIDIA ', '').replace(' 80GB HBM3', '')}",
+                f"{r['tokens_per_second']:,.0f}",
+                f"{r['peak_gib']:.1f}",
+                f"{r['warmup_seconds']:.0f}",
+                f"{r['losses'][0]:.3f}",
+                f"{r['losses'][7]:.3f}",
+            )
+            for run in own
+            for r in run["rows"]
+            if "failed" not in r
+        ]
+        rows.sort(key=lambda row: -float(row[2].replace(",", "")))
+        cards = ", ".join(
+            f"{letters[id(run)]} {' and '.join(f'{x:.0f}' for x in run['ceiling_tflops'])}" for run in own
         )
-        for r in sorted((r for r in found["rows"] if "failed" not in r), key=lambda r: -r["tokens_per_second"])
-    ]
-    before, after = found["ceiling_tflops"]
-    size = f"{found['batch']} x {found['length']}"
-    lines = [
-        f"## A training step on one H100, {size} tokens",
-        f"`python benchmarks/train_gpu.py --table {size.replace(' ', '')}`: Llama-3.1-8B shape in bf16, random weights "
-        "and tokens, r = 16 on all seven linears. `fused` is `veneer.fuse(model)`; gate_up, middle and input say what "
-        "is computed again instead of kept. The chunked loss is ours in all rows but `peft`, which has its own. The "
-        f"card's own matrix product ran at {before:.0f} TFLOP/s before and {after:.0f} after, when it was warm.",
-        table(["", "tokens/s", "peak GiB", "warm-up s", "loss", "step 2", "step 4", "step 8"], rows),
-    ]
-    if any("note" in r for r in found["rows"]):
+        lines += [
+            f"**{SHAPES[shape]}'s shape, {batch} x {length} tokens.** TFLOP/s of the card before and after: {cards}.",
+            table(["", "run", "tokens/s", "peak GiB", "warm-up s", "loss", "step 8"], rows),
+        ]
+    if any("note" in r for run in runs for r in run["rows"]):
         lines.append("(1) From a run that waited for the device after each step, which costs a few per cent.")
     lines.append(
         "The loss starts alike everywhere. On these random weights it then falls faster with compiled and "
@@ -326,8 +346,7 @@ SECTIONS: dict[str, Callable[[Any], str]] = {
     "memory_cpu": memory,
     "memory_cuda": memory,
     "merge_stream": merge_stream,
-    "train_gpu_2x2048": train_gpu,
-    "train_gpu_4x2048": train_gpu,
+    "train_gpu_*": train_gpu,
     "sdxl_gpu": sdxl_gpu,
     "first_steps": first_steps,
     "learning_rate": learning_rate,
@@ -341,9 +360,9 @@ SECTIONS: dict[str, Callable[[Any], str]] = {
 def main() -> None:
     parts = [HEAD.strip()]
     for name, section in SECTIONS.items():
-        path = RESULTS / f"{name}.json"
-        if path.exists():
-            parts.append(section(json.loads(path.read_text())))
+        found = [json.loads(path.read_text()) for path in sorted(RESULTS.glob(f"{name}.json"))]
+        if found:
+            parts.append(section(found if "*" in name else found[0]))
     PAGE.write_text("\n\n".join(parts) + "\n")
     print(f"{PAGE}: {len(parts) - 1} sections")
 
