@@ -269,10 +269,15 @@ def ceiling() -> float:
 
 
 def apart(args: argparse.Namespace, name: str) -> dict[str, Any]:
-    """One variant in a process of its own; what went wrong, where something did."""
+    """One variant in a process of its own, of the script that runs; what went wrong, where something did."""
     same = [f"--{k}={getattr(args, k)}" for k in ("shape", "batch", "length", "steps", "warmup")]
     same += ["--profile"] if args.profile else []
-    done = subprocess.run([sys.executable, __file__, name, "--one", *same], capture_output=True, text=True)
+    command = [sys.executable, sys.argv[0], name, "--one", *same]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=args.limit, errors="replace")
+    except subprocess.TimeoutExpired as slow:
+        said = (slow.stderr or b"").decode(errors="replace")
+        return {"variant": name, "failed": f"not done after {args.limit} seconds\n{said[-2000:]}"}
     if args.profile or "Warning" in done.stderr:
         print(done.stderr)
     if done.returncode:
@@ -290,8 +295,8 @@ def shown(row: dict[str, Any]) -> str:
     )
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+def main(about: str = __doc__) -> None:
+    parser = argparse.ArgumentParser(description=about.split("\n")[0])
     parser.add_argument("variants", nargs="*", choices=[[], *VARIANTS])
     parser.add_argument("--table", choices=TABLES, default="2x2048")
     parser.add_argument("--shape", choices=SHAPES, default="8b")
@@ -299,6 +304,7 @@ def main() -> None:
     parser.add_argument("--length", type=int)
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--warmup", type=int, default=4)
+    parser.add_argument("--limit", type=float, help="seconds that one variant may take")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--profile", action="store_true", help="print where the device's time goes")
     parser.add_argument("--one", action="store_true", help="measure in this process and print JSON")
