@@ -124,8 +124,8 @@ def memory(found: dict[str, Any]) -> str:
 SHAPES = {"8b": "Llama-3.1-8B", "1b": "Llama-3.2-1B", "0.5b": "Qwen2.5-0.5B"}
 TRAIN = """\
 `python benchmarks/train_gpu.py --table 2x2048`, `--table 4x2048`, or with the names of variants and `--shape`, and
-`benchmarks/peers_gpu.py` for `peft-nf4`; random weights and tokens, r = 16 on all seven linears, fused AdamW, median of 8
-steps that follow each other. `fused` is `veneer.fuse(model, graphs=True)`, `asked` the same without CUDA graphs; fp8,
+`benchmarks/peers_gpu.py` for `peft-nf4`; random weights and tokens, r = 16 on all seven linears, fused AdamW, median of
+8 steps that follow each other. `fused` is `veneer.fuse(model, graphs=True)`, `asked` the same without CUDA graphs; fp8,
 nf4 and int8 are the stored base (of nf4 the embedding too), otherwise bf16. gate_up, middle and input say what is
 computed again instead of kept, `away` that what blocks keep waits in the host's memory. The chunked loss is ours in all
 rows but `peft`. Rows of one run, on one card, have one letter; each run says what the card's own product of two 8192 x
