@@ -189,6 +189,9 @@ def test_a_weight_that_moved_is_seen(device: str) -> None:
 
 CHANGES = {
     "a weight elsewhere": lambda m: setattr(m.mlp.up_proj.weight, "data", m.mlp.up_proj.weight.data.clone()),
+    "another parameter of the same memory": lambda m: setattr(
+        m.mlp.up_proj, "weight", nn.Parameter(m.mlp.up_proj.weight.data)
+    ),
     "a mode": lambda m: m.mlp.eval(),
     "a hook": lambda m: m.mlp.register_forward_hook(lambda *_: None),
     "frozen": lambda m: m.mlp.up_proj.slots["default"].delta.A.requires_grad_(False),

@@ -151,7 +151,8 @@ def _by_replay(block: FusedBlock, x: Tensor, kwargs: dict[str, Any]) -> Tensor |
         return run_block(x, cos, sin, now, state.recompute)
 
     try:
-        settings = state.recompute, frozenset(rest.items())
+        attention = getattr(getattr(state.parts.attention.module, "config", None), "_attn_implementation", None)
+        settings = state.recompute, attention, frozenset(rest.items())
     except TypeError:  # something that cannot be compared
         return None
     return replayed(state.recorder, block, x, settings, {"cos": cos, "sin": sin, **tensors}, run)

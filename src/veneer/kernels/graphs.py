@@ -81,10 +81,12 @@ class Recorder:
         return graph, found
 
     def refresh(self, record: Record) -> None:
-        """Before a pass, which begins with the block that was met first: drop what does not hold any more, once no
-        backward pass needs it."""
-        first = next(iter(self.records.values()))
-        if self.is_stale and record is first and not any(each.is_busy for each in self.records.values()):
+        """A pass begins with the block that was met first: no block is added to the round of another pass, and what
+        does not hold any more is dropped, once no backward pass needs it."""
+        if record is not next(iter(self.records.values())):
+            return
+        self.is_open = False
+        if self.is_stale and not any(each.is_busy for each in self.records.values()):
             self.forget()
 
     def gradient_like(self, t: Tensor) -> Tensor:
@@ -375,7 +377,6 @@ def replayed(
         if signature != record.signature or not record.fits(x):
             recorder.is_stale |= record.calls >= LASTING
             return None
-        recorder.is_open &= record.generation == 0
     elif record.calls <= WARM or not recorder.may_record(x.device) or not _recorded(record, module, x, tensors, run):
         return None
     for name, shared in record.shared.items():
@@ -424,7 +425,7 @@ def state_of(module: nn.Module) -> tuple[Any, ...] | None:
         for held in (each._parameters, each._buffers):
             for t in held.values():
                 if t is not None:
-                    found.append((t.data_ptr(), t.requires_grad, t.dtype))
+                    found.append((id(t), t.data_ptr(), t.requires_grad, t.dtype))
         own = each.__dict__
         if "forward" in own or "inner_forward" in own:
             found.append("forward on the instance")
