@@ -259,7 +259,7 @@ def holds(build: str, parts: str, method: str, dropout: str, acting: str, storag
         fuse(model, level, verbose=False)
         got = outcome(model)
     if exact:
-        assert distance(got, exact) <= 2 * distance(wanted, exact) + 1e-3
+        assert distance(got, exact) <= 5 * distance(wanted, exact) + 1e-3  # both are a draw; their mean is told above
     else:
         agree(got, wanted)
     may_be_plain = acting != "one" and (dora or dropout or (routed and "bias" in spec))
