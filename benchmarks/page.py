@@ -180,32 +180,29 @@ def sdxl_gpu(found: dict[str, Any]) -> str:
             name,
             f"{r['images_per_second']:.2f}",
             f"{r['images_per_second'] / peer:.2f}",
-            f"{r['peak_gib']:.1f}",
+            "-" if r["peak_gib"] is None else f"{r['peak_gib']:.1f}",
+            f"{r['reserved_gib']:.1f}",
             f"{1e3 * r['host_seconds']:.0f}",
             f"{r['warmup_seconds']:.0f}",
-            *(f"{r['losses'][i]:.3f}" for i in (0, 2, 5, -1)),
+            *(f"{r['losses'][i]:.4f}" for i in (0, 2, 5, 8)),
         )
         for name, r in sorted(done.items(), key=lambda pair: -pair[1]["images_per_second"])
     ]
     before, after = found["ceiling_tflops"]
-    steps = len(next(iter(done.values()))["losses"])
-    return "\n\n".join(
-        [
-            f"## A training step of SDXL's UNet, {found['batch']} images of 1024 x 1024: {found['device']}",
-            f"`python benchmarks/sdxl_gpu.py`, torch {found['torch']}: the true shape in bf16 (2.6 B parameters), "
-            "random weights and latents, r = 16 on q, k, v and out of all attention, noise prediction. `peft` is "
-            "what diffusers' training script does (fp32 adapters under autocast), `peft-compiled` PEFT with bf16 "
-            "adapters and compiled transformer blocks; `plain` is `veneer.attach`, `fused` `veneer.fuse(unet)`, "
-            "`fused-graphs` `veneer.fuse(unet, graphs=True)`, `fused-step` the same step captured as one graph. "
-            "Host: the time in which Python hands out a step; where it is as long as the step, the card waits. "
-            f"The card's own matrix product ran at {before:.0f} TFLOP/s before and {after:.0f} after.",
-            table(
-                ["", "images/s", "of peft-compiled", "peak GiB", "host ms", "warm-up s", "loss", "step 3", "step 6",
-                 f"step {steps}"],
-                rows,
-            ),
-        ]
-    )  # fmt: skip
+    head = ["", "images/s", "of peft-compiled", "peak GiB", "reserved", "host ms", "warm-up s"]
+    lines = [
+        f"## A training step of SDXL's UNet, {found['batch']} images of 1024 x 1024: {found['device']}",
+        f"`python benchmarks/{found['command']}`, torch {found['torch']}: the true shape in bf16 (2.6 B parameters), "
+        "random weights and latents, r = 16 on q, k, v and out of all attention, noise prediction, AdamW; nothing is "
+        "computed twice but in `fused-gate_up`. `peft` is what diffusers' training script does (fp32 adapters under "
+        "autocast), `peft-compiled` PEFT with bf16 adapters and compiled transformer blocks, `peft-compiled+` with "
+        "compiled residual blocks, too; `plain` is `veneer.attach`, `fused` `veneer.fuse(unet)`, `fused-step` the same "
+        "step captured whole as one CUDA graph by the script. Host: the time in which Python hands out a step; where "
+        "it is as long as the step, the card waits for Python. The card's own matrix product ran at "
+        f"{before:.0f} TFLOP/s before and {after:.0f} after.",
+        table([*head, "loss", "step 3", "step 6", "step 9"], rows),
+    ]
+    return "\n\n".join([*lines, *([found["note"]] if "note" in found else [])])
 
 
 def first_steps(found: dict[str, Any]) -> str:
@@ -348,6 +345,7 @@ SECTIONS: dict[str, Callable[[Any], str]] = {
     "merge_stream": merge_stream,
     "train_gpu_*": train_gpu,
     "sdxl_gpu": sdxl_gpu,
+    "sdxl_gpu_step": sdxl_gpu,
     "first_steps": first_steps,
     "learning_rate": learning_rate,
     "small_data": small_data,

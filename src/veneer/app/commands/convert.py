@@ -32,7 +32,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--to", required=True, choices=LAYOUTS, help="the layout to write")
     parser.add_argument("--out", "-o", required=True, metavar="PATH", help="a file (peft: a folder); must not exist")
-    parser.add_argument("--base", metavar="MODEL", help="sd1, sd2, sdxl, or the folder of a pipeline [what fits]")
+    parser.add_argument(
+        "--base",
+        metavar="MODEL",
+        help="sd1, sd2, sdxl, flux, sd3, sd3.5-medium, sd3.5-large, or the folder of a pipeline [what fits]",
+    )
     parser.add_argument("--part", metavar="NAME", help="what a folder of PEFT adapts: unet, transformer, text_encoder")
     parser.add_argument("--allow-unknown", action="store_true", help="leave out keys that nobody understands")
 
