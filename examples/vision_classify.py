@@ -70,8 +70,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--grid", action="store_true", help="try every learning rate with every seed")
-    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
+    parser.add_argument("--methods", nargs="*", default=list(METHODS), help="probe LoRA DoRA full, or nothing")
     parser.add_argument("--beside", help="show the runs of this file, which --json kept, in the same table")
+    parser.add_argument("--linear", action="store_true", help="also the best linear classifier on the base's features")
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--json", help="keep all runs in this file")
     parser.add_argument("--picture", help="draw what LoRA's first seed took for what (PNG)")
@@ -168,6 +169,46 @@ class OldProbe:
         return float((guessed == self.labels[self.cut :]).double().mean())
 
 
+# ------------------------------------------------------------------ the best that a linear classifier can do
+
+
+def best_linear(asked: argparse.Namespace) -> tuple[float, float, float]:
+    """Logistic regression on what the head reads, trained to its end: the penalty that is best on the validation rows,
+    and the accuracy on those and on the test. No probe of few steps can be better by luck or worse by its rate."""
+    train, tested = data_of(asked.data, asked.train, asked.test)
+    model, processor = classifier(folder_of(asked.model, asked.size), 0)
+    judged = ImageClassification(processor, train.labels)
+    parts = [read_by_the_head(model, judged, rows.examples) for rows in (train, train.held_out, tested)]
+    mean, spread_ = parts[0][0].mean(0), parts[0][0].std(0) + 1e-6
+    (x, y), *others = [((seen - mean) / spread_, labels) for seen, labels in parts]
+    found = []
+    for penalty in (1e-4, 1e-3, 1e-2, 1e-1):
+        head = nn.Linear(x.shape[1], len(train.labels.names))
+        optimizer = torch.optim.LBFGS(head.parameters(), max_iter=300, line_search_fn="strong_wolfe")
+
+        def loss(head: nn.Linear = head, optimizer: Any = optimizer, penalty: float = penalty) -> Tensor:
+            optimizer.zero_grad()
+            value = nn.functional.cross_entropy(head(x), y) + penalty * head.weight.square().sum()
+            value.backward()
+            return value
+
+        optimizer.step(loss)
+        val, test = (float((head(seen).argmax(1) == labels).double().mean()) for seen, labels in others)
+        found.append((val, test, penalty))
+    val, test, penalty = max(found)
+    return penalty, val, test
+
+
+@torch.no_grad()
+def read_by_the_head(model: Any, judged: ImageClassification, examples: Sequence[Any]) -> tuple[Tensor, Tensor]:
+    seen: list[Tensor] = []
+    hook = model.classifier.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].float().cpu()))
+    labels = [judged.judge(model.eval(), batch.to(model.device)).wanted for batch in batches(
+        judged.encode(examples).samples, 128)]  # fmt: skip
+    hook.remove()
+    return torch.cat(seen), torch.tensor([label for part in labels for label in part])
+
+
 # ------------------------------------------------------------------ one run
 
 
@@ -214,6 +255,10 @@ def one_run(task: tuple[dict[str, Any], str, float, int]) -> dict[str, Any]:
 
 
 def all_runs(asked: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    if wrong := set(asked.methods) - set(METHODS):
+        raise SystemExit(f"--methods {' '.join(sorted(wrong))}: there are {', '.join(METHODS)}")
+    if not asked.methods:
+        return
     rows = asked.train - asked.train // 6
     steps = max(1, round(asked.epochs * -(-rows // asked.batch)))
     told = {**vars(asked), "folder": folder_of(asked.model, asked.size), "every": max(1, steps // 4)}
@@ -307,8 +352,12 @@ def main() -> None:
     found = chosen(runs)
     seconds = time.perf_counter() - started
     print(f"\n{table(found)}\n\nold task before: {100 * runs[0]['old_before']:.1f}; {seconds:.0f} s in all")
+    if asked.linear:
+        penalty, val, test = best_linear(asked)
+        print(f"best linear classifier (penalty {penalty:g}): validation {100 * val:.1f}, test {100 * test:.1f}")
     if asked.json:
-        Path(asked.json).write_text(json.dumps({"asked": vars(asked), "seconds": seconds, "runs": runs}))
+        kept = {name: value for name, value in vars(asked).items() if name not in ("json", "picture", "beside")}
+        Path(asked.json).write_text(json.dumps({"asked": kept, "seconds": seconds, "runs": runs}))
     if asked.picture:
         draw(found["LoRA"][0]["confusion"], asked.picture)
     assert all(run["off_is_base"] for run in runs if "off_is_base" in run), "an adapter that is off must leave no trace"

@@ -295,7 +295,8 @@ def main() -> None:
     seconds = time.perf_counter() - started
     print(f"\n{table(found)}\n\n{seconds:.0f} s in all")
     if asked["json"]:
-        kept = {"asked": asked, "seconds": seconds, "bases": bases, "runs": runs}
+        said = {name: value for name, value in asked.items() if name not in ("json", "picture")}
+        kept = {"asked": said, "seconds": seconds, "bases": bases, "runs": runs}
         Path(asked["json"]).write_text(json.dumps(kept))
     if asked["picture"]:
         draw(asked, found["LoRA"], asked["picture"])

@@ -2,7 +2,7 @@
 
     python examples/vision_language.py                            a tiny LLaVA, made on the spot
     python examples/vision_language.py --targets language         the language model alone
-    python examples/vision_language.py --model FOLDER_OR_HUB_ID   LLaVA, Qwen-VL, SmolVLM, Gemma 3 ...
+    python examples/vision_language.py --model FOLDER_OR_HUB_ID   LLaVA, Qwen-VL ...
 
 Rows are conversations with pictures:
 

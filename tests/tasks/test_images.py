@@ -190,3 +190,55 @@ def test_batches_of_pictures_say_what_they_hold(folder: Path) -> None:
     batch = next(batches(samples, 4))
     assert batch.rows == batch.tokens == batch.trained_tokens == 4 and batch.padding_share == 0.0
     assert list(batch.inputs) == ["pixel_values"] and batch.labels.shape == (4,)
+
+
+# ---------------------------------------------------------------- other views, and the head alone
+
+
+def test_views_are_drawn_anew_and_the_held_out_picture_is_itself(folder: Path) -> None:
+    data = load(folder, kinds=(Pictured,))
+    plain = encode_pictures(data.examples[:1], processor(), data.labels).samples[0]  # type: ignore[arg-type]
+    flipped = encode_pictures(data.examples[:1], processor(), data.labels, augment="flip").samples[0]  # type: ignore[arg-type]
+    itself = plain.pixels()  # type: ignore[misc]
+    assert plain.pixels() is itself  # type: ignore[misc]  # kept for the next epoch
+    torch.manual_seed(0)
+    views = [flipped.pixels() for _ in range(40)]  # type: ignore[misc]
+    mirrored = [bool((view == itself[:, :, ::-1]).all()) for view in views]
+    assert all(one or bool((view == itself).all()) for one, view in zip(mirrored, views, strict=True))
+    assert 8 < sum(mirrored) < 32
+    torch.manual_seed(0)
+    again = [flipped.pixels() for _ in range(40)]  # type: ignore[misc]
+    assert all(np.array_equal(a, b) for a, b in zip(views, again, strict=True))
+    cropped = encode_pictures(data.examples[:1], processor(), data.labels, augment="crop").samples[0]  # type: ignore[arg-type]
+    several = [cropped.pixels() for _ in range(5)]  # type: ignore[misc]
+    assert all(view.shape == itself.shape for view in several)
+    assert len({view.tobytes() for view in several}) == 5
+
+
+def test_a_probe_trains_the_head_alone_on_views(folder: Path, tmp_path: Path) -> None:
+    import veneer
+
+    torch.manual_seed(0)
+    config = KINDS["vit"]()
+    config.num_labels = 3
+    model = transformers.AutoModelForImageClassification.from_config(config)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    options = {"task": "image", "steps": 4, "lr": 0.05, "val": 6, "augment": "crop", "out": str(tmp_path / "run")}
+    run = veneer.train(model, str(folder), tokenizer=processor(), method="freeze", layers=0, **options)
+    assert run.status == "done"
+    moved = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
+    assert moved == {"classifier.weight", "classifier.bias"}
+
+
+def test_a_frozen_batchnorm_does_not_measure(folder: Path, tmp_path: Path) -> None:
+    import veneer
+
+    torch.manual_seed(0)
+    small = {"embedding_size": 8, "hidden_sizes": [8, 8], "depths": [1, 1], "layer_type": "basic"}
+    model = transformers.AutoModelForImageClassification.from_config(transformers.ResNetConfig(**small, num_labels=3))
+    before = {name: value.clone() for name, value in model.named_buffers()}
+    options = {"task": "image", "steps": 3, "lr": 0.01, "val": 6, "out": str(tmp_path / "run")}
+    run = veneer.train(model, str(folder), tokenizer=processor(), targets=["convolution"], r=2, **options)
+    assert run.status == "done"
+    assert any("running_mean" in name for name in before)
+    assert all(torch.equal(value, before[name]) for name, value in model.named_buffers() if name in before)

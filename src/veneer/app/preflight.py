@@ -20,6 +20,7 @@ from typing import Any
 from veneer.advise.device import free_memory, usual_device
 from veneer.advise.lr import learning_rate
 from veneer.advise.memory import Estimate, estimate_memory
+from veneer.advise.plan import CHOICES
 from veneer.advise.time import Duration, estimate_time
 from veneer.app.text import bytes_, count, number, share
 from veneer.data.encode import Encodings
@@ -122,6 +123,9 @@ def _told_mask(train: Encodings, tokenizer: Any, tell: Tell) -> list[dict[str, A
 
 def _memory(settings: Reads, train: Encodings, labels: int) -> tuple[Estimate, int]:
     """With the longest sample there is, not the longest there could be."""
+    if settings.task not in CHOICES["task"]:
+        fix = "start it: the heaviest batch is tried before the first step"
+        raise ConfigError(f"the data is in order, but what {settings.task} takes is not estimated", "memory", fix)
     device = usual_device()
     free = free_memory(device)
     precision = settings.precision if settings.precision != "auto" else precision_of(str(settings.model))[0]

@@ -1,4 +1,4 @@
-"""Conversations with pictures, for models that read both (LLaVA, Qwen-VL, SmolVLM, Gemma 3 and their kin).
+"""Conversations with pictures, for models that read both (LLaVA, Qwen-VL and their kin).
 
 It is causal language modelling: the same template, mask and loss. Beside the tokens go the pictures, as the model's own
 processor makes them (data/illustrated.py); batches are padded and never packed, for a picture belongs to its row.

@@ -1,4 +1,4 @@
-"""Boxes and their classes on a picture, for detectors of transformers that predict sets: DETR, YOLOS, RT-DETR, D-FINE.
+"""Boxes and their classes on a picture, for detectors of transformers that predict sets: DETR, YOLOS, RT-DETR.
 
 The model's own forward matches its guesses with the boxes and gives the loss (it needs scipy for the matching); the
 rows are those of data/boxes.py. Classes and boxes come from two heads that are new, or trained on, whole beside the
