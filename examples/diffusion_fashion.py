@@ -62,12 +62,12 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--data", help="folder of Fashion-MNIST, or an .npz of it; drawn shapes without")
     parser.add_argument("--out", help="folder for pictures, weights and figures [a temporary one]")
     parser.add_argument("--pack", metavar="NPZ", help="write a part of --data to one file, and stop")
-    parser.add_argument("--seconds", type=float, help="for the base [140; toy: 4]")
-    parser.add_argument("--steps", type=int, help="of each adapter [600; toy: 6]")
+    parser.add_argument("--seconds", type=float, help="for the base [140; toy: 2]")
+    parser.add_argument("--steps", type=int, help="of each adapter [600; toy: 4]")
     parser.add_argument("--strokes", type=int, help="of the sampler [30; toy: 2]")
     parser.add_argument("--each", type=int, help="pictures judged of each class [48; toy: 2]")
     args = parser.parse_args()
-    usual = {"seconds": (4, 140), "steps": (6, 600), "strokes": (2, 30), "each": (2, 48)}
+    usual = {"seconds": (2, 140), "steps": (4, 600), "strokes": (2, 30), "each": (2, 48)}
     for name, pair in usual.items():
         setattr(args, name, getattr(args, name) or pair[args.full])
     return args

@@ -17,6 +17,7 @@ EXAMPLES = Path(__file__).parent.parent.parent / "examples"
 SCRIPTS = sorted(path.name for path in EXAMPLES.glob("*.py") if path.name not in ("base.py", "pictures.py"))
 
 TOLD = {  # a line that each must print, besides running to its end
+    "diffusion_fashion.py": "with the adapters off the base paints the same pictures, bit for bit",
     "seed_000_variants.py": "the base answers as on the first day, bit for bit",
     "seed_001_lora_linear.py": "merge=False: A and B get no gradient at all",
     "seed_002_counts.py": "16,384 trained, 1.56 %",
@@ -37,6 +38,7 @@ NEEDS = {
     "vision_classify.py": "PIL",
     "vision_detect.py": "pycocotools",
     "vision_language.py": "PIL",
+    "diffusion_fashion.py": "diffusers",
 }
 
 
