@@ -291,9 +291,10 @@ class Pipeline:
             raise ConfigError(
                 f"targets {asked!r} match no layer of the {self.part}", "targets", "choose another preset"
             )
-        return tuple(name for name in chosen if "." in name.removeprefix(prefix) or asked == "all-linear")
+        return tuple(chosen)
 
 
+INNER = ("conv", "conv1", "conv2", "conv_shortcut", "proj_in", "proj_out")
 TEXT = {"attention": ("q_proj", "k_proj", "v_proj", "out_proj"), "minimal": ("q_proj", "v_proj")}
 
 
@@ -301,8 +302,8 @@ def _is_wanted(
     name: str, layer: nn.Module, asked: str | tuple[str, ...], presets: Mapping[str, tuple[str, ...]], paints: bool,
     convolutions: bool,
 ) -> bool:  # fmt: skip
-    if isinstance(layer, nn.Conv2d):
-        return paints and convolutions
+    if isinstance(layer, nn.Conv2d):  # those inside blocks: the first and the last are left alone, as in kohya's LoCon
+        return paints and convolutions and any(ends_with(name, inner) for inner in INNER)
     if not isinstance(layer, nn.Linear):
         return False
     if asked == "all-linear":
