@@ -25,6 +25,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -100,6 +101,12 @@ CASES = {
         case("qwen3 lora bf16 r64", QWEN3, 2, 512, "bf16", r=64),
         case("qwen3 dora dropout", QWEN3, 2, 256, "fp32", combine="dora", dropout=0.05),
         case("qwen3 lora q,v eager", QWEN3, 2, 512, "fp32", targets="minimal", attention="eager"),
+        case("llama fused fp32", SMOL, 4, 128, "fp32", fused=True),
+        case("llama fused gate_up", LLAMA, 4, 256, "fp32", fused=True, recompute="gate_up"),
+        case("llama fused middle dropout", LLAMA, 4, 256, "fp32", fused=True, recompute="middle", dropout=0.1),
+        case("qwen3 fused bf16 r64", QWEN3, 2, 512, "bf16", fused=True, r=64),
+        case("qwen3 fused dropout", QWEN3, 4, 256, "fp32", fused=True, dropout=0.05),
+        case("qwen3 fused input", QWEN3, 4, 256, "fp32", fused=True, recompute="input"),
         case("gpt2 full recompute", GPT2, 4, 256, "fp32", method="full", recompute="full"),
         case("gpt2 lora fp32", GPT2, 4, 256, "fp32"),
         case("bert lora classify", BERT, 16, 128, "fp32", task=CLASSIFY),
@@ -107,6 +114,11 @@ CASES = {
         case("t5 lora seq2seq", T5, 4, 128, "fp32", task="seq2seq"),
         case("8B lora bf16", LLAMA_8B, 2, 2048, "bf16", gpu=True),
         case("8B lora bf16 recompute", LLAMA_8B, 4, 2048, "bf16", gpu=True, recompute="full"),
+        case("8B fused bf16", LLAMA_8B, 2, 2048, "bf16", gpu=True, fused=True),
+        case("8B fused gate_up", LLAMA_8B, 4, 2048, "bf16", gpu=True, fused=True, recompute="gate_up"),
+        case("8B fused middle", LLAMA_8B, 4, 2048, "bf16", gpu=True, fused=True, recompute="middle"),
+        case("8B fused input", LLAMA_8B, 4, 2048, "bf16", gpu=True, fused=True, recompute="input"),
+        case("8B fused offload", LLAMA_8B, 4, 2048, "bf16", gpu=True, fused=True, recompute="offload"),
         case("8B lora bf16 r64 one row", LLAMA_8B, 1, 4096, "bf16", gpu=True, r=64),
         case("3B full bf16", LLAMA_3B, 1, 2048, "bf16", gpu=True, method="full", recompute="full"),
         case("3B lora bf16", LLAMA_3B, 1, 2048, "bf16", gpu=True, recompute="full"),
@@ -171,7 +183,9 @@ def _high_water() -> int:
 def _steps(case: Case, device: str, count: int = 2) -> None:
     import torch
 
+    from veneer.kernels.fuse import fuse
     from veneer.train.base import recomputing
+    from veneer.train.offload import offloaded
     from veneer.train.optim import Masters, adamw, set_rate
 
     task = _task(case)
@@ -182,9 +196,14 @@ def _steps(case: Case, device: str, count: int = 2) -> None:
     set_rate(optimizer, 1e-4)
     batch = _batch(case, model, device)
     task.prepare(model, batch)
-    with recomputing(model, case.settings.get("recompute") == "full"):
+    model.config.use_cache = False  # as while training
+    level, is_fused = case.settings.get("recompute", "none"), case.settings.get("fused", False)
+    if is_fused:
+        fuse(model, "input" if level == "offload" else level, verbose=False)
+    with recomputing(model, level == "full"):
         for _ in range(count):
-            (task.loss(model, batch) / batch.trained_tokens).backward()
+            with offloaded(torch.device(device)) if level == "offload" else nullcontext():
+                (task.loss(model, batch) / batch.trained_tokens).backward()
             masters.collect()
             masters.clip(float(masters.gradient_norms().norm()), 1.0)
             optimizer.step()
@@ -225,7 +244,7 @@ def _place(case: Case, model: Any, task: Any) -> dict[str, Any]:
     from veneer.train.method import place
     from veneer.train.settings import resolve
 
-    own = {key: value for key, value in case.settings.items() if key != "attention"}
+    own = {key: value for key, value in case.settings.items() if key not in ("attention", "fused", "recompute")}
     return place(model, resolve(mapping=own).settings, task.heads(model))
 
 

@@ -337,6 +337,72 @@ def small_data(found: list[dict[str, Any]]) -> str:
     )
 
 
+def packed(found: dict[str, Any]) -> str:
+    rows = found["rows"]
+    first = next(iter(rows.values()))["tokens_per_second"]
+    body = [
+        (
+            name,
+            f"{r['tokens_per_second']:,.0f}",
+            f"{r['tokens_per_second'] / first:.2f}",
+            f"{100 * r['padding']:.0f} %",
+            f"{r['peak_gib']:.1f}",
+            f"{100 * r['off']:.1f} %",
+        )
+        for name, r in rows.items()
+    ]
+    return "\n\n".join(
+        [
+            f"## Samples of different lengths in rows of {found['length']:,} tokens: {found['device']}",
+            f"`python benchmarks/packed.py{_packed_options(found)}`: {found['samples']} samples, {found['tokens']:,} "
+            f"tokens, the longest {found['longest']:,}; {found['layers']} layers of the Llama-3.1-8B shape in bf16, "
+            f"fused blocks, torch {found['torch']}. Only real tokens are counted. `by samples` has attention within "
+            "each sample and no mask; padded and flat batches have 8 samples. The last column is how far all adapter "
+            "gradients are from those of the samples one by one: rounding to bf16, alike in all rows.",
+            table(["", "tokens/s", "ratio", "padding", "peak GiB", "gradient off"], body),
+        ]
+    )
+
+
+def _packed_options(found: dict[str, Any]) -> str:
+    if found["length"] == 2048:
+        return ""
+    return f" --length {found['length']} --rows {found['rows_at_once']} --samples {found['samples']} --passes 3"
+
+
+def train_cpu(found: dict[str, Any]) -> str:
+    from plots import overlaid
+    from train_cpu import ratios
+
+    wall, cpu, rows, v = ratios(found["rows"]), ratios(found["rows"], "cpu"), found["rows"], found["versions"]
+    curves = {r["name"]: [(each["seen"], each["val"]) for each in r["held_out"]] for r in rows}
+    picture = overlaid(curves, "Held-out loss of SmolLM2-135M on shell commands", "tokens trained on")
+    (PAGE.parent / "images" / "train_cpu.svg").write_text(picture)
+    body = [
+        (
+            r["name"],
+            f"{wall[r['name']]:.2f}",
+            f"{cpu[r['name']]:.2f}",
+            f"{sum(r['tokens']):,}",
+            f"{r['held_out'][-1]['val']:.3f}",
+        )
+        for r in rows
+    ]
+    steps, held = len(rows[0]["seconds"]), rows[0]["held_out"][0]["val"]
+    return "\n\n".join(
+        [
+            "## Training on two CPU cores, beside PEFT with Trainer",
+            f"`python benchmarks/train_cpu.py`: SmolLM2-135M-Instruct in fp32 on the demo's data, {steps} steps of 4 "
+            f"rows; torch {v['torch']}, transformers {v['transformers']}, PEFT {v['peft']}. Real tokens a second, "
+            "`trainer` = 1, by the clock and by the processor's seconds; the candidates take their steps in turn. "
+            "`plain step` is what our step alone gives: with padding, whole logits and plain blocks, though rows are "
+            f"sorted by length. The held-out loss begins at {held:.3f}.",
+            table(["", "tokens/s", "processor", "tokens", "held-out loss"], body),
+            "![Held-out loss of the candidates by tokens, laid over each other](images/train_cpu.svg)",
+        ]
+    )
+
+
 SECTIONS: dict[str, Callable[[Any], str]] = {
     "core": core,
     "mixed": mixed,
@@ -347,6 +413,9 @@ SECTIONS: dict[str, Callable[[Any], str]] = {
     "sdxl_gpu": sdxl_gpu,
     "sdxl_gpu_step": sdxl_gpu,
     "first_steps": first_steps,
+    "packed_2048": packed,
+    "packed_16384": packed,
+    "train_cpu": train_cpu,
     "learning_rate": learning_rate,
     "small_data": small_data,
     "methods": methods,

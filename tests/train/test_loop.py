@@ -180,9 +180,9 @@ OUT = [
 def test_running_out_of_memory_halves_the_micro_batch_alone(
     run_tiny: Runs, monkeypatch: pytest.MonkeyPatch, kind: type[Exception], text: str
 ) -> None:
-    plain, heard_plain, _ = run_tiny(batch_size=2, global_batch=8, dropout=0.1)
+    plain, heard_plain, _ = run_tiny(batch_size=2, global_batch=8, dropout=0.1, recompute="none")
     monkeypatch.setattr(CausalLM, "judge", out_of_memory_above(2, kind, text))
-    run, heard, _ = run_tiny(batch_size=8, global_batch=8, dropout=0.1)
+    run, heard, _ = run_tiny(batch_size=8, global_batch=8, dropout=0.1, recompute="none")
     assert [e["micro_batch"] for e in heard.of("oom")] == [4, 2]
     assert run.result["micro_batch"] == 2 and heard.losses == heard_plain.losses
     assert (
@@ -201,7 +201,7 @@ def test_memory_that_runs_out_in_the_middle_of_a_run(run_tiny: Runs, monkeypatch
         return inner(self, model, batch)
 
     monkeypatch.setattr(CausalLM, "loss", loss)
-    _, cut, _ = run_tiny(batch_size=4, global_batch=4)
+    _, cut, _ = run_tiny(batch_size=4, global_batch=4, recompute="none")
     assert len(cut.of("oom")) == 1 and cut.losses == pytest.approx(whole.losses, rel=1e-5)
 
 

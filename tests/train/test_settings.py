@@ -157,7 +157,7 @@ EQUAL = [
     ({"data": {"json_path": "a.json"}}, {"data": "a.json"}),
     ({"train": {"lr": 1e-3}}, {"lr": 1e-3}),
     ({"val_set_size": 0.1, "cutoff_len": 512, "sample_packing": True}, {"val": 0.1, "max_len": 512, "packing": "on"}),
-    ({"gradient_checkpointing": "unsloth", "bf16": True}, {"recompute": "full", "precision": "bf16"}),
+    ({"gradient_checkpointing": "unsloth", "bf16": True}, {"recompute": "input", "precision": "bf16"}),
     ({"bf16": "auto", "fp16": False}, {}),
     ({"task": "sft"}, {"task": "causal_lm"}),
     ({"task": "text-classification"}, {"task": "sequence_classification"}),

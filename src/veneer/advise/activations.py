@@ -12,6 +12,8 @@ and with a stock model more than it need be (RMSNorm keeps an fp32 copy of its i
     mlp          the activation's input, and both factors of act(g) * u
     dropout      its mask: a whole float an element on a CPU, one byte on a GPU
 
+Fused blocks (kernels/block.py) keep what that file's table says, for each level of `recompute`: `kept_fused`.
+
 Each row was read off torch.autograd.graph.saved_tensors_hooks on the models of transformers 5.23 with Veneer's
 adapters; tests/advise/test_activations.py does it again. Tensors that two rows share are counted once.
 """
@@ -23,7 +25,7 @@ from dataclasses import dataclass, field
 
 from veneer.advise.shapes import Block, Matrix
 
-__all__ = ["Pass", "backward_workspace", "kept", "kept_outside"]
+__all__ = ["Pass", "backward_workspace", "fused_workspace", "kept", "kept_fused", "kept_outside"]
 
 INSIDE = {  # inner tensors an activation keeps, in units of the MLP's width
     "relu": 0,  # its output, which the next matrix reads
@@ -31,6 +33,9 @@ INSIDE = {  # inner tensors an activation keeps, in units of the MLP's width
     "gelu_fast": 4,
     "quick_gelu": 2,
 }
+
+
+UNIT_ON_CPU = 8  # arrays as wide as the unit, at the highest moment of its backward pass
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +68,24 @@ def kept(block: Block, how: Pass) -> dict[str, float]:
         "mlp": _mlp(block, how),
         "dropout": _dropout(block, how),
     }
+
+
+def kept_fused(block: Block, how: Pass, level: str) -> float:
+    """Bytes kept for each token by one fused block at a level of `recompute`."""
+    entry = block.hidden * how.width
+    if level == "offload":
+        return 0.0  # the input is in the host's memory
+    if level == "input":
+        return entry
+    if level == "middle":
+        return 2 * entry
+    adapted = [(m, how.ranks[m.name]) for m in block.matrices if how.ranks.get(m.name)]
+    thin = how.width * sum(rank for _, rank in adapted) + (sum(m.n for m, _ in adapted) if how.dropout else 0)
+    rows = 2 * 4  # one number for each norm
+    heads = block.heads + block.kv_heads if block.head_norms else 0  # normed by themselves, before they are turned
+    attention = _attention(block, how) + heads * (block.head_dim * how.width + 4)
+    gates = 2 * block.mid * how.width if level == "none" else 0
+    return 2 * entry + thin + rows + attention + gates
 
 
 def _norms(block: Block, how: Pass) -> float:
@@ -163,3 +186,17 @@ def backward_workspace(block: Block, how: Pass) -> float:
     attention = (2 * query + 2 * key) * how.width + max(0, scores - freed)
     fp32_norm = 2 * block.hidden * 4 if block.norm == "rms" and how.width < 4 else 0
     return stream + max(mlp, attention, fp32_norm)
+
+
+def fused_workspace(block: Block, how: Pass, level: str) -> float:
+    """The same of a fused block: what it computes again, and the gradients on their way.
+
+    On a GPU the unit's gradients take two arrays as wide as it is. The plain pieces of a CPU form each step of the
+    activation's derivative by itself.
+    """
+    query, key = block.heads * block.head_dim, block.kv_heads * block.head_dim
+    again = kept_fused(block, how, "none") - kept_fused(block, how, level)
+    stream = 3 * block.hidden * how.width
+    unit = block.mid * (2 if how.gpu else UNIT_ON_CPU) * how.width
+    attention = (2 * query + 4 * key) * how.width
+    return again + stream + max(unit, attention)

@@ -198,7 +198,9 @@ def _knobs(estimate: Estimate, count: int = 3) -> tuple[Knob, ...]:
             )
         )
     if plan.mode == "train" and plan.recompute == "none":
-        tried.append(("recompute full", {"recompute": "full"}, "about a third more time"))
+        tried.append(("recompute input", {"recompute": "input"}, "about a third more time"))
+    if plan.mode == "train" and plan.optimizer == "adamw":
+        tried.append(("optimizer adamw8bit", {"optimizer": "adamw8bit"}, "moments of one byte, rounded at random"))
     if plan.method != "lora":
         tried.append(("method lora", {"method": "lora"}, "trains adapters instead of the base"))
     if plan.method == "lora" and plan.quant == "none":

@@ -17,7 +17,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from veneer.advise.activations import Pass, backward_workspace, kept, kept_outside
+from veneer.advise.activations import Pass, backward_workspace, fused_workspace, kept, kept_fused, kept_outside
 from veneer.advise.plan import Plan
 from veneer.advise.shapes import Block, Shapes
 from veneer.core.registry import near
@@ -30,6 +30,7 @@ PARTS = ("weights", "adapter", "gradients", "optimizer", "activations", "loss", 
 PACKED_BITS = {"int8": 8.0, "fp8": 8.0, "nf4": 4.127}  # nf4: 4 bits, an fp8 scale for 64, an fp32 scale for 64 * 256
 CHUNK_ROWS = 2048  # train/loss.py: tokens whose logits exist at a time
 LOGIT_BYTES = 12  # cross entropy in fp32: log-probabilities, the gradient that reaches them, the gradient of the logits
+IN_FLIGHT = 3  # inputs of blocks on the device at a time when they live on the host (train/offload.py)
 CUBLAS_BYTES = 72 * 2**20  # workspaces that torch allocates for it on first use (H100: 62 to 97 MiB measured)
 
 OPTIMIZER_BYTES = {"adamw": 8, "adamw8bit": 2, "sgd": 0}
@@ -52,6 +53,8 @@ def adapter_bytes(
 
 def weight_bytes(shapes: Shapes, plan: Plan) -> int:
     """Bytes of the base as it is stored."""
+    if plan.weights is not None:
+        return plan.weights
     if plan.quant == "none" or plan.method != "lora":
         return shapes.parameters * plan.width
     scales = (
@@ -148,7 +151,7 @@ class _Layer:
     """One block's share of a step, in bytes."""
 
     kept: float
-    entry: float  # its input, all that recomputation keeps
+    again: float  # what its backward pass computes again before it begins
     workspace: float
     gradients: float
 
@@ -217,16 +220,16 @@ def _training(
     casts, outside = _casts(shapes, plan, found), _outside(shapes, plan, tokens)
     held = 4 * trained.total if plan.accumulate else 0  # gradients of the micro-batches before
     beside = 4 * _largest(shapes) if plan.accumulate and plan.method != "lora" else 0  # one more, before it is added
-    keeps = [layer.entry if plan.recompute == "full" else layer.kept for layer in layers]
+    keeps = [layer.kept for layer in layers]
+    ring = IN_FLIGHT * tokens * shapes.hidden * plan.width if plan.recompute == "offload" else 0
     made, loss = _loss(shapes, plan, tokens)
-    at_loss = {"gradients": held + made, "activations": sum(keeps) + casts + outside, "loss": loss}
+    at_loss = {"gradients": held + made, "activations": sum(keeps) + casts + outside + ring, "loss": loss}
     every = {"loss": always | at_loss}
     done = trained.fresh_gradients - sum(layer.gradients for layer in layers)  # head, embedding, tail: first to come
     for i in reversed(range(len(layers))):
-        again = layers[i].kept if plan.recompute == "full" else 0
         every[f"backward of block {i}"] = always | {
             "gradients": held + done if trained.masters else max(held, done),
-            "activations": sum(keeps[: i + 1]) + again + casts,
+            "activations": sum(keeps[: i + 1]) + layers[i].again + casts + ring,
             "workspace": layers[i].workspace + beside,
         }
         done += layers[i].gradients
@@ -265,17 +268,26 @@ def _layer(
         padded=plan.has_padding and shapes.tokens_fixed is None,
         gpu=plan.device == "cuda",
     )
-    per_token = sum(kept(block, how).values())
-    if not reached and not full and block.pre_norm:  # nothing before it learns: its first norm needs no derivative
-        per_token -= block.hidden * (4 if block.norm == "rms" else how.width)
     trained = block.parameters if full else sum(r * (m.out + m.n) for m in block.matrices if (r := own[m.name]))
     unpacked = max(m.out * m.n for m in block.matrices) * plan.width if plan.quant != "none" else 0
-    return _Layer(
-        kept=per_token * tokens,
-        entry=block.hidden * plan.width * tokens,
-        workspace=backward_workspace(block, how) * tokens + unpacked,
-        gradients=(plan.width if full else 4) * trained,
-    )
+    gradients = (plan.width if full else 4) * trained
+    if plan.fused:
+        per_token, again = kept_fused(block, how, plan.level), 0.0
+        workspace = fused_workspace(block, how, plan.level)
+    else:
+        per_token, again, workspace = _plain(block, how, plan, reached)
+    return _Layer(per_token * tokens, again * tokens, workspace * tokens + unpacked, gradients)
+
+
+def _plain(block: Block, how: Pass, plan: Plan, reached: bool) -> tuple[float, float, float]:
+    """Bytes a token: what autograd keeps of a stock block, what comes back in its backward pass, and its scratch."""
+    per_token = sum(kept(block, how).values())
+    if not reached and not how.full and block.pre_norm:  # nothing before it learns: its first norm needs no derivative
+        per_token -= block.hidden * (4 if block.norm == "rms" else how.width)
+    workspace = backward_workspace(block, how)
+    if plan.level == "none":
+        return per_token, 0, workspace
+    return (0 if plan.level == "offload" else block.hidden * how.width), per_token, workspace
 
 
 def _outside(shapes: Shapes, plan: Plan, tokens: int) -> float:
@@ -288,7 +300,7 @@ def _outside(shapes: Shapes, plan: Plan, tokens: int) -> float:
 
 def _casts(shapes: Shapes, plan: Plan, found: Mapping[str, int]) -> int:
     """Adapters are kept in fp32 and multiply in the activations' type: a rounded copy lives until backward."""
-    if plan.width == 4:
+    if plan.width == 4 and not plan.fused:  # fused blocks gather and scale them
         return 0
     return plan.width * sum(found[n] * (m.out + m.n) for n, m, *_ in shapes.linears() if n in found)
 
@@ -306,8 +318,8 @@ def _loss(shapes: Shapes, plan: Plan, tokens: int) -> tuple[float, float]:
     rows = min(CHUNK_ROWS, tokens)
     hidden = 3 * tokens * shapes.hidden * plan.width  # the last norm's output, the trained rows of it, their gradient
     logits = rows * shapes.vocab * LOGIT_BYTES
-    if plan.method != "full" and "lm_head" not in plan.modules_to_save:
-        return 0, hidden + logits
+    if plan.method != "full" and "lm_head" not in plan.modules_to_save:  # kernels/loss.py: in the logits' own memory
+        return 0, hidden + (rows * shapes.vocab * plan.width if plan.device == "cuda" else logits)
     # The head's gradient is summed over chunks; a chunk's share is made when only the logits' gradient is left.
     head = plan.width * shapes.head.out * shapes.head.n
     return head, hidden + max(logits, rows * shapes.vocab * 4 + head)

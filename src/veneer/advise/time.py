@@ -80,9 +80,20 @@ def flops_per_token(shapes: Shapes, plan: Plan) -> float:
         return linears + head + attention
     matrices = {name: m for name, m, *_ in shapes.linears()}
     adapters = 6 * sum(r * (matrices[n].out + matrices[n].n) for n, r in ranks(shapes, plan).items())
-    again = linears + attention + adapters / 3 if plan.recompute == "full" else 0
+    again = _again(shapes, plan, linears, attention + adapters / 3)
     trained = trained_base(shapes, plan) / shapes.parameters
     return (2 + trained) * (linears + head) + 3.5 * attention + adapters + again
+
+
+def _again(shapes: Shapes, plan: Plan, linears: float, rest: float) -> float:
+    """What recomputing adds for a token. A fused block never computes its last product again."""
+    if plan.level == "none":
+        return 0
+    entries = sum(2 * b.count * b.mid * b.hidden * b.experts_per_token * (2 if b.gated else 1) for b in shapes.blocks)
+    if plan.level == "gate_up":
+        return entries
+    last = sum(2 * b.count * b.mid * b.hidden * b.experts_per_token for b in shapes.blocks) if plan.fused else 0
+    return linears + rest - last
 
 
 def estimate_time(

@@ -18,9 +18,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from veneer.advise.device import free_memory, usual_device
+from veneer.advise.keep import KNOWN_BLOCKS, choose, levels_of
 from veneer.advise.lr import learning_rate
 from veneer.advise.memory import Estimate, estimate_memory
-from veneer.advise.plan import CHOICES
+from veneer.advise.plan import CHOICES, Plan
+from veneer.advise.shapes import shapes_of
 from veneer.advise.time import Duration, estimate_time
 from veneer.app.text import bytes_, count, number, share
 from veneer.data.encode import Encodings
@@ -37,7 +39,7 @@ Tell = Callable[..., Any]
 # what memory depends on, under one name in the settings and in the estimate
 SHARED = (
     "task", "method", "r", "targets", "exclude", "modules_to_save", "layers", "dropout", "combine", "quant",
-    "batch_size", "recompute",
+    "batch_size",
 )  # fmt: skip
 
 
@@ -130,17 +132,19 @@ def _memory(settings: Reads, train: Encodings, labels: int) -> tuple[Estimate, i
     free = free_memory(device)
     precision = settings.precision if settings.precision != "auto" else precision_of(str(settings.model))[0]
     longest, _ = _lengths(settings, train)
-    found = estimate_memory(
-        config_of(str(settings.model)),
-        memory=free,
-        device=device,
-        precision=precision,
-        labels=max(labels, 1),
-        max_len=longest,
-        accumulate=settings.global_batch > settings.batch_size,
+    shapes = shapes_of(config_of(str(settings.model)), settings.task, max(labels, 1))
+    fused = settings.fuse != "off" and settings.method == "lora" and shapes.family in KNOWN_BLOCKS
+    known = {
+        "device": device, "precision": precision, "labels": max(labels, 1), "max_len": longest, "fused": fused,
+        "accumulate": settings.global_batch > settings.batch_size,
         **{name: getattr(settings, name) for name in SHARED},
-    )
-    return found, free
+    }  # fmt: skip
+    level = settings.recompute
+    if level == "auto":
+        level = choose(shapes, Plan(**known), free).level
+    elif level not in levels_of(fused, device):
+        level = "input"
+    return estimate_memory(shapes, memory=free, recompute=level, **known), free
 
 
 def _lengths(settings: Reads, train: Encodings) -> tuple[int, float]:
@@ -189,6 +193,8 @@ def _duration(settings: Reads, train: Encodings, steps: int, memory: Estimate, t
     _, mean = _lengths(settings, train)
     plan = {name: getattr(settings, name) for name in SHARED} | {
         "max_len": max(1, round(mean)),
+        "recompute": memory.plan.recompute,
+        "fused": memory.plan.fused,
         "precision": memory.plan.precision,
     }
     found = estimate_time(memory.shapes, steps * settings.global_batch * mean, **plan)

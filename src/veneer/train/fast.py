@@ -1,36 +1,282 @@
-"""Training on fused blocks, for the length of a run."""
+"""How the steps of a run are computed: on fused blocks where they are known, keeping as much as fits.
+
+    fuse        auto: on where an adapter is trained on blocks that are known; what runs plainly is named, and why
+    recompute   auto: the first level that fits by the memory model (advise/keep.py), then tried on the longest batch
+
+Two things can turn out otherwise, and both are said: memory that runs out although the estimate said it would not, then
+the next level is taken; and a fused block that fails where it was tried for the first time, then blocks run plainly.
+What was decided stands in config.yaml as a rule and its reason, what was replaced in run.json.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
+import torch
 from torch import nn
 
-from veneer.kernels.fuse import fuse, is_fused, unfuse
+from veneer.advise.device import free_memory
+from veneer.advise.keep import choose, levels_of
+from veneer.advise.plan import Plan
+from veneer.advise.shapes import shapes_of
+from veneer.data.types import Encoded
+from veneer.errors import UserError
+from veneer.kernels.fuse import (
+    Fused,
+    FusedBlock,
+    FusedMlp,
+    FusedModule,
+    FusedNorm,
+    fuse,
+    is_fused,
+    set_recompute,
+    unfuse,
+)
+from veneer.kernels.parts import AttentionParts, BlockParts, LayerNormParts, MlpParts, NormParts
+from veneer.train.base import dtype_of, recomputing
+from veneer.train.offload import offloaded
+from veneer.train.prepare import Job
+from veneer.train.run import Run
 
-__all__ = ["fused"]
+__all__ = ["Way", "available", "uncached", "way_of"]
+
+SAME = (
+    "task", "method", "r", "targets", "exclude", "modules_to_save", "layers", "dropout", "combine", "precision",
+    "quant", "batch_size",
+)  # fmt: skip
+FAILURES = (RuntimeError, TypeError, ValueError, AttributeError, KeyError, IndexError, AssertionError)
 
 
 @contextmanager
-def fused(model: nn.Module, wanted: bool, recompute: bool, tell: Callable[..., Any]) -> Iterator[bool]:
-    """Fuse what can be fused, say what that is, and undo it afterwards; a model that came fused stays so.
+def way_of(job: Job, run: Run, tell: Callable[..., Any]) -> Iterator[Way]:
+    """Settle how steps are computed, and undo it on the model afterwards."""
+    with ExitStack() as stack:
+        way = Way(job, run, tell, stack)
+        way.settle_blocks()
+        way.settle_level()
+        yield way
 
-    Whether recomputation is taken care of: fused blocks keep their input and skip what nobody needs of the rest, which
-    takes less time than transformers' way. One block that runs plainly is enough to leave it to that.
-    """
-    if not wanted or is_fused(model):
-        yield False
+
+class Way:
+    """Fused or not, and what is kept. The methods stand in the order in which they are called."""
+
+    def __init__(self, job: Job, run: Run, tell: Callable[..., Any], stack: ExitStack) -> None:
+        self.job, self.run, self.tell, self.stack = job, run, tell, stack
+        self.settings, self.model = job.settings, job.model
+        self.level = "none"
+        self.is_ours = self.is_checkpointed = False
+        self.may_go_on = self.settings.recompute == "auto" or self._origin("recompute") == "rule"
+
+    # ---------------------------------------------------------------- blocks
+
+    def settle_blocks(self) -> None:
+        if is_fused(self.model):
+            self.tell("note", text="the model came fused and stays so")
+        elif self._wants_fused():
+            self._fuse()
+        if any(isinstance(module, FusedModule) for module in self.model.modules()):
+            self.stack.enter_context(uncached(self.model))
+
+    def _wants_fused(self) -> bool:
+        if self.settings.fuse == "auto":
+            wanted = self.settings.method == "lora" and self.settings.task != "diffusion"
+            why = "an adapter is trained, its base is frozen" if wanted else "not tried out for this method and task"
+            if self.settings.method != "lora":
+                why = "fused blocks do not train their weights"
+            self.settings.settle("fuse", "on" if wanted else "off", why)
+            self.run.write_config(self.settings.resolved)
+        return self.settings.fuse == "on"
+
+    def _fuse(self) -> None:
+        try:
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message=".*run plainly")  # it is told below, once
+                report = fuse(self.model, "none", verbose=False)
+            leave_idle(self.model, report)
+        except FAILURES as error:
+            unfuse(self.model)
+            self._give_up(f"blocks could not be fused ({_line(error)}): they run plainly")
+            return
+        self.is_ours = True
+        self.stack.callback(unfuse, self.model)
+        for line in str(report).splitlines():
+            self.tell("note", text=line.removesuffix(" (recompute none)"))
+        self.run.update(fused={"replaced": dict(report.replaced), "plain": dict(list(report.skipped.items())[:20])})
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether every block runs fused. One that does not is enough to leave recomputing to transformers."""
+        count = sum(isinstance(module, FusedBlock) for module in self.model.modules())
+        wanted = getattr(getattr(self.model, "config", None), "num_hidden_layers", None)
+        return count > 0 and wanted in (None, count)
+
+    def fell_back(self, error: Exception) -> bool:
+        """After an error in the first pass: once, run plainly instead. False where that was not it."""
+        if not self.is_ours or isinstance(error, UserError) or not isinstance(error, FAILURES):
+            return False
+        self.is_ours = False
+        unfuse(self.model)
+        self._give_up(f"the first pass failed ({_line(error)}): once more, without fused blocks")
+        self._apply(self.level)
+        return True
+
+    def _give_up(self, why: str) -> None:
+        self.tell("warning", text=why)
+        self.settings.settle("fuse", "off", why)
+        self.run.write_config(self.settings.resolved)
+        self.run.update(fused={"replaced": {}, "plain": {type(self.model).__name__: why}})
+
+    # ---------------------------------------------------------------- what is kept
+
+    @property
+    def levels(self) -> tuple[str, ...]:
+        return levels_of(self.is_whole, self.job.device.type)
+
+    def settle_level(self) -> None:
+        if self.settings.recompute == "auto":
+            level, reason = self._planned()
+            self._record(level, reason)
+            self.tell("note", text=f"recompute {level}: {reason}")
+        self._apply(self.settings.recompute)
+
+    def _planned(self) -> tuple[str, str]:
+        try:
+            shapes = shapes_of(getattr(self.model, "config", None), self.settings.task, self._labels())
+            choice = choose(shapes, self.plan(), available(self.model, self.job.device))
+        except (UserError, *FAILURES) as error:
+            return "none", f"its memory cannot be estimated ({_line(error)}); the longest batch will tell"
+        if choice.instead:
+            self.tell("note", text=f"nothing would be computed again with {', or '.join(choice.instead)}")
+        return choice.level, choice.reason
+
+    def plan(self) -> Plan:
+        """The heaviest micro-batch of this run, as the memory model takes it."""
+        settings, longest = self.settings, heaviest(self.job.train, self.settings.batch_size)
+        tokens = [len(sample) for sample in longest]
+        is_even = self.job.by_samples or len(set(tokens)) == 1
+        attention = getattr(getattr(self.model, "config", None), "_attn_implementation", "sdpa")
+        known: dict[str, Any] = {name: getattr(settings, name) for name in SAME} | {"batch_size": len(longest)}
+        return Plan(
+            **known,
+            labels=max(1, self._labels()),
+            max_len=-(-sum(tokens) // len(tokens)) if self.job.by_samples else max(tokens),
+            padded=not is_even,
+            accumulate=settings.global_batch > settings.batch_size,
+            attention="eager" if attention == "eager" else "sdpa",
+            optimizer="adamw8bit" if settings.optimizer == "adamw8bit" else "adamw",
+            fused=self.is_whole,
+            weights=weights_of(self.model, self.job.trained.values()),
+            device=self.job.device.type if self.job.device.type == "cuda" else "cpu",
+        )
+
+    def _labels(self) -> int:
+        labels = self.job.task.labels
+        return len(labels.names) if labels is not None else 2
+
+    def _apply(self, level: str) -> None:
+        """Let the model keep what `level` says, or the next thing to it that this model knows."""
+        if level not in self.levels:
+            nearest = "input" if level != "none" else level
+            self.tell(
+                "note", text=f"recompute {level} needs fused blocks{' on a GPU' * (level == 'offload')}: {nearest}"
+            )
+            level = nearest
+        self.level = level
+        again = "none" if level == "none" or not self.is_whole else "input" if level == "offload" else level
+        set_recompute(self.model, again)
+        if level != "none" and not self.is_whole and not self.is_checkpointed:
+            self.is_checkpointed = True
+            self.stack.enter_context(recomputing(self.model, True))
+
+    def further(self, message: str) -> bool:
+        """After memory ran out: keep less, where that was left to the run and something is left to give up."""
+        rest = self.levels[self.levels.index(self.level) + 1 :] if self.level in self.levels else ()
+        if not self.may_go_on or not rest:
+            return False
+        before, after = self.level, rest[0]
+        self.tell(
+            "oom", text=f"out of memory with recompute {before} ({message}): going on with {after}", recompute=after
+        )
+        self._record(after, f"{before} ran out of memory, whatever the estimate said")
+        self._apply(after)
+        return True
+
+    def around(self) -> AbstractContextManager[None]:
+        """For one forward and backward pass."""
+        return offloaded(self.job.device) if self.level == "offload" else nullcontext()
+
+    def _record(self, level: str, reason: str) -> None:
+        self.settings.settle("recompute", level, reason)
+        self.run.write_config(self.settings.resolved)
+
+    def _origin(self, name: str) -> str:
+        return self.settings.resolved.origins[name].how
+
+
+def heaviest(samples: Sequence[Encoded], rows: int) -> list[Encoded]:
+    """The micro-batch that needs the most memory."""
+    return sorted(samples, key=len, reverse=True)[:rows]
+
+
+def leave_idle(model: nn.Module, report: Fused) -> None:
+    """Give back what would run plainly at every step: its weights are trained, or its adapters are of another kind."""
+    dtype = dtype_of(model)
+    for name, module in list(model.named_modules()):
+        if not isinstance(module, FusedModule):
+            continue
+        why = next((found for found in _now(module.fused.parts, dtype) if isinstance(found, str)), None)
+        if why is not None:
+            unfuse(module)
+            report.skipped[name] = why
+    kinds = {"blocks": FusedBlock, "gated units": FusedMlp, "norms": FusedNorm}
+    counts = {kind: sum(isinstance(module, held) for module in model.modules()) for kind, held in kinds.items()}
+    for kind in report.replaced.keys() & counts.keys():
+        report.replaced[kind] = min(report.replaced[kind], counts[kind])
+    report.replaced = +report.replaced  # without what is down to none
+
+
+def _now(parts: Any, dtype: torch.dtype) -> Iterator[Any]:
+    """What a fused module amounts to, part by part, or in words why it must run plainly."""
+    if isinstance(parts, (MlpParts, AttentionParts)):
+        yield parts.now(dtype, 1)
+    elif isinstance(parts, (NormParts, LayerNormParts)):
+        yield parts.now(dtype)
+    elif isinstance(parts, BlockParts):
+        for part in (parts.first, parts.attention, parts.second, parts.mlp, *parts.posts):
+            yield from _now(part, dtype)
+
+
+@contextmanager
+def uncached(model: nn.Module) -> Iterator[None]:
+    """Without the cache of keys and values that many configurations ask for; a fused block has no use for it."""
+    config = getattr(model, "config", None)
+    if not getattr(config, "use_cache", False):
+        yield
         return
-    report = fuse(model, "input" if recompute else "none", verbose=False)
-    whole = report.replaced["blocks"] > 0 and not report.skipped
-    if recompute and not whole:
-        unfuse(model)
-        report = fuse(model, "none", verbose=False)
-    for line in str(report).splitlines():
-        tell("note", text=line)
+    config.use_cache = False  # type: ignore[union-attr]
     try:
-        yield whole
+        yield
     finally:
-        unfuse(model)
+        config.use_cache = True  # type: ignore[union-attr]
+
+
+def weights_of(model: nn.Module, trained: Any) -> int:
+    """Bytes of the base as it lies in memory: parameters and buffers, each once, without what is trained beside it."""
+    ours = {id(parameter) for parameter in trained}
+    held = {id(t): t for t in (*model.parameters(), *model.buffers()) if id(t) not in ours}
+    return sum(t.nbytes for t in held.values())
+
+
+def available(model: nn.Module, device: torch.device) -> int:
+    """Bytes that this process may have on the device, with what it holds already."""
+    if device.type == "cuda":
+        return free_memory(str(device)) + torch.cuda.memory_reserved(device)
+    return free_memory("cpu") + sum(parameter.nbytes for parameter in model.parameters())
+
+
+def _line(error: BaseException) -> str:
+    text = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {text[0][:200]}" if text else type(error).__name__

@@ -48,10 +48,9 @@ from veneer.errors import Diverged
 from veneer.kernels.varlen import within
 from veneer.prove.frozen import Before, snapshot
 from veneer.tasks.cross_entropy import evaluating
-from veneer.train.base import recomputing
 from veneer.train.companions import write_companions
 from veneer.train.ema import Average
-from veneer.train.fast import fused
+from veneer.train.fast import Way, heaviest, way_of
 from veneer.train.finish import finish, show
 from veneer.train.memory import back_off
 from veneer.train.method import ADAPTER, allocator_of, optimizer_of, to_train, write_model
@@ -91,13 +90,8 @@ def train(
     asked = resolved or resolve(mapping=named(model, data) | keys)
     with session(asked, report) as (run, settings, tell, stop), same_random(settings.seed):
         job = prepare(run, settings, model, data, tokenizer, tell)
-        loop = Loop(job, run, tell, stop)
-        again = settings.recompute == "full"
-        with (
-            within(job.model, job.by_samples),
-            fused(job.model, settings.fuse == "on", again, tell) as kept,
-            recomputing(job.model, again and not kept),
-        ):
+        with within(job.model, job.by_samples), way_of(job, run, tell) as way:
+            loop = Loop(job, run, tell, stop, way)
             loop.run_steps()
         if stop.requested:
             run.update(status="stopped")
@@ -110,8 +104,8 @@ def train(
 class Loop:
     """The steps of one run. Its methods stand in the order in which they first happen."""
 
-    def __init__(self, job: Job, run: Run, tell: Tell, stop: Stop) -> None:
-        self.job, self.run, self.tell, self.stop = job, run, tell, stop
+    def __init__(self, job: Job, run: Run, tell: Tell, stop: Stop, way: Way) -> None:
+        self.job, self.run, self.tell, self.stop, self.way = job, run, tell, stop, way
         self.settings = settings = job.settings
         self.masters = Masters(job.trained, flat=settings.method == "lora")
         self.optimizer = optimizer_of(self.masters, settings)
@@ -170,10 +164,10 @@ class Loop:
         Nothing of it stays: no gradient, no random number drawn, no weight moved.
         """
         started = time.perf_counter()
-        longest = sorted(self.job.train, key=len, reverse=True)[: self.settings.batch_size]
+        longest = heaviest(self.job.train, self.settings.batch_size)
         heavy = self.job.val[: self.settings.batch_size]  # they lie in this order
         with same_random():
-            loss = self.fitting(lambda rows: self.gradients(longest, rows, collect=False))
+            loss = self.first_pass(longest)
             if math.isfinite(loss) and self.settings.method == "lora":
                 for note in check_alive(self.job.model):
                     self.tell("note", text=note)
@@ -189,12 +183,22 @@ class Loop:
             micro_batch=self.progress.micro_batch, longest_tokens=len(longest[0]),
         )  # fmt: skip
 
+    def first_pass(self, samples: Sequence[Encoded]) -> float:
+        """The loss of the longest rows. Where fused blocks fail at their first use, once more without them."""
+        try:
+            return self.fitting(lambda rows: self.gradients(samples, rows, collect=False), trains=True)
+        except Exception as error:
+            self.masters.zero_grad()
+            if not self.way.fell_back(error):
+                raise
+        return self.fitting(lambda rows: self.gradients(samples, rows, collect=False), trains=True)
+
     # ---------------------------------------------------------------- one step
 
     def step(self) -> None:
         """One optimiser step over one global batch."""
         step = next(self.source)
-        loss = self.fitting(lambda rows: self.gradients(step.samples, rows))
+        loss = self.fitting(lambda rows: self.gradients(step.samples, rows), trains=True)
         if self.projection is not None:
             self.projection.apply()
         norm = self.masters.norm()
@@ -219,8 +223,9 @@ class Loop:
         """Add the gradient of the mean loss over all trained tokens of `samples`, `rows` of them at a time."""
         mean, trained_tokens = 0.0, sum(sample.trained_tokens for sample in samples)
         for batch in self.batches(samples, rows):
-            loss = self.job.task.loss(self.job.model, batch) / trained_tokens
-            loss.backward()
+            with self.way.around():
+                loss = self.job.task.loss(self.job.model, batch) / trained_tokens
+                loss.backward()
             if collect:
                 self.masters.collect()
             mean += float(loss.detach())
@@ -425,11 +430,12 @@ class Loop:
             self.run.beat()
             yield batch.to(self.job.device)
 
-    def fitting(self, attempt: Callable[[int], T]) -> T:
-        """`attempt(rows)` with as many rows at a time as fit into memory."""
+    def fitting(self, attempt: Callable[[int], T], trains: bool = False) -> T:
+        """`attempt(rows)` with as much kept and as many rows at a time as fit into memory."""
         found, self.progress.micro_batch = back_off(
-            attempt, self.progress.micro_batch, self.masters.zero_grad, self.say_smaller
-        )
+            attempt, self.progress.micro_batch, self.masters.zero_grad, self.say_smaller,
+            self.way.further if trains else None,
+        )  # fmt: skip
         return found
 
     def say_smaller(self, before: int, after: int, message: str) -> None:

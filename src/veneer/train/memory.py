@@ -30,11 +30,13 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def back_off(
-    attempt: Callable[[int], T], rows: int, clean: Callable[[], None], say: Callable[[int, int, str], None]
-) -> tuple[T, int]:
+    attempt: Callable[[int], T], rows: int, clean: Callable[[], None], say: Callable[[int, int, str], None],
+    instead: Callable[[str], bool] | None = None,
+) -> tuple[T, int]:  # fmt: skip
     """`attempt(rows)`, with half the rows each time memory runs out; the result and the rows that fitted.
 
-    `clean` drops what the failed attempt left (gradients), `say(before, after, doing)` tells the world.
+    `clean` drops what the failed attempt left (gradients), `say(before, after, doing)` tells the world. `instead` is
+    asked first: it may save memory in another way, says so itself, and answers whether it did.
     """
     state = random_state()
     while True:
@@ -49,10 +51,13 @@ def back_off(
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
+        if instead is not None and instead(message):
+            restore_random(state)
+            continue
         if rows == 1:
             raise DoesNotFit(
                 f"one row at a time does not fit into memory ({message})",
-                fix="shorten the rows (max_len), set recompute: full, store the base smaller (precision, quant), "
+                fix="shorten the rows (max_len), set recompute: input, store the base smaller (precision, quant), "
                 "or lower r and the number of targets",
             )
         smaller = rows // 2

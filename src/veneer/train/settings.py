@@ -282,12 +282,15 @@ class Settings:
         rule="bf16 where the device is fast at it, else fp32", group="training",
     )  # fmt: skip
     recompute: str = choice(
-        "none", "none full", "Compute activations twice instead of keeping them: less memory, a third more time.",
-        also={True: "full", False: "none", "unsloth": "full"}, group="training",
+        "auto", "auto none gate_up middle input offload",
+        "What is computed twice instead of kept: none, parts of a block, all but its input, or that on the host too.",
+        also={True: "input", False: "none", "full": "input", "unsloth": "input"}, group="training",
+        rule="the first that fits, by the memory model; the longest batch is tried before the first step",
     )  # fmt: skip
     fuse: str = choice(
-        "off", "off on", "Run decoder blocks as functions written by hand: faster on a GPU, and less is kept.",
-        also={True: "on", False: "off"}, group="training",
+        "auto", "auto off on", "Run decoder blocks as functions written by hand: faster on a GPU, and less is kept.",
+        also={True: "on", False: "off"}, rule="on where a low-rank adapter is trained on blocks that are known",
+        group="training",
     )  # fmt: skip
 
     ema: float = of_training(

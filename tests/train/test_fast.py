@@ -1,0 +1,196 @@
+"""How steps are computed changes nothing that is learned, is written down, and gives way loudly."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from train_runs import Heard, same, trained
+from transformers import OPTConfig, OPTForCausalLM
+
+import veneer.kernels.fuse as fuse_module
+from veneer.kernels.fuse import FusedBlock, is_fused
+from veneer.tasks.causal_lm import CausalLM
+from veneer.train.run import Run
+
+Runs = Callable[..., tuple[Run, Heard, nn.Module]]
+SHORT: dict[str, Any] = {"steps": 3, "val": 0, "eval_every": ..., "save_every": 100}
+
+
+def said(heard: Heard, *kinds: str) -> str:
+    return "\n".join(event["text"] for kind in kinds for event in heard.of(kind))
+
+
+def levels_of(model: nn.Module) -> set[str]:
+    return {module.fused.recompute for module in model.modules() if isinstance(module, FusedBlock)}
+
+
+def watched(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Any]]:
+    """(level, attention) of every fused block's pass."""
+    seen: list[tuple[str, Any]] = []
+    inner = fuse_module.run_block
+
+    def run_block(x: Any, cos: Any, sin: Any, block: Any, level: str) -> Any:
+        seen.append((level, x.shape[:2]))
+        return inner(x, cos, sin, block, level)
+
+    monkeypatch.setattr(fuse_module, "run_block", run_block)
+    return seen
+
+
+# ------------------------------------------------------------------ what is decided
+
+
+def test_blocks_run_fused_keep_everything_and_it_is_written_down(
+    run_tiny: Runs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = watched(monkeypatch)
+    run, heard, model = run_tiny(**SHORT)
+    assert len(seen) >= 2 * SHORT["steps"] and {level for level, _ in seen} == {"none"}
+    assert {rows for _, (rows, _) in seen} == {1}  # samples end to end
+    config = run.config()
+    assert (config.settings.fuse, config.settings.recompute) == ("on", "none")
+    assert config.origins["fuse"].how == config.origins["recompute"].how == "rule"
+    assert run.info["fused"]["replaced"]["blocks"] == 2
+    assert "fused: 2 blocks" in said(heard, "note") and "all that is kept fits" in said(heard, "note")
+    assert not is_fused(model) and model.config._attn_implementation == "sdpa"  # type: ignore[union-attr]
+
+
+def test_padded_batches_run_fused_too(run_tiny: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They come without use_cache, and a configuration that asks for a cache would have every block run plainly."""
+    monkeypatch.setattr("veneer.train.prepare.tell_attention", lambda *_: False)
+    seen = watched(monkeypatch)
+    _, _, model = run_tiny(**SHORT)
+    assert {rows for _, (rows, _) in seen} >= {4} and model.config.use_cache  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"recompute": level} for level in ("gate_up", "middle", "input", "full")] + [{"fuse": "off"}],
+    ids=str,
+)
+def test_no_choice_changes_what_is_learned(run_tiny: Runs, settings: dict[str, Any]) -> None:
+    _, heard, one = run_tiny(**SHORT, dropout=0.1)
+    _, other, two = run_tiny(**SHORT, dropout=0.1, **settings)
+    assert other.losses == pytest.approx(heard.losses, rel=1e-4)
+    for name, value in trained(one).items():
+        assert torch.allclose(value, trained(two)[name], atol=1e-3), name
+
+
+def test_weights_that_are_trained_run_plainly(run_tiny: Runs) -> None:
+    run, heard, _ = run_tiny(**SHORT, method="full", r=..., lr=1e-3)
+    assert run.config().settings.fuse == "off" and "fused:" not in said(heard, "note", "warning")
+
+
+def test_a_family_that_is_not_known_runs_plainly_and_says_so(run_tiny: Runs) -> None:
+    torch.manual_seed(0)
+    config = OPTConfig(
+        vocab_size=384, hidden_size=32, ffn_dim=48, num_hidden_layers=2, num_attention_heads=4,
+        word_embed_proj_dim=32, max_position_embeddings=128, dropout=0.0,
+    )  # fmt: skip
+    run, heard, _ = run_tiny(**SHORT, model=OPTForCausalLM(config))
+    assert heard.losses[-1] < heard.losses[0] and run.proof["passed"]
+    assert "fused: nothing" in said(heard, "note") and "plain: " in said(heard, "note")
+    assert "blocks" not in run.info["fused"]["replaced"]
+
+
+def test_a_level_that_needs_fused_blocks_says_so_without_them(run_tiny: Runs) -> None:
+    _, heard, _ = run_tiny(**SHORT, fuse="off", recompute="middle")
+    assert "recompute middle needs fused blocks: input" in said(heard, "note")
+    assert heard.losses == pytest.approx(run_tiny(**SHORT)[1].losses, rel=1e-4)
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_batches_of_one_and_rows_that_do_not_divide(run_tiny: Runs, rows: int) -> None:
+    _, whole, _ = run_tiny(**SHORT, batch_size=7)
+    _, cut, _ = run_tiny(**SHORT, batch_size=rows, global_batch=7)
+    assert cut.losses == pytest.approx(whole.losses, rel=1e-4)
+
+
+# ------------------------------------------------------------------ what turns out otherwise
+
+
+def test_memory_that_runs_out_takes_one_level_after_the_other(run_tiny: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, plain, one = run_tiny(**SHORT)
+    inner = CausalLM.loss
+
+    def loss(self: CausalLM, model: nn.Module, batch: Any) -> Any:
+        if levels_of(model) & {"none", "gate_up"}:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return inner(self, model, batch)
+
+    monkeypatch.setattr(CausalLM, "loss", loss)
+    run, heard, two = run_tiny(**SHORT)
+    assert [event["recompute"] for event in heard.of("oom")] == ["gate_up", "middle"]
+    assert all("out of memory with recompute" in event["text"] for event in heard.of("oom"))
+    assert run.result["micro_batch"] == 4 and run.config().settings.recompute == "middle"
+    assert "ran out of memory" in run.config().origins["recompute"].note
+    assert heard.losses == pytest.approx(plain.losses, rel=1e-5)
+    assert all(torch.allclose(value, trained(two)[name], atol=1e-4) for name, value in trained(one).items())
+
+
+def test_when_no_level_is_left_the_micro_batch_is_halved(run_tiny: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
+    inner = CausalLM.loss
+
+    def loss(self: CausalLM, model: nn.Module, batch: Any) -> Any:
+        if batch.rows > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return inner(self, model, batch)
+
+    monkeypatch.setattr(CausalLM, "loss", loss)
+    run, heard, _ = run_tiny(**SHORT)
+    told = [event.get("recompute") or event["micro_batch"] for event in heard.of("oom")]
+    assert told == ["gate_up", "middle", "input", 2] and run.result["micro_batch"] == 2
+
+
+def broken(monkeypatch: pytest.MonkeyPatch, tokens: Callable[[int], bool]) -> None:
+    inner = fuse_module.run_block
+
+    def run_block(x: Any, *rest: Any) -> Any:
+        if tokens(x.shape[1]):
+            raise RuntimeError("PTXAS error: no kernel for this card")
+        return inner(x, *rest)
+
+    monkeypatch.setattr(fuse_module, "run_block", run_block)
+
+
+def test_a_block_that_fails_in_the_first_pass_falls_back_once(run_tiny: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, plain, one = run_tiny(**SHORT, fuse="off")
+    broken(monkeypatch, lambda tokens: tokens != fuse_module.TOKENS)
+    run, heard, two = run_tiny(**SHORT)
+    (warning,) = (event["text"] for event in heard.of("warning") if "first pass" in event["text"])
+    assert "no kernel for this card" in warning and "without fused blocks" in warning
+    assert heard.losses == plain.losses and same(trained(one), trained(two)) and run.proof["passed"]
+    assert run.config().settings.fuse == "off" and run.info["fused"]["replaced"] == {}
+
+
+def test_a_block_that_fails_when_it_is_tried_out_runs_plainly(run_tiny: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
+    broken(monkeypatch, lambda tokens: True)
+    run, heard, _ = run_tiny(**SHORT)
+    assert "no kernel for this card" in said(heard, "note") and run.proof["passed"]
+    assert "blocks" not in run.info["fused"]["replaced"]
+
+
+def test_an_error_of_another_kind_is_raised_as_it_is(run_tiny: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
+    def loss(self: CausalLM, model: nn.Module, batch: Any) -> Any:
+        raise RuntimeError("mat1 and mat2 cannot be multiplied")
+
+    monkeypatch.setattr(CausalLM, "loss", loss)
+    with pytest.raises(RuntimeError, match="cannot be multiplied"):
+        run_tiny(**SHORT)
+
+
+# ------------------------------------------------------------------ without padding
+
+
+def test_attention_that_cannot_be_told_pads_and_says_why(run_tiny: Runs, make_model: Callable[..., nn.Module]) -> None:
+    _, flat, _ = run_tiny(**SHORT)
+    assert "no padding: attention runs within each sample" in said(flat, "note")
+    model = make_model("llama")
+    model.set_attn_implementation("eager")  # type: ignore[operator]
+    _, padded, _ = run_tiny(**SHORT, model=model)
+    assert "batches are padded: its attention is eager" in said(padded, "note")
+    assert padded.losses == pytest.approx(flat.losses, rel=1e-4)
