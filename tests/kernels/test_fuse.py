@@ -460,6 +460,27 @@ def test_a_hook_is_not_passed_by() -> None:
     assert seen
 
 
+@pytest.mark.parametrize("build", ["llama", "gemma2", "gpt2"])
+@pytest.mark.parametrize("how", ["a hook", "a forward on the instance"])
+def test_what_hangs_on_any_module_of_a_block_is_done(build: str, how: str) -> None:
+    """A fused block calls none of them, so it has to look at all of them."""
+    model = model_of(build)
+    layers = model.model.layers if hasattr(model, "model") else model.transformer.h
+    names = [n for n, m in layers[0].named_children()] + ["mlp." + n for n, _ in layers[0].mlp.named_children()]
+    fuse(model, verbose=False)
+    for name in names:
+        inside, seen = layers[0].get_submodule(name), []
+        if how == "a hook":
+            undo = inside.register_forward_hook(lambda *_, seen=seen: seen.append(0)).remove
+        else:
+            own = inside.forward
+            inside.forward = lambda *args, own=own, seen=seen, **kwargs: seen.append(0) or own(*args, **kwargs)
+            undo = lambda inside=inside: delattr(inside, "forward")  # noqa: E731
+        outcome(model)
+        undo()
+        assert seen, name
+
+
 class Odd(nn.Module):
     """Looks like a block of Llama and does something else."""
 

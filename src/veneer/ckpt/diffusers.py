@@ -81,8 +81,8 @@ class Diffusers:
 def _piece(key: str) -> Piece | None:
     """What a key is, whichever version wrote it.
 
-    >>> _piece("unet.mid_block.attentions.0.transformer_blocks.0.attn1.processor.to_out_lora.up.weight")
-    Piece(part='unet', module='mid_block.attentions.0.transformer_blocks.0.attn1.to_out.0', leaf='lora_B.weight')
+    >>> _piece("unet.mid_block.attentions.0.transformer_blocks.0.attn1.processor.to_out_lora.up.weight")[:3]
+    ('unet', 'mid_block.attentions.0.transformer_blocks.0.attn1.to_out.0', 'lora_B.weight')
     >>> _piece("text_encoder.text_model.encoder.layers.0.self_attn.to_q_lora.down.weight").module
     'text_model.encoder.layers.0.self_attn.q_proj'
     """

@@ -172,6 +172,8 @@ def _argument_names(kind: type[nn.Module]) -> tuple[str, ...]:
 
 def _block_now(parts: BlockParts, x: Tensor, kwargs: dict[str, Any]) -> Block | str:
     """The block as it is at this call: adapters, dropout and hooks may have changed since the last."""
+    if (why := parts.touched()) is not None:
+        return why
     positions = kwargs.get("position_embeddings")
     if (positions[0].shape[-1] if isinstance(positions, tuple) else 0) != parts.attention.turned:
         return "its positions do not rotate what it rotates"

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from veneer.core.host import Hosted, original_class
+from veneer.core.host import Hosted, original_class, plain_modules
 from veneer.core.op import LinearOp, op_for
 from veneer.kernels.block import Norm, Unit, rotated
 from veneer.kernels.group import Group, all_bare, untouched
@@ -176,6 +176,10 @@ class BlockParts:
     posts: tuple[AnyNorm | None, AnyNorm | None]
     parallel: bool
     drops: tuple[nn.Dropout, ...]
+    inside: tuple[nn.Module, ...]  # all modules but the block itself; a fused block calls none of them
+
+    def touched(self) -> str | None:
+        return next((why for each in self.inside if (why := untouched(each)) is not None), None)
 
 
 def interface(module: nn.Module) -> Callable[..., Any]:
@@ -225,7 +229,8 @@ def block_parts(block: nn.Module) -> BlockParts | str:
         return why
     inside = [named(module, name) for module in (block, attention) for name in DROPS]
     drops = tuple(drop for drop in inside if isinstance(drop, nn.Dropout))
-    return BlockParts(*found, posts, second is None, drops)  # type: ignore[arg-type]
+    within = tuple(module for module in plain_modules(block).values() if module is not block)
+    return BlockParts(*found, posts, second is None, drops, within)  # type: ignore[arg-type]
 
 
 @torch.no_grad()
