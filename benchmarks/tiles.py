@@ -10,28 +10,14 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import statistics
 from collections.abc import Callable
 from typing import Any
 
 import torch
+from quant_gpu import median_ms
 
 FORWARD = [*itertools.product((16, 32, 64), (64, 128, 256), (4, 8))]
 BACK = [*itertools.product((32, 64, 128), (32, 64, 128), (4, 8), (1, 2, 3))]
-
-
-def milliseconds(run: Callable[[], Any]) -> float:
-    for _ in range(2):
-        run()
-    times = []
-    for _ in range(8):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        run()
-        end.record()
-        torch.cuda.synchronize()
-        times.append(start.elapsed_time(end))
-    return statistics.median(times)
 
 
 def main() -> None:
@@ -50,7 +36,7 @@ def main() -> None:
     a = torch.randn(r, m, device="cuda", dtype=torch.bfloat16)
     pairs = (h[:, :r], b1), (h[:, r:], b2)
     d_gate, d_up = torch.empty_like(g), torch.empty_like(g)
-    copy = milliseconds(lambda: d_gate.copy_(g))
+    copy = median_ms(lambda: d_gate.copy_(g))
     print(f"copy: {2 * t * m * 2 / copy / 1e9:.2f} TB/s")
     runs: list[tuple[str, list[Any], int, Callable[[], Any]]] = [
         ("GLU_TILE", FORWARD, 3, lambda: cuda.thin_glu(gate, up, "silu", *pairs)),
@@ -61,12 +47,12 @@ def main() -> None:
         for tile in grid:
             setattr(cuda, name, tile)
             try:
-                found.append((milliseconds(run), tile))
+                found.append((median_ms(run), tile))
             except Exception as error:
                 found.append((float("inf"), (*tile, type(error).__name__)))
         setattr(cuda, name, before)
         best = sorted(found, key=lambda row: row[0])[:6]
-        now = next(ms for ms, tile in found if tile == before) if before in grid else milliseconds(run)
+        now = next(ms for ms, tile in found if tile == before) if before in grid else median_ms(run)
         print(f"{name} {before}: {now * 1e3:.0f} us, {passes * t * m * 2 / now / 1e9:.2f} TB/s")
         for ms, tile in best:
             print(f"    {tile}: {ms * 1e3:.0f} us, {passes * t * m * 2 / ms / 1e9:.2f} TB/s")

@@ -56,10 +56,15 @@ class Store(NamedTuple):
     shape: tuple[int, int]
     recipe: Recipe
 
+    @property
+    def multiplies_itself(self) -> bool:
+        """In 8 bits, for which it is not unpacked."""
+        return self.recipe.kind != "nf4" and self.recipe.dynamic
+
 
 def unpacked(weight: Tensor | Store, dtype: torch.dtype) -> Tensor | Store:
     """A storage that multiplies in the activations' type is unpacked here, so that the product can add as it writes."""
-    if isinstance(weight, Tensor) or (weight.recipe.kind != "nf4" and weight.recipe.dynamic):
+    if isinstance(weight, Tensor) or weight.multiplies_itself:
         return weight
     return storage_of(weight.recipe).unpack(weight.parts, weight.shape, dtype, weight.recipe)
 
@@ -374,8 +379,7 @@ class Group:
 
     def input_gradient(self, gs: Sequence[Tensor], d: Tensor | None, thin: Thin, factors: Factors) -> Tensor:
         dropped = any(mask is not None for mask in thin.masks)
-        weights = [unpacked(w, gs[0].dtype) for w in self.weights if isinstance(w, Store)]
-        stored = [w for w in weights if isinstance(w, Store)]
+        stored = [w for w in self.weights if isinstance(w, Store) and w.multiplies_itself]
         if len(stored) == len(gs) and len({w.recipe for w in stored}) == 1 and not dropped:
             recipe = stored[0].recipe
             dx = storage_of(recipe).products_back(gs, [(w.parts, w.shape) for w in stored], recipe)
