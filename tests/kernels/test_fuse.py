@@ -221,22 +221,24 @@ AXES: dict[str, list[str]] = {
 
 def covering(strength: int) -> list[tuple[str, ...]]:
     """Cases in which any `strength` axes meet in every combination of their values: each the best of some."""
-    draw, places = random.Random(0), list(itertools.combinations(range(len(AXES)), strength))
+    draw, places = random.Random(strength - 2), list(itertools.combinations(range(len(AXES)), strength))
     values = list(AXES.values())
-    left = {(at, each) for at in places for each in itertools.product(*(values[i] for i in at))}
+    every = ((at, each) for at in places for each in itertools.product(*(values[i] for i in at)))
+    left = dict.fromkeys(sorted(every))  # in one order, whatever the hash of a string is in this process
     chosen: list[tuple[str, ...]] = []
     while left:
-        at, each = min(left) if strength == 2 else next(iter(left))
+        at, each = next(iter(left))
         drawn = []
         for _ in range(30):
             case = [draw.choice(axis) for axis in values]
             for i, value in zip(at, each, strict=True):
                 case[i] = value
             drawn.append(tuple(case))
-        met = [{(at, tuple(case[i] for i in at)) for at in places} & left for case in drawn]
+        met = [{(at, tuple(case[i] for i in at)) for at in places} & left.keys() for case in drawn]
         best = max(range(len(drawn)), key=lambda i: len(met[i]))
         chosen.append(drawn[best])
-        left -= met[best]
+        for one in met[best]:
+            del left[one]
     return chosen
 
 
