@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import random
 from array import array
+from collections.abc import Callable
 
 import pytest
 import torch
+from torch import Tensor, nn
 
+import veneer
+from veneer.core.model import parameters
 from veneer.data.types import IGNORE, Encoded
 from veneer.prove.consumed import every_key_read
 from veneer.prove.fingerprint import fingerprints
@@ -169,3 +173,50 @@ def test_a_key_that_nothing_read_is_named_with_its_place() -> None:
     assert check.statement == "1 of 2 settings were given but nothing read them: warmup (file: a.yaml:3)."
     assert every_key_read({"lr": ""}, {"lr", "r"}).passed
     assert every_key_read({}, ()).passed
+
+
+# ---------------------------------------------------------------- fp32 in fp32
+
+
+class Asks(nn.Module):
+    """Remembers what torch was allowed to do with fp32 while it answered."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.seen = nn.Linear(4, 4), set[tuple[str, str]]()
+
+    def forward(self, x: Tensor) -> Tensor:
+        # "none" is what the older way leaves of "tf32" where it is taken back
+        self.seen.add((torch.backends.cuda.matmul.fp32_precision, torch.backends.cudnn.conv.fp32_precision))
+        return self.layer(x)
+
+
+def tf32_by_the_older_way(allowed: bool) -> None:
+    torch.set_float32_matmul_precision("high" if allowed else "highest")
+    torch.backends.cudnn.allow_tf32 = allowed
+
+
+def tf32_by_the_newer_way(allowed: bool) -> None:
+    kind = "tf32" if allowed else "ieee"
+    torch.backends.cuda.matmul.fp32_precision = torch.backends.cudnn.conv.fp32_precision = kind
+
+
+@pytest.mark.parametrize("allow", [tf32_by_the_older_way, tf32_by_the_newer_way])
+def test_answers_in_fp32_are_computed_in_fp32(allow: Callable[[bool], None]) -> None:
+    """TF32, on by default for convolutions, took 13 bits from the answers: P5 failed for nothing."""
+    backends = torch.backends
+    was = [kind.fp32_precision for kind in (backends.cuda.matmul, backends.cudnn.conv)]
+    model = Asks()
+    veneer.attach(model, veneer.LoRA(rank=2, targets=["layer"]))
+    with torch.no_grad():
+        for p in parameters(model).values():
+            p.normal_()
+    try:
+        allow(True)
+        allowed = [kind.fp32_precision for kind in (backends.cuda.matmul, backends.cudnn.conv)]
+        assert veneer.prove(model, torch.randn(3, 4)).passed
+        assert not any("tf32" in kinds for kinds in model.seen) and model.seen
+        assert [kind.fp32_precision for kind in (backends.cuda.matmul, backends.cudnn.conv)] == allowed
+    finally:
+        for kind, before in zip((backends.cuda.matmul, backends.cudnn.conv), was, strict=True):
+            kind.fp32_precision = before

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from veneer.core.model import activate, adapters, is_merged
 from veneer.errors import StateError
-from veneer.prove.answers import Inputs, Subject, call, first_tensor, shows_pictures
+from veneer.prove.answers import Inputs, Subject, call, first_tensor, full_precision, shows_pictures
 from veneer.prove.found import as_found, bare
 from veneer.prove.proof import Check, Proof
 
@@ -47,6 +47,7 @@ def canary_of(subject: Subject, tokenizer: Any | None = None) -> dict[str, Any]:
     return {"rows": rows, "dtype": str(adapted[0].dtype).removeprefix("torch."), "hash": word}
 
 
+@full_precision()
 def replay(
     model: nn.Module, proof: Proof | str | Path, tokenizer: Any | None = None, *, name: str | None = None
 ) -> Check:

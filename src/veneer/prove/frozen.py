@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from veneer.core.model import activate, adapter_of, adapters, sites, tensors
-from veneer.prove.answers import Answer, Inputs, answers, batches, call, tensors_in
+from veneer.prove.answers import Answer, Inputs, answers, batches, call, full_precision, tensors_in
 from veneer.prove.fingerprint import Fingerprints, fingerprints
 from veneer.prove.found import as_found, bare
 from veneer.prove.proof import Check
@@ -37,6 +37,7 @@ class Before:
     base: Sequence[Answer] = field(default=())
 
 
+@full_precision()
 def snapshot(model: nn.Module, name: str = "default", inputs: Inputs | list[Any] | None = None) -> Before:
     """Remember `model` before it trains: after attach, before the first step. `inputs` as in `prove`."""
     asked = [] if inputs is None else batches(inputs)

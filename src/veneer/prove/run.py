@@ -20,7 +20,7 @@ from torch import nn
 from veneer.core.model import activate, active_of, adapters, is_merged
 from veneer.data.types import Encoded
 from veneer.errors import StateError
-from veneer.prove.answers import Inputs, Subject, batches
+from veneer.prove.answers import Inputs, Subject, batches, full_precision
 from veneer.prove.canary import canary_of
 from veneer.prove.consumed import every_key_read
 from veneer.prove.effect import differs_and_returns
@@ -65,6 +65,7 @@ def prove(
     return prove_run(model, name, inputs=inputs, folder=folder, before=before, tokenizer=tokenizer)
 
 
+@full_precision()
 def prove_run(
     model: nn.Module,
     name: str = "default",
