@@ -62,7 +62,8 @@ class Case:
     @property
     def name(self) -> str:
         more = "".join(f" {word}" for word, on in self._extras if on)
-        return f"{self.shape} {self.storage} {self.batch}x{self.length} {self.recompute}{more}"
+        optimizer = "" if self.optimizer == "adamw" else f" {self.optimizer}"
+        return f"{self.shape} {self.storage} {self.batch}x{self.length} {self.recompute}{more}{optimizer}"
 
 
 CASES = [
@@ -77,9 +78,9 @@ CASES = [
     Case("8b", "int8", 4, 2048, "input"),
     Case("7b", "none", 1, 2048, "input", cap_gib=16, steps=3),
     Case("7b", "nf4", 1, 2048, "input", embedding=True, cap_gib=8, steps=3),
+    Case("13b", "nf4", 1, 1024, "input", True, True, "adamw_host", offload=True, cap_gib=8, steps=3),
     Case("13b", "nf4", 1, 1024, "input", True, True, "adamw8bit", offload=True, cap_gib=8, steps=3),
-    Case("13b", "nf4", 1, 1024, "input", True, False, "adamw8bit", offload=True, cap_gib=8, steps=3),
-    Case("13b", "nf4", 1, 512, "input", True, True, "adamw8bit", offload=True, cap_gib=8, steps=3),
+    Case("13b", "nf4", 1, 512, "input", True, True, "adamw_host", offload=True, cap_gib=8, steps=3),
     Case("33b", "nf4", 1, 2048, "input", embedding=True, optimizer="adamw8bit", cap_gib=24, steps=3),
     Case("70b", "nf4", 1, 2048, "input", embedding=True, optimizer="adamw8bit", offload=True, cap_gib=48, steps=3),
 ]

@@ -14,8 +14,9 @@ import veneer
 from veneer import LoRA
 from veneer.core.model import adapter_of, parameters
 from veneer.errors import ConfigError
-from veneer.train import eight_bit
+from veneer.train import eight_bit, host_adam
 from veneer.train.eight_bit import BLOCK, CODES, AdamW8bit, pack, unpack
+from veneer.train.host_adam import AdamWHost
 from veneer.train.optim import Masters, Projection, adamw, set_rate
 
 WIDTH = 96
@@ -55,7 +56,7 @@ def run(
 # ---------------------------------------------------------------- one buffer
 
 
-@pytest.mark.parametrize("kind", ["adamw", "adamw8bit"])
+@pytest.mark.parametrize("kind", ["adamw", "adamw8bit", "adamw_host"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_one_buffer_takes_the_steps_that_many_parameters_take(kind: str, dtype: torch.dtype) -> None:
     results = []
@@ -67,7 +68,7 @@ def test_one_buffer_takes_the_steps_that_many_parameters_take(kind: str, dtype: 
         results.append((losses, {n: p.detach().clone() for n, p in masters.values.items()}))
     (losses, one), (others, two) = results
     assert one.keys() == two.keys()
-    if kind == "adamw":
+    if kind != "adamw8bit":
         torch.testing.assert_close(losses, others, rtol=1e-3 if dtype is torch.bfloat16 else 1e-5, atol=0)
         assert all(torch.allclose(one[n], two[n], atol=1e-3 if dtype is torch.bfloat16 else 1e-5) for n in one)
     else:
@@ -195,6 +196,63 @@ def test_moments_take_a_quarter_of_the_memory_and_chunks_do_not_show(monkeypatch
     twin.step()
     reference.step()
     torch.testing.assert_close(other, plain)  # the first step uses moments that were never rounded
+
+
+# ---------------------------------------------------------------- moments in host memory
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("piece", [1 << 21, 1000])
+def test_moments_in_host_memory_change_no_bit(device: str, piece: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against torch's fused AdamW, through a save and a load in both directions."""
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("needs a GPU")
+    monkeypatch.setattr(host_adam, "PIECE", piece)
+    shapes, settings = [(33, 70), (5,), (4096,)], {"lr": 3e-3, "weight_decay": 0.1}
+    started = [torch.randn(shape, device=device) for shape in shapes] + [torch.randn(70, 33, device=device).T]
+    ours, theirs = ([nn.Parameter(t.clone()) for t in started] for _ in range(2))
+    optimizer, reference = AdamWHost(ours, **settings), torch.optim.AdamW(theirs, **settings, fused=True)
+
+    def step(count: int) -> None:
+        for _ in range(count):
+            for p, q in zip(ours, theirs, strict=True):
+                p.grad = torch.randn_like(p)
+                q.grad = p.grad.clone()
+            optimizer.step()
+            reference.step()
+
+    step(4)
+    held, usual = optimizer.state_dict(), reference.state_dict()
+    assert all(state[name].device.type == "cpu" for state in held["state"].values() for name in host_adam.MOMENTS)
+    optimizer, reference = AdamWHost(ours, **settings), torch.optim.AdamW(theirs, **settings, fused=True)
+    optimizer.load_state_dict(usual)  # AdamW's moments go on in host memory
+    reference.load_state_dict(copy.deepcopy(usual))
+    step(3)
+    assert all(torch.equal(p, q) for p, q in zip(ours, theirs, strict=True))
+    again = AdamWHost(ours, **settings)
+    again.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    optimizer = again
+    step(2)
+    assert all(torch.equal(p, q) for p, q in zip(ours, theirs, strict=True))
+    assert all(state["step"] == 9 for state in optimizer.state.values())
+
+
+@pytest.mark.gpu
+def test_moments_in_host_memory_take_none_of_the_gpus() -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("needs a GPU")
+    p = nn.Parameter(torch.randn(1 << 24, device="cuda"))
+    p.grad = torch.randn_like(p)
+    optimizer = AdamWHost([p])
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    for _ in range(3):
+        optimizer.step()
+    assert torch.cuda.memory_allocated() == before
+    assert torch.cuda.max_memory_allocated() - before <= 4 * 4 * host_adam.PIECE + 1024
+    assert all(optimizer.state[p][name].is_pinned() for name in host_adam.MOMENTS)
 
 
 # ---------------------------------------------------------------- LoRA-FA

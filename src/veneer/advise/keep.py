@@ -79,7 +79,9 @@ def _instead(shapes: Shapes, plan: Plan, free: int) -> list[str]:
     while rows > 1:
         rows //= 2
         tried.append((f"batch_size {rows} (the global batch stays)", {"batch_size": rows}))
-    tried += [("optimizer adamw8bit", {"optimizer": "adamw8bit"})] if plan.optimizer == "adamw" else []
+    if plan.optimizer == "adamw":
+        others = ("adamw8bit", "adamw_host") if plan.device == "cuda" else ("adamw8bit",)
+        tried += [(f"optimizer {kind}", {"optimizer": kind}) for kind in others]
     if plan.method == "lora" and plan.quant == "none":
         tried.append(("quant nf4", {"quant": "nf4", "weights": None}))
     kept = replace(plan, recompute="none", padded=plan.has_padding)

@@ -201,6 +201,8 @@ def _knobs(estimate: Estimate, count: int = 3) -> tuple[Knob, ...]:
         tried.append(("recompute input", {"recompute": "input"}, "about a third more time"))
     if plan.mode == "train" and plan.optimizer == "adamw":
         tried.append(("optimizer adamw8bit", {"optimizer": "adamw8bit"}, "moments of one byte, rounded at random"))
+    if plan.mode == "train" and plan.optimizer in ("adamw", "adamw8bit") and plan.device == "cuda":
+        tried.append(("optimizer adamw_host", {"optimizer": "adamw_host"}, "its moments cross the bus at each step"))
     if plan.method != "lora":
         tried.append(("method lora", {"method": "lora"}, "trains adapters instead of the base"))
     if plan.method == "lora" and plan.quant == "none":

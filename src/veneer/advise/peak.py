@@ -33,7 +33,7 @@ LOGIT_BYTES = 12  # cross entropy in fp32: log-probabilities, the gradient that 
 IN_FLIGHT = 3  # inputs of blocks on the device at a time when they live on the host (train/offload.py)
 CUBLAS_BYTES = 72 * 2**20  # workspaces that torch allocates for it on first use (H100: 62 to 97 MiB measured)
 
-OPTIMIZER_BYTES = {"adamw": 8, "adamw8bit": 2, "sgd": 0}
+OPTIMIZER_BYTES = {"adamw": 8, "adamw8bit": 2, "adamw_host": 0, "lora_fa": 8, "sgd": 0}
 
 
 # Parts that are always there ----------------------------------------------------------------------------------------
@@ -195,7 +195,8 @@ def moments(shapes: Shapes, plan: Plan) -> Moments:
     always: dict[str, float] = {"weights": weight_bytes(shapes, plan), "adapter": 4 * factors + plan.width * whole}
     if plan.mode == "infer":
         return Moments({"prefill": _with_libraries(plan, always | _inference(shapes, plan))}, 0)
-    always["optimizer"] = trained.total * OPTIMIZER_BYTES[plan.optimizer] + trained.masters
+    apart = plan.optimizer == "adamw_host" and plan.device == "cpu"  # the host's memory is this memory
+    always["optimizer"] = trained.total * OPTIMIZER_BYTES["adamw" if apart else plan.optimizer] + trained.masters
     held = _training(shapes, plan, found, always, trained)
     return Moments({name: _with_libraries(plan, parts) for name, parts in held.items()}, trained.total)
 

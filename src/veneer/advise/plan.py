@@ -23,7 +23,7 @@ CHOICES = {
     "combine": ("add", "dora"),
     "device": ("cpu", "cuda"),
     "mode": ("train", "infer"),
-    "optimizer": ("adamw", "adamw8bit", "sgd"),
+    "optimizer": ("adamw", "adamw8bit", "adamw_host", "lora_fa", "sgd"),
 }
 
 

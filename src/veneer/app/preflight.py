@@ -39,7 +39,7 @@ Tell = Callable[..., Any]
 # what memory depends on, under one name in the settings and in the estimate
 SHARED = (
     "task", "method", "r", "targets", "exclude", "modules_to_save", "layers", "dropout", "combine", "quant",
-    "batch_size",
+    "batch_size", "optimizer",
 )  # fmt: skip
 
 

@@ -24,7 +24,7 @@ __all__ = ["AdamW8bit"]
 
 BLOCK = 256
 SMALL = 4096
-CHUNK = {"cpu": 1 << 16, "cuda": 1 << 24}  # elements at a time: unpacked, they fit a core's cache, or cost 0.5 GiB
+CHUNK = {"cpu": 1 << 16, "cuda": 1 << 22}  # elements at a time: unpacked, they fit a core's cache, or cost 128 MiB
 CODES = ("first", "second")
 TOP = {"first": 127, "second": 256}
 LOWEST = {"first": 0, "second": 1}

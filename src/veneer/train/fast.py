@@ -45,7 +45,7 @@ __all__ = ["Way", "available", "uncached", "way_of"]
 
 SAME = (
     "task", "method", "r", "targets", "exclude", "modules_to_save", "layers", "dropout", "combine", "precision",
-    "quant", "batch_size",
+    "quant", "batch_size", "optimizer",
 )  # fmt: skip
 FAILURES = (RuntimeError, TypeError, ValueError, AttributeError, KeyError, IndexError, AssertionError)
 
@@ -166,7 +166,6 @@ class Way:
             padded=not is_even,
             accumulate=settings.global_batch > settings.batch_size,
             attention="eager" if attention == "eager" else "sdpa",
-            optimizer="adamw8bit" if settings.optimizer == "adamw8bit" else "adamw",
             fused=self.is_whole,
             weights=weights_of(self.model, self.job.trained.values()),
             device=self.job.device.type if self.job.device.type == "cuda" else "cpu",

@@ -14,6 +14,7 @@ substring of a module's name.
 | --- | --- |
 | adamw | PyTorch's |
 | adamw8bit | the same with moments of one byte (eight_bit.py) |
+| adamw_host | the same with its moments in the host's memory (host_adam.py) |
 | lora_fa | adamw on the gradient of B that is as close to that of the whole weight as a frozen A lets it be |
 """
 
@@ -28,10 +29,11 @@ from veneer.core.deltas.lora_fa import LoraFA
 from veneer.core.model import adapter_of, sites
 from veneer.errors import ConfigError
 from veneer.train.eight_bit import AdamW8bit
+from veneer.train.host_adam import AdamWHost
 
 __all__ = ["KINDS", "Masters", "Projection", "adamw", "groups_of", "set_rate"]
 
-KINDS = ("adamw", "adamw8bit", "lora_fa")
+KINDS = ("adamw", "adamw8bit", "adamw_host", "lora_fa")
 ALIGNED = 64  # elements: every parameter inside a buffer begins where a matrix product likes its operands to begin
 
 
@@ -65,6 +67,8 @@ def adamw(
     ]
     if kind == "adamw8bit":
         return AdamW8bit(groups, lr=0.0)
+    if kind == "adamw_host":
+        return AdamWHost(groups, lr=0.0)
     fused = all(p.device.type in ("cpu", "cuda") for group in groups for p in group["params"])
     return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.999), eps=1e-8, fused=fused)
 

@@ -94,6 +94,7 @@ TASKS = {
 OPTIMIZERS = {
     **dict.fromkeys(["adamw_torch", "adamw_torch_fused", "adamw_hf", "adam", "adamw_apex_fused"], "adamw"),
     **dict.fromkeys(["adamw_8bit", "adamw_bnb_8bit", "paged_adamw_8bit", "adam8bit", "adamw_torch_8bit"], "adamw8bit"),
+    **dict.fromkeys(["paged_adamw", "paged_adamw_32bit", "adamw_offload"], "adamw_host"),
 }
 
 
@@ -236,8 +237,9 @@ class Settings:
         rule="from the size of the model, the method and the rank; the reason is printed",
     )  # fmt: skip
     optimizer: str = choice(
-        "adamw", "adamw adamw8bit lora_fa",
-        "AdamW; with moments of one byte (adamw8bit); or on the best gradient for delta lora_fa's frozen A (lora_fa).",
+        "adamw", "adamw adamw8bit adamw_host lora_fa",
+        "AdamW; with moments of one byte (adamw8bit) or in host memory (adamw_host); or on the best gradient for delta "
+        "lora_fa's frozen A (lora_fa).",
         also=OPTIMIZERS, group="training",
     )  # fmt: skip
     lora_plus_ratio: float = key(
