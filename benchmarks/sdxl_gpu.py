@@ -1,10 +1,14 @@
-"""Images per second and peak memory of a LoRA training step of an SDXL-shaped UNet on one GPU, beside diffusers + PEFT.
+"""Images per second and peak memory of a LoRA training step of an SDXL- or FLUX-shaped model on one GPU, beside
+diffusers + PEFT.
 
     python benchmarks/sdxl_gpu.py [--shape sdxl] [--batch 4] [--json FILE] [--profile FOLDER] [VARIANT ...]
+    python benchmarks/sdxl_gpu.py --shape flux --batch 2 peft peft-compiled plain fused
 
-Random weights of SDXL's UNet (2.6 billion), latents of 1024 x 1024 pixels (128 x 128 x 4), 77 words of text, r = 16 on
-q, k, v and out of every attention, as diffusers' own training script has it; noise prediction, AdamW. Nothing is
-computed twice: all of it fits.
+sdxl: random weights of SDXL's UNet (2.6 billion), latents of 1024 x 1024 pixels (128 x 128 x 4), 77 words of text,
+r = 16 on q, k, v and out of every attention, as diffusers' own training script has it; noise prediction, AdamW.
+flux: blocks as wide as FLUX.1's (3072), 4 + 8 of its 19 + 38, 4,096 places of an image of 1024 x 1024 pixels and 512
+words, r = 16 on the layers of diffusers' script (attention, and the units of two-stream blocks).
+Nothing is computed twice: all of it fits.
 
     peft             diffusers' training script: adapters in fp32 on a bf16 base, under autocast
     peft-bf16        adapters in bf16, no autocast
@@ -43,6 +47,16 @@ from train_gpu import ceiling, peak_memory
 SHAPES: dict[str, dict[str, Any]] = {
     "sdxl": {"side": 128, "text": 2048, "pooled": 1280, "words": 77},
     "tiny": {"side": 16, "text": 32, "pooled": 32, "words": 7},
+    "flux": {
+        "side": 64,
+        "text": 4096,
+        "pooled": 768,
+        "words": 512,
+        "layers": (4, 8),
+        "heads": 24,
+        "axes": (16, 56, 56),
+    },
+    "flux-tiny": {"side": 8, "text": 32, "pooled": 32, "words": 7, "layers": (1, 2), "heads": 2, "axes": (4, 4, 8)},
 }
 TINY: dict[str, Any] = {
     "cross_attention_dim": 32, "attention_head_dim": [2, 4, 4], "block_out_channels": [32, 64, 64],
@@ -50,16 +64,39 @@ TINY: dict[str, Any] = {
     "transformer_layers_per_block": [1, 1, 2],
 }  # fmt: skip
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
+FLUX_TARGETS = [
+    *(f"attn.{name}" for name in TARGETS), *(f"attn.{name}" for name in ("add_q_proj", "add_k_proj", "add_v_proj")),
+    "attn.to_add_out", *(f"{unit}.net.{layer}" for unit in ("ff", "ff_context") for layer in ("0.proj", "2")),
+]  # fmt: skip
 CUDA = torch.cuda.is_available()
 
 
-def base(shape: str, device: str) -> nn.Module:
-    from diffusers import UNet2DConditionModel
+def is_flux(shape: str) -> bool:
+    return shape.startswith("flux")
+
+
+def empty(shape: str) -> nn.Module:
+    from diffusers import FluxTransformer2DModel, UNet2DConditionModel
 
     from veneer.ckpt.unets import SDXL
 
+    if not is_flux(shape):
+        return UNet2DConditionModel.from_config(SDXL | (TINY if shape == "tiny" else {}))
+    size = SHAPES[shape]
+    return FluxTransformer2DModel(
+        num_layers=size["layers"][0], num_single_layers=size["layers"][1], num_attention_heads=size["heads"],
+        attention_head_dim=sum(size["axes"]), axes_dims_rope=size["axes"], joint_attention_dim=size["text"],
+        pooled_projection_dim=size["pooled"], guidance_embeds=True,
+    )  # fmt: skip
+
+
+def targets(shape: str) -> list[str]:
+    return FLUX_TARGETS if is_flux(shape) else TARGETS
+
+
+def base(shape: str, device: str) -> nn.Module:
     with torch.device("meta"):
-        model = UNet2DConditionModel.from_config(SDXL | (TINY if shape == "tiny" else {})).bfloat16()
+        model = empty(shape).bfloat16()
     model = model.to_empty(device=device)
     torch.manual_seed(0)
     for name, p in model.named_parameters():
@@ -74,7 +111,7 @@ def peft(shape: str, device: str, dtype: torch.dtype = torch.bfloat16) -> nn.Mod
     from peft import LoraConfig
 
     model: Any = base(shape, device)
-    model.add_adapter(LoraConfig(r=16, lora_alpha=16, target_modules=TARGETS))
+    model.add_adapter(LoraConfig(r=16, lora_alpha=16, target_modules=targets(shape)))
     for p in model.parameters():
         if p.requires_grad:
             p.data = p.data.to(dtype)
@@ -105,7 +142,7 @@ def plain(shape: str, device: str) -> nn.Module:
     from veneer import LoRA
 
     model = base(shape, device)
-    veneer.attach(model, LoRA(rank=16, alpha=16, targets=TARGETS))
+    veneer.attach(model, LoRA(rank=16, alpha=16, targets=targets(shape)))
     return model
 
 
@@ -142,6 +179,20 @@ def inputs(args: argparse.Namespace, device: str) -> dict[str, Any]:
     def rand(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=draw).to(device, torch.bfloat16)
 
+    if is_flux(args.shape):
+        side, words = size["side"], size["words"]
+        rows, columns = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
+        places = torch.stack([torch.zeros(side * side), rows.flatten(), columns.flatten()], dim=1)
+        return {
+            "hidden_states": rand(n, side * side, 64),
+            "timestep": torch.rand(n, generator=draw).to(device, torch.bfloat16),
+            "guidance": torch.ones(n, device=device),
+            "encoder_hidden_states": rand(n, words, size["text"]),
+            "pooled_projections": rand(n, size["pooled"]),
+            "img_ids": places.to(device),
+            "txt_ids": torch.zeros(words, 3, device=device),
+            "noise": rand(n, side * side, 64),
+        }
     return {
         "sample": rand(n, 4, size["side"], size["side"]),
         "timestep": torch.randint(0, 1000, (n,), generator=draw).to(device),

@@ -39,6 +39,7 @@ from veneer import assets
 from veneer.data.batch import batches
 from veneer.data.dataset import load
 from veneer.data.types import Pictured
+from veneer.errors import Diverged
 from veneer.tasks.image_classification import ImageClassification
 
 METHODS: dict[str, dict[str, Any]] = {
@@ -226,11 +227,14 @@ def one_run(task: tuple[dict[str, Any], str, float, int]) -> dict[str, Any]:
     old = OldProbe(first, labels)
     started = time.perf_counter()
     with tempfile.TemporaryDirectory(prefix="vision-run-") as place:
-        run = veneer.train(
-            model, train, tokenizer=processor, task="image", out=f"{place}/run", lr=rate, seed=seed,
-            epochs=asked["epochs"], batch_size=asked["batch"], warmup=0.1, weight_decay=0.01,
-            eval_every=asked["every"], save_every=10**6, **METHODS[method],
-        )  # fmt: skip
+        try:
+            run = veneer.train(
+                model, train, tokenizer=processor, task="image", out=f"{place}/run", lr=rate, seed=seed,
+                epochs=asked["epochs"], batch_size=asked["batch"], warmup=0.1, weight_decay=0.01,
+                eval_every=asked["every"], save_every=10**6, **METHODS[method],
+            )  # fmt: skip
+        except Diverged as error:
+            return {"method": method, "rate": rate, "seed": seed, "diverged": str(error).splitlines()[0]}
         seconds = time.perf_counter() - started
         judged = ImageClassification(processor, train.labels)
         model.eval()
@@ -281,7 +285,9 @@ def all_runs(asked: argparse.Namespace) -> Iterator[dict[str, Any]]:
 
 
 def chosen(runs: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
-    """For each method the runs at the rate that was best on the validation rows."""
+    """For each method the runs at the rate that was best on the validation rows, of those at which no seed diverged."""
+    lost = {(run["method"], run["rate"]) for run in runs if "diverged" in run}
+    runs = [run for run in runs if (run["method"], run["rate"]) not in lost]
     found = {}
     for method in dict.fromkeys(run["method"] for run in sorted(runs, key=lambda run: [*METHODS].index(run["method"]))):
         own = [run for run in runs if run["method"] == method]
@@ -339,19 +345,23 @@ def draw(confusion: dict[str, Any], file: str) -> None:
     picture.save(file)
 
 
+def outcome(run: dict[str, Any]) -> str:
+    if "diverged" in run:
+        return f"diverged; its rate is out ({run['diverged']})"
+    return f"validation {run['val']:.3f}, test {run['test']:.3f}, {run['seconds']:.0f} s"
+
+
 def main() -> None:
     asked = arguments()
     runs = json.loads(Path(asked.beside).read_text())["runs"] if asked.beside else []
     started = time.perf_counter()
     for run in all_runs(asked):
         runs.append(run)
-        print(
-            f"{run['method']:<6} rate {run['rate']:.0e} seed {run['seed']}: validation {run['val']:.3f}, "
-            f"test {run['test']:.3f}, {run['seconds']:.0f} s", flush=True,
-        )  # fmt: skip
+        print(f"{run['method']:<6} rate {run['rate']:.0e} seed {run['seed']}: {outcome(run)}", flush=True)
     found = chosen(runs)
     seconds = time.perf_counter() - started
-    print(f"\n{table(found)}\n\nold task before: {100 * runs[0]['old_before']:.1f}; {seconds:.0f} s in all")
+    before = next(iter(found.values()))[0]["old_before"]
+    print(f"\n{table(found)}\n\nold task before: {100 * before:.1f}; {seconds:.0f} s in all")
     if asked.linear:
         penalty, val, test = best_linear(asked)
         print(f"best linear classifier (penalty {penalty:g}): validation {100 * val:.1f}, test {100 * test:.1f}")

@@ -353,6 +353,18 @@ def test_padded_packed_and_single_rows(level: str, attention: str) -> None:
         agree(outcome(model, **way), value)
 
 
+@pytest.mark.parametrize("build", BUILDS)
+def test_padding_is_seen_however_a_model_hands_it_on(build: str) -> None:
+    """GPT-2 gives its blocks the mask by its place."""
+    model = model_of(build)
+    padded = torch.ones(2, 11, dtype=torch.long)
+    padded[0, 6:] = 0
+    wanted = outcome(model, attention_mask=padded)
+    assert not torch.equal(wanted["loss"], outcome(model)["loss"])
+    fuse(model, verbose=False)
+    agree(outcome(model, attention_mask=padded), wanted)
+
+
 @pytest.mark.parametrize("level", LEVELS)
 def test_attention_that_drops_out_draws_the_same_masks(level: str) -> None:
     model = model_of("llama", dropout=0.2)

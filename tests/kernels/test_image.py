@@ -309,57 +309,6 @@ def test_blocks_of_another_build_are_left_alone_and_named() -> None:
     agree(outcome(model), wanted)
 
 
-def sd3() -> Any:
-    return diffusers.SD3Transformer2DModel(
-        sample_size=4, patch_size=1, in_channels=4, num_layers=2, attention_head_dim=8, num_attention_heads=4,
-        caption_projection_dim=32, joint_attention_dim=12, pooled_projection_dim=6, out_channels=4,
-        pos_embed_max_size=4, qk_norm="rms_norm",
-    )  # fmt: skip
-
-
-def flux() -> Any:
-    return diffusers.FluxTransformer2DModel(
-        patch_size=1, in_channels=4, num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=2,
-        joint_attention_dim=12, pooled_projection_dim=6, axes_dims_rope=(4, 4, 8),
-    )  # fmt: skip
-
-
-def way_of(model: Any) -> dict[str, Tensor]:
-    g = torch.Generator().manual_seed(5)
-    text, pooled = torch.randn(2, 5, 12, generator=g).double(), torch.randn(2, 6, generator=g).double()
-    found = {"encoder_hidden_states": text, "pooled_projections": pooled, "timestep": torch.tensor([3.0, 7.0]).double()}
-    if hasattr(model, "single_transformer_blocks"):
-        x = torch.randn(2, 16, 4, generator=g).double()
-        return {
-            "hidden_states": x,
-            **found,
-            "img_ids": torch.zeros(16, 3).double(),
-            "txt_ids": torch.zeros(5, 3).double(),
-        }
-    return {"hidden_states": torch.randn(2, 4, 4, 4, generator=g).double(), **found}
-
-
-@pytest.mark.parametrize("build", [sd3, flux])
-def test_transformers_of_images_train_as_before_and_their_blocks_are_named(build: Callable[[], Any]) -> None:
-    torch.manual_seed(0)
-    model = build().double()
-    veneer.attach(model, LoRA(rank=3, alpha=6, targets=["to_q", "to_v", "add_k_proj", "ff.net.2"]))
-    spread(model)
-
-    def run() -> dict[str, Tensor]:
-        for p in model.parameters():
-            p.grad = None
-        y = model(**way_of(model)).sample
-        (y * torch.cos(y.detach())).sum().backward()
-        return {"y": y.detach(), **{n: p.grad for n, p in model.named_parameters() if p.grad is not None}}
-
-    wanted = run()
-    report = fuse(model, verbose=False)
-    assert "plain: transformer_blocks.0" in str(report)
-    assert "scaled and moved by the time" in str(report)
-    agree(run(), wanted)
-
-
 def test_sampling_is_bit_for_bit_as_before_and_classes_come_back() -> None:
     model = model_of("sdxl").eval()
     before = {name: (type(m), set(vars(m))) for name, m in model.named_modules()}

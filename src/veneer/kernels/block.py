@@ -140,21 +140,23 @@ def norm(x: Tensor, spec: Norm) -> Tensor:
 
 class Rotation(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor, pairs: bool) -> Tensor:
         ctx.save_for_backward(cos, sin)
-        return kernels_for(x).rotate(x, rows_of(cos), rows_of(sin), torch.empty_like(x))
+        ctx.pairs = pairs
+        return kernels_for(x).rotate(x, rows_of(cos), rows_of(sin), torch.empty_like(x), pairs=pairs)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
         cos, sin = ctx.saved_tensors
         out = torch.empty(g.shape, dtype=g.dtype, device=g.device)
-        return kernels_for(g).rotate(g, rows_of(cos), rows_of(sin), out, back=True), None, None
+        rotate = kernels_for(g).rotate
+        return rotate(g, rows_of(cos), rows_of(sin), out, back=True, pairs=ctx.pairs), None, None, None
 
 
-def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary positions on (batch, tokens, heads, d)."""
-    return Rotation.apply(x, cos, sin)  # type: ignore[return-value]
+def rotated(x: Tensor, cos: Tensor, sin: Tensor, pairs: bool = False) -> Tensor:
+    """Rotary positions on (batch, tokens, heads, d), of halves or of neighbours."""
+    return Rotation.apply(x, cos, sin, pairs)  # type: ignore[return-value]
 
 
 # ------------------------------------------------------------------ the gated unit
@@ -218,6 +220,8 @@ def through(
         wanted = None if not want else layer.forward(x, thin.h, b) if plus is None else layer.onto(plus, x, thin.h, b)
         return wanted, (), None
     y = layer.forward(x, thin.h, b)
+    if not getattr(post, "reads_output", True):  # a gate
+        return (None if not want else post.onto(plus, y)), ((y,) if group.magnitudes else ()), None
     normed, stats = (y, None) if post is None else post.forward(y)
     return (None if not want else normed if plus is None else normed + plus), (y,), stats
 
@@ -452,12 +456,12 @@ def tail_back(block: Ending, g: Tensor, o: Tensor, kept: TailKept) -> tuple[Tens
     assert kept.middle is not None
     normed, _ = block.second.forward(kept.middle, kept.rstd)
     first, second = block.posts
-    d_down = g if second is None else second.back(g, kept.unit.ys[0], kept.unit.stats)
+    d_down = g if second is None else second.back(g, *kept.unit.ys[:1], kept.unit.stats)
     d_normed, d_unit = unit_back(block.unit, d_down, normed, kept.unit, (block.factors[2], block.factors[3]))
     del normed, d_down
     d_middle = block.second.back(d_normed, kept.middle, kept.rstd, g)
     d_total = g if block.parallel else d_middle
-    d_y = d_total if first is None else first.back(d_total, kept.ys[0], kept.stats)
+    d_y = d_total if first is None else first.back(d_total, *kept.ys[:1], kept.stats)
     d_o, d_out = block.out.back(o, [d_y], kept.out, block.factors[1], kept.ys)
     assert d_o is not None
     return d_middle, d_o, [*d_out, *d_unit]

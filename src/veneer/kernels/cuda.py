@@ -376,24 +376,26 @@ def thin_glu_back(
 
 @triton.jit
 def _rotate(
-    x, cos, sin, y, h, b, x_batch, x_row, x_head, y_batch, y_row, y_head, h_row, b_row, t, rows, positions, n, half, r,
-    BACK: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, R: tl.constexpr, EXACT: tl.constexpr,
+    x, cos, sin, y, h, b, x_batch, x_row, x_head, y_batch, y_row, y_head, h_row, b_row, t, rows, positions, n, half,
+    apart, r, STEP: tl.constexpr, BACK: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, R: tl.constexpr,
+    EXACT: tl.constexpr,
 ):  # fmt: skip
     places = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
     head = tl.program_id(1).to(tl.int64)
     at = tl.arange(0, BLOCK)
     inside = (places[:, None] < t) & (at[None, :] < half)
-    angle = (places % positions)[:, None] * 2 * half + at[None, :]
+    first_of = at[None, :] * STEP  # where the first of two lies in its head; the second is `apart` further
+    angle = (places % positions)[:, None] * 2 * half + first_of
     c1 = tl.load(cos + angle, mask=inside, other=0.0).to(tl.float32)
-    c2 = tl.load(cos + angle + half, mask=inside, other=0.0).to(tl.float32)
+    c2 = tl.load(cos + angle + apart, mask=inside, other=0.0).to(tl.float32)
     s1 = tl.load(sin + angle, mask=inside, other=0.0).to(tl.float32)
-    s2 = tl.load(sin + angle + half, mask=inside, other=0.0).to(tl.float32)
+    s2 = tl.load(sin + angle + apart, mask=inside, other=0.0).to(tl.float32)
     batch, row = (places // rows)[:, None], (places % rows)[:, None]
-    here = x + batch * x_batch + row * x_row + head * x_head + at[None, :]
-    there = y + batch * y_batch + row * y_row + head * y_head + at[None, :]
+    here = x + batch * x_batch + row * x_row + head * x_head + first_of
+    there = y + batch * y_batch + row * y_row + head * y_head + first_of
     raw = tl.load(here, mask=inside, other=0.0)
     first = raw.to(tl.float32)
-    second = tl.load(here + half, mask=inside, other=0.0).to(tl.float32)
+    second = tl.load(here + apart, mask=inside, other=0.0).to(tl.float32)
     if R:
         channel = head * 2 * half + at
         end = head * 2 * half + half
@@ -403,13 +405,15 @@ def _rotate(
         second += own
     if BACK:
         tl.store(there, (first * c1 + second * s2).to(raw.dtype), mask=inside)
-        tl.store(there + half, (second * c2 - first * s1).to(raw.dtype), mask=inside)
+        tl.store(there + apart, (second * c2 - first * s1).to(raw.dtype), mask=inside)
     else:
         tl.store(there, (first * c1 - second * s1).to(raw.dtype), mask=inside)
-        tl.store(there + half, (second * c2 + first * s2).to(raw.dtype), mask=inside)
+        tl.store(there + apart, (second * c2 + first * s2).to(raw.dtype), mask=inside)
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor, back: bool = False, thin: Pair = None) -> Tensor:
+def rotate(
+    x: Tensor, cos: Tensor, sin: Tensor, out: Tensor, back: bool = False, thin: Pair = None, pairs: bool = False
+) -> Tensor:  # fmt: skip
     batch, rows, heads, d = x.shape
     if x.stride(-1) != 1:
         x = x.contiguous()
@@ -418,8 +422,8 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor, back: bool = False,
         with _on(x):
             _rotate[(triton.cdiv(batch * rows, 32), heads)](
                 x, cos, sin, out, h, b, *x.stride()[:3], *out.stride()[:3], h.stride(0), b.stride(0), batch * rows,
-                rows, cos.shape[0], heads * d, d // 2, r, back, 32, max(16, triton.next_power_of_2(d // 2)), wide,
-                x.dtype == torch.float32, num_warps=4,
+                rows, cos.shape[0], heads * d, d // 2, 1 if pairs else d // 2, r, 2 if pairs else 1, back, 32,
+                max(16, triton.next_power_of_2(d // 2)), wide, x.dtype == torch.float32, num_warps=4,
             )  # fmt: skip
     return out
 

@@ -33,7 +33,9 @@ PROGRAMS = 1056  # eight for each multiprocessor
 
 
 @triton.jit
-def _layer_norm(x, w, b, y, mean, rstd, x_row, n, eps, KNOWN: tl.constexpr, BLOCK: tl.constexpr):
+def _layer_norm(
+    x, w, b, y, mean, rstd, x_row, w_row, b_row, rows, n, eps, KNOWN: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, BLOCK)
     inside = at < n
@@ -48,8 +50,9 @@ def _layer_norm(x, w, b, y, mean, rstd, x_row, n, eps, KNOWN: tl.constexpr, BLOC
         r = tl.rsqrt(tl.sum(apart * apart, 0) / n + eps)
         tl.store(mean + row, m)
         tl.store(rstd + row, r)
-    gain = tl.load(w + at, mask=inside, other=0.0).to(tl.float32)
-    bias = tl.load(b + at, mask=inside, other=0.0).to(tl.float32)
+    picture = row // rows
+    gain = tl.load(w + picture * w_row + at, mask=inside, other=0.0).to(tl.float32)
+    bias = tl.load(b + picture * b_row + at, mask=inside, other=0.0).to(tl.float32)
     tl.store(y + row * n + at, ((wide - m) * r * gain + bias).to(raw.dtype), mask=inside)
 
 
@@ -62,19 +65,26 @@ def layer_norm(x: Tensor, w: Tensor, b: Tensor, eps: float, stats: Stats | None 
     if t:
         block = triton.next_power_of_2(n)
         with _on(x):
-            _layer_norm[(t,)](x, w, b, y, *stats, x.stride(0), n, eps, known, block, num_warps=_warps(block))
+            _layer_norm[(t,)](
+                x, w, b, y, *stats, x.stride(0), *_by_picture(w, b, t), n, eps, known, block, num_warps=_warps(block)
+            )  # fmt: skip
     return y, stats
 
 
+def _by_picture(w: Tensor, b: Tensor, t: int) -> tuple[int, int, int]:
+    """How far apart the gains and biases of two pictures lie, and how many of t rows a picture has."""
+    return (0, 0, t) if w.ndim == 1 else (w.stride(0), b.stride(0), t // len(w))
+
+
 @triton.jit
-def _layer_norm_back(g, x, mean, rstd, w, plus, dx, n, PLUS: tl.constexpr, BLOCK: tl.constexpr):
+def _layer_norm_back(g, x, mean, rstd, w, plus, dx, w_row, rows, n, PLUS: tl.constexpr, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, BLOCK)
     inside = at < n
     r = tl.load(rstd + row)
     raw = tl.load(x + row * n + at, mask=inside, other=0.0)
     normed = (raw.to(tl.float32) - tl.load(mean + row)) * r
-    gain = tl.load(w + at, mask=inside, other=0.0).to(tl.float32)
+    gain = tl.load(w + (row // rows) * w_row + at, mask=inside, other=0.0).to(tl.float32)
     wg = tl.load(g + row * n + at, mask=inside, other=0.0).to(tl.float32) * gain
     out = r * (wg - tl.sum(wg, 0) / n - normed * (tl.sum(wg * normed, 0) / n))
     if PLUS:
@@ -90,8 +100,9 @@ def layer_norm_back(g: Tensor, x: Tensor, stats: Stats, w: Tensor, plus: Tensor 
     if t:
         block = triton.next_power_of_2(n)
         with _on(x):
+            w_row, _, rows = _by_picture(w, w, t)
             _layer_norm_back[(t,)](
-                g, x, *stats, w, plus if plus is not None else x, dx, n, plus is not None, block,
+                g, x, *stats, w, plus if plus is not None else x, dx, w_row, rows, n, plus is not None, block,
                 num_warps=_warps(block),
             )  # fmt: skip
     return dx

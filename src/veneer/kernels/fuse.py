@@ -108,7 +108,7 @@ def _is_resting(x: Tensor) -> bool:
 
 class FusedBlock(FusedModule):
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        kwargs |= zip(_argument_names(type(self).__mro__[2]), args, strict=False)
+        kwargs |= zip(_argument_names(type(self).__bases__[1]), args, strict=False)
         if _is_resting(hidden_states) or kwargs.get("encoder_hidden_states") is not None:
             return super().forward(hidden_states, **kwargs)
         if (cache := kwargs.get("past_key_values")) is not None and (why := self._against(cache)) is not None:
@@ -240,14 +240,14 @@ class Family(NamedTuple):
 
 
 FAMILIES: dict[str, Family] = {}  # by the dotted name of the library's class
-HOMES = {"diffusers": "veneer.kernels.image_fuse"}  # library -> the module that fills in its families
+HOMES = {"diffusers": ("image_fuse", "dit_fuse")}  # library -> the files here that fill in its families
 
 
 def _families(modules: dict[str, nn.Module]) -> dict[str, Family]:
     """Of the modules that there are, by their names."""
     for library in {base.__module__.partition(".")[0] for m in modules.values() for base in type(m).__mro__}:
-        if library in HOMES:
-            importlib.import_module(HOMES[library])
+        for home in HOMES.get(library, ()):
+            importlib.import_module(f"veneer.kernels.{home}")
     found = {name: FAMILIES.get(_dotted(original_class(type(module)))) for name, module in modules.items()}
     return {name: family for name, family in found.items() if family is not None}
 

@@ -105,9 +105,7 @@ class Enter(torch.autograd.Function):
     """x -> the siblings' outputs, and x once more: what flows back beside the norm comes in here."""
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, norm: LayerNorm | None, group: Group, factors: Factors, *tensors: Tensor
-    ) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, x: Tensor, norm: Any, group: Group, factors: Factors, *tensors: Tensor) -> tuple[Tensor, ...]:
         rows = rows_of(x)
         normed, stats = (rows, None) if norm is None else norm.forward(rows)
         thin = group.thin(normed, factors.a)
@@ -145,7 +143,7 @@ def _joined(dx: Tensor, past: Tensor | None) -> Tensor:
     return dx if past is None else dx.add_(past)
 
 
-def entered(x: Tensor, norm: LayerNorm | None, group: Group, factors: Factors) -> tuple[Tensor, ...]:
+def entered(x: Tensor, norm: Any, group: Group, factors: Factors) -> tuple[Tensor, ...]:
     return Enter.apply(x, norm, group, factors, *group.tensors())  # type: ignore[return-value]
 
 

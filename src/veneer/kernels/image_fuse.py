@@ -38,7 +38,6 @@ __all__ = ["FusedImage", "FusedResidual", "FusedSampler", "FusedStage"]
 
 SIDE = 4  # of the image that a block is tried on
 WORDS = 5  # of the text
-MODULATED = "its norms are scaled and moved by the time, which has no fast path yet"
 
 
 class FusedImage(FusedModule):
@@ -166,10 +165,11 @@ class FusedSampler(FusedModule):
 # ------------------------------------------------------------------ the experiment
 
 
-def _differs(module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> str | None:
-    """Run the module both ways on small inputs. None where they agree; else what is wrong."""
+def _differs(module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any], learned: int = 1) -> str | None:
+    """Run the module both ways on small inputs. None where they agree, also in the gradients of the first `learned`
+    inputs; else what is wrong."""
     with _at_rest(module):
-        fused, plain = _outcome(module, inputs, named), _outcome(_Plainly(module), inputs, named)
+        fused, plain = (_outcome(run, inputs, named, learned) for run in (module, _Plainly(module)))
     if isinstance(fused, str) or isinstance(plain, str):
         return fused if isinstance(fused, str) else str(plain)
     near = 1e-3 if fused[0].dtype in (torch.float32, torch.float64) else 5e-2
@@ -180,16 +180,16 @@ def _differs(module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) 
     return None
 
 
-def _outcome(run: Any, inputs: tuple[Any, ...], named: dict[str, Any]) -> tuple[Tensor, Tensor] | str:
+def _outcome(run: Any, inputs: tuple[Any, ...], named: dict[str, Any], learned: int) -> list[Tensor] | str:
     with torch.enable_grad():
-        x = inputs[0].clone().requires_grad_()
+        xs = [x.clone().requires_grad_() for x in inputs[:learned]]
         try:
-            y = run(x, *inputs[1:], **named)
-            y = y[0] if isinstance(y, tuple) else y
-            (d,) = torch.autograd.grad(y, x, torch.cos(y.detach()))
+            found = run(*xs, *inputs[learned:], **named)
+            ys = [y for y in (found if isinstance(found, tuple) else (found,)) if y is not None]
+            ds = torch.autograd.grad(ys, xs, [torch.cos(y.detach()) for y in ys])
         except (TypeError, ValueError, RuntimeError, AttributeError, KeyError) as error:
             return f"it does not run by itself ({type(error).__name__}: {error})"
-    return y.detach(), d
+    return [*(y.detach() for y in ys), *ds]
 
 
 def _waves(shape: tuple[int, ...], like: Tensor) -> Tensor:
@@ -247,14 +247,6 @@ FAMILIES |= {
     "diffusers.models.resnet.ResnetBlock2D": Family(
         "residual blocks", FusedResidual, residual_parts, _residual_differs
     ),
-    **{
-        f"diffusers.models.{place}": Family("blocks", FusedModule, lambda block: MODULATED, lambda block: None)
-        for place in (
-            "attention.JointTransformerBlock",
-            "transformers.transformer_flux.FluxTransformerBlock",
-            "transformers.transformer_flux.FluxSingleTransformerBlock",
-        )
-    },
     **{
         f"diffusers.models.{place}": Family("samplers", FusedSampler, sampler_parts, _sampler_differs)
         for place in ("upsampling.Upsample2D", "downsampling.Downsample2D")

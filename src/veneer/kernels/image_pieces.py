@@ -1,7 +1,8 @@
 """What lies between the products of a UNet or an image transformer, each piece as one or two passes over memory.
 
     piece         computes                                                 keeps for its backward
-    layer_norm    (x - mean) / size * w + b over rows                      x and two numbers a row
+    layer_norm    (x - mean) / size * w + b over rows; w and b are one     x and two numbers a row
+                  row, or a row for each picture
     group_norm    the same over groups of channels of an image, and SiLU   x and two numbers a group
     add_channels  y + x + a number for each channel, in y's memory         nothing
     convolved     a convolution by a frozen weight                         nothing; autograd keeps its input
@@ -58,7 +59,7 @@ def _twin(name: str) -> Any:
 
 
 def layer_norm(
-    x: Float[Tensor, "t n"], w: Float[Tensor, " n"], b: Float[Tensor, " n"], eps: float, stats: Stats | None = None
+    x: Float[Tensor, "t n"], w: Float[Tensor, "*p n"], b: Float[Tensor, "*p n"], eps: float, stats: Stats | None = None
 ) -> tuple[Float[Tensor, "t n"], Stats]:
     """The normed rows, and their means and sizes; `stats` where these are known already."""
     wide = _wide(x)
@@ -66,20 +67,25 @@ def layer_norm(
         mean = wide.mean(-1)
         stats = mean, torch.rsqrt((wide - mean[:, None]).square().mean(-1) + eps)
     normed = (wide - stats[0][:, None]) * stats[1][:, None]
-    return (normed * _wide(w) + _wide(b)).to(x.dtype), stats
+    return (normed * _of_rows(w, x) + _of_rows(b, x)).to(x.dtype), stats
+
+
+def _of_rows(w: Float[Tensor, "*p n"], x: Float[Tensor, "t n"]) -> Tensor:
+    """A gain for each row of x: the same for all, or for all rows of a picture."""
+    return _wide(w if w.ndim == 1 else w.repeat_interleave(len(x) // len(w), 0))
 
 
 def layer_norm_back(
     g: Float[Tensor, "t n"],
     x: Float[Tensor, "t n"],
     stats: Stats,
-    w: Float[Tensor, " n"],
+    w: Float[Tensor, "*p n"],
     plus: Float[Tensor, "t n"] | None = None,
 ) -> Float[Tensor, "t n"]:
     """The gradient of x, and `plus` on top: what flows past the norm beside it."""
     mean, rstd = stats
     normed = (_wide(x) - mean[:, None]) * rstd[:, None]
-    wg = _wide(g) * _wide(w)
+    wg = _wide(g) * _of_rows(w, x)
     along = (wg * normed).mean(-1, keepdim=True)
     dx = rstd[:, None] * (wg - wg.mean(-1, keepdim=True) - normed * along)
     return (dx if plus is None else dx + _wide(plus)).to(x.dtype)

@@ -189,11 +189,16 @@ def rotate(
     out: Float[Tensor, "batch p heads d"],
     back: bool = False,
     thin: Pair = None,
+    pairs: bool = False,
 ) -> Tensor:
-    """x cos + turned(x) sin, with `turned` (a, b) -> (-b, a) on halves; `back` is the transpose. `out` may be x.
+    """x cos + turned(x) sin, with `turned` (a, b) -> (-b, a) on halves, or on neighbours where `pairs` says so (FLUX);
+    `back` is the transpose. `out` may be x.
 
     cos and sin hold a row for each position, or for each position of each row of the batch. `thin`: of x + h B^T.
     """
+    if pairs:
+        turned = rotate(_halved(x), _halved(cos), _halved(sin), torch.empty_like(x), back)
+        return out.copy_(turned.unflatten(-1, (2, -1)).transpose(-1, -2).flatten(-2))
     if thin is not None:
         x = _with(x.reshape(-1, thin[1].shape[0]), thin).view(x.shape)
     shape = (-1, x.shape[1], 1, x.shape[-1])
@@ -207,6 +212,11 @@ def rotate(
     out[..., :half] = first.to(out.dtype)
     out[..., half:] = second.to(out.dtype)
     return out
+
+
+def _halved(t: Tensor) -> Tensor:
+    """Neighbours (a1, b1, a2, b2, ..) as halves (a1, a2, .., b1, b2, ..)."""
+    return t.unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2)
 
 
 # ------------------------------------------------------------------ thin products
