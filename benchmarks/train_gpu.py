@@ -79,13 +79,13 @@ def plain(shape: str, device: str, storage: str = "", ends: bool = False) -> nn.
 
 
 def fused(
-    recompute: str = "none", storage: str = "", graphs: bool = True, ends: bool = False
+    recompute: str = "none", storage: str = "", graphs: bool = True, ends: bool = False, turned: bool = False
 ) -> Callable[[str, str], nn.Module]:
     def build(shape: str, device: str) -> nn.Module:
         import veneer
 
         model = plain(shape, device, storage, ends)
-        veneer.fuse(model, recompute, graphs=graphs, verbose=False)
+        veneer.fuse(model, recompute, graphs=graphs, turned=turned, verbose=False)
         return model
 
     return build
@@ -155,6 +155,7 @@ VARIANTS: dict[str, Variant] = {
     **{f"fused-{level}": (fused(level), chunked_loss) for level in ("gate_up", "middle", "input")},
     "fused-input-away": (fused("input", graphs=False), away),
     "fp8": (fused(storage="fp8"), chunked_loss),
+    "fp8-turned": (fused(storage="fp8", turned=True), chunked_loss),
     "fp8-input-asked": (fused("input", "fp8", graphs=False), chunked_loss),
     "fp8-asked": (fused(storage="fp8", graphs=False), chunked_loss),
     **{f"fp8-{level}": (fused(level, "fp8"), chunked_loss) for level in ("gate_up", "middle", "input")},
@@ -164,7 +165,7 @@ VARIANTS: dict[str, Variant] = {
     "nf4-input-away": (fused("input", "nf4", graphs=False, ends=True), away),
 }
 TABLES: dict[str, tuple[int, int, tuple[str, ...]]] = {
-    "2x2048": (2, 2048, ("peft", "peft-compiled", "plain", "plain-compiled", "fused", "fp8")),
+    "2x2048": (2, 2048, ("peft", "peft-compiled", "plain", "plain-compiled", "fused", "fp8", "fp8-turned")),
     "4x2048": (4, 2048, ("peft-recompute", "fused", "fused-gate_up", "fused-middle", "fused-input", "fp8-input")),
     "tiny": (2, 16, tuple(VARIANTS)),
 }
@@ -234,8 +235,38 @@ def profile(run: Callable[[], Any]) -> None:
         synchronize()
     rows = sorted(seen.key_averages(), key=lambda row: -row.self_device_time_total)
     print(f"device time {sum(row.self_device_time_total for row in rows) / 1e3:.1f} ms", file=sys.stderr)
-    for row in rows[:40]:
+    for row in rows[:48]:
         print(f"{row.self_device_time_total / 1e3:8.2f} ms {row.count:5} x {row.key[:110]}", file=sys.stderr)
+    waits(seen)
+    for pool, (total, used) in pools().items():
+        print(f"memory of {pool}: {total / 2**30:.2f} GiB reserved, {used / 2**30:.2f} in use", file=sys.stderr)
+
+
+def waits(seen: Any) -> None:
+    """Prints for how long the device did nothing, and what it did next."""
+    events = [e for e in seen.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+    events.sort(key=lambda e: e.time_range.start)
+    end, found = events[0].time_range.end, {}
+    for event in events[1:]:
+        found.setdefault(event.name, []).append(max(0.0, event.time_range.start - end))
+        end = max(end, event.time_range.end)
+    idle = sum(map(sum, found.values()))
+    print(f"{len(events)} pieces of work, {idle / 1e3:.1f} ms between them; before", file=sys.stderr)
+    for name, gaps in sorted(found.items(), key=lambda item: -sum(item[1]))[:24]:
+        middle, most = statistics.median(gaps), max(gaps)
+        print(
+            f"{sum(gaps) / 1e3:8.2f} ms {len(gaps):5} x, median {middle:.1f} us, most {most:.0f} us: {name[:80]}",
+            file=sys.stderr,
+        )
+
+
+def pools() -> dict[str, tuple[int, int]]:
+    found: dict[str, tuple[int, int]] = {}
+    for segment in torch.cuda.memory_snapshot():
+        own = tuple(segment.get("segment_pool_id", (0, 0))) != (0, 0)
+        total, used = found.get(name := "graphs" if own else "all else", (0, 0))
+        found[name] = total + segment["total_size"], used + segment["allocated_size"]
+    return found
 
 
 def mark() -> Callable[[], float]:

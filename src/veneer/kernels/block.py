@@ -200,12 +200,14 @@ def unit_forward(
 ) -> tuple[Tensor | None, UnitKept]:
     """down(act(gate(x)) * up(x)) + plus; without the result where only what is kept is wanted."""
     entry = unit.entry.thin(x, factors[0].a)
-    gates = unit_gates(unit, x, entry, factors[0])
+    gates, h = unit_gates(unit, x, entry, factors[0]), None
     if unit.is_lean:
-        product = kernels_for(x).thin_glu(*gates, unit.act, *gate_pairs(unit, entry, factors[0]))
+        rounded = unit.down.rounds_to if want or post is not None else None
+        pairs = gate_pairs(unit, entry, factors[0])
+        product, h = kernels_for(x).thin_glu(*gates, unit.act, *pairs, rounded, factors[1].a)
     else:
         product = unit.product(gates)
-    down = unit.down.thin(product, factors[1].a)
+    down = unit.down.thin(product, factors[1].a, h)
     y, ys, stats = through(unit.down, product, down, factors[1], plus, want, post)
     return y, UnitKept(list(gates), entry, down, ys, stats)
 
@@ -272,14 +274,14 @@ def _lean_back(
     d_product = unit.down.layers[0].back(g, None)
     gs = _room_for_gates(unit, d_product)
     d_gate, d_up = gs if len(gs) == 2 else _halves(unit, gs[0], -1)
-    da, *dbs = kernels_for(g).thin_glu_back(
+    da, *dbs, d_thin = kernels_for(g).thin_glu_back(
         d_product, *gates, unit.act, d_gate, d_up, *gate_pairs(unit, kept.entry, entry),
-        None if d is None or down.a is None else (d, down.a),
+        None if d is None or down.a is None else (d, down.a), unit.entry.rounding(gs, entry),
     )  # fmt: skip
     d_down = [] if da is None else [*unit.down.split_a(da), *unit.down.b_gradients([g], kept.down)]
     del d_product
     gates.clear()  # where nothing else holds them, their memory serves what follows
-    d_thin = unit.entry.thin_gradients(gs, entry)
+    d_thin = unit.entry.thin_gradients(gs, entry, d_thin)
     dx = unit.entry.input_gradient(gs, d_thin, kept.entry, entry)
     d_entry = [] if d_thin is None else unit.entry.a_gradients(x, d_thin, kept.entry)
     if len(unit.entry.layers) == 1 and dbs[0] is not None:

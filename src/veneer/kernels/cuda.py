@@ -6,6 +6,7 @@ every kernel takes the distance between rows; the last axis is contiguous.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -14,7 +15,7 @@ import triton.language as tl  # pyright: ignore[reportMissingImports]
 from torch import Tensor
 from triton.language.extra import libdevice  # pyright: ignore[reportMissingImports]
 
-from veneer.kernels.pieces import Pair
+from veneer.kernels.pieces import Pair, Rounding
 from veneer.quant.eight import LARGEST, TINY, remember
 
 __all__ = [
@@ -24,6 +25,7 @@ __all__ = [
     "rms_norm",
     "rms_norm_back",
     "rotate",
+    "round_thin",
     "thin_glu",
     "thin_glu_back",
     "token_losses_",
@@ -33,6 +35,8 @@ ACTS = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3}
 WIDE = 1024  # columns of a gated unit that one program does
 GLU_TILE = (32, 256, 4)  # rows, columns and warps of a program that adds adapters and multiplies
 BACK_TILE = (64, 64, 4, 2)  # rows, columns, warps and loads ahead of a program that goes back through a gated unit
+ROUND_TILE = (64, 128, 4, 3)  # rows, columns, warps and loads ahead of a program that rounds what a unit gave
+ROUND_PROGRAMS = 1056  # of them for one matrix: eight for each multiprocessor
 CHUNK = 8192  # logits that one program holds at a time
 
 
@@ -99,7 +103,7 @@ def rms_norm(
                 known, {None: 0, torch.int8: 2}.get(rounded, 1), plus is not None, block, num_warps=_warps(block),
             )  # fmt: skip
         if rounded is not None:
-            remember(y, codes, scale)
+            remember([y], codes, scale)
     return y, rstd
 
 
@@ -251,9 +255,9 @@ def _thin(h, b, rows, columns, t, n, r, h_row, b_row, b_column, R: tl.constexpr,
 
 @triton.jit
 def _thin_glu(
-    gate, up, y, hg, bg, hu, bu, t, n, rg, ru, gate_row, up_row, hg_row, bg_row, hu_row, bu_row,
+    gate, up, y, hg, bg, hu, bu, most, t, n, rg, ru, gate_row, up_row, hg_row, bg_row, hu_row, bu_row,
     ACT: tl.constexpr, RG: tl.constexpr, RU: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-    EXACT: tl.constexpr,
+    EXACT: tl.constexpr, MOST: tl.constexpr,
 ):  # fmt: skip
     rows = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
     columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
@@ -267,22 +271,32 @@ def _thin_glu(
     if RU:
         own, _ = _thin(hu, bu, rows, columns, t, n, ru, hu_row, bu_row, 1, RU, EXACT)
         u += own
-    a = _act(x, ACT)
-    tl.store(y + rows[:, None] * n + columns[None, :], (a * u).to(raw.dtype), mask=inside)
+    product = (_act(x, ACT) * u).to(raw.dtype)
+    tl.store(y + rows[:, None] * n + columns[None, :], product, mask=inside)
+    if MOST:
+        tl.atomic_max(most + rows, tl.max(tl.abs(product.to(tl.float32)), 1), mask=rows < t)
 
 
-def thin_glu(gate: Tensor, up: Tensor, act: str, gate_thin: Pair, up_thin: Pair) -> Tensor:
+def thin_glu(
+    gate: Tensor, up: Tensor, act: str, gate_thin: Pair, up_thin: Pair,
+    rounded: torch.dtype | None = None, a: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     t, n = gate.shape
     y = torch.empty((t, n), dtype=gate.dtype, device=gate.device)
     (hg, bg, rg, wide_g), (hu, bu, ru, wide_u) = _padded(gate_thin, gate), _padded(up_thin, gate)
+    most = torch.zeros(t, dtype=torch.float32, device=gate.device) if rounded is not None else y
     if t:
         with _on(gate):
             _thin_glu[(triton.cdiv(t, GLU_TILE[0]), triton.cdiv(n, GLU_TILE[1]))](
-                gate, up, y, hg, bg, hu, bu, t, n, rg, ru, gate.stride(0), up.stride(0), hg.stride(0), bg.stride(0),
-                hu.stride(0), bu.stride(0), ACTS[act], wide_g, wide_u, *GLU_TILE[:2], gate.dtype == torch.float32,
-                num_warps=GLU_TILE[2],
+                gate, up, y, hg, bg, hu, bu, most, t, n, rg, ru, gate.stride(0), up.stride(0), hg.stride(0),
+                bg.stride(0), hu.stride(0), bu.stride(0), ACTS[act], wide_g, wide_u, *GLU_TILE[:2],
+                gate.dtype == torch.float32, rounded is not None, num_warps=GLU_TILE[2],
             )  # fmt: skip
-    return y
+    if rounded is None:
+        return y, None
+    codes, scale, h = round_thin([y], most, rounded, None, [None if a is None else a.T])
+    remember([y], codes, scale)
+    return y, h
 
 
 def _padded(thin: Pair, like: Tensor) -> tuple[Tensor, Tensor, int, int]:
@@ -295,10 +309,10 @@ def _padded(thin: Pair, like: Tensor) -> tuple[Tensor, Tensor, int, int]:
 
 @triton.jit
 def _thin_glu_back(
-    g, gate, up, d_gate, d_up, hg, bg, hu, bu, d, a, into_a, into_g, into_u, t, n, rg, ru, rd, steps,
+    g, gate, up, d_gate, d_up, hg, bg, hu, bu, d, a, into_a, into_g, into_u, most, cg, cu, t, n, rg, ru, rd, steps,
     g_row, gate_row, up_row, d_gate_row, d_up_row, hg_row, bg_row, hu_row, bu_row, d_row, a_row,
     ACT: tl.constexpr, RG: tl.constexpr, RU: tl.constexpr, RD: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, EXACT: tl.constexpr, STAGES: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, EXACT: tl.constexpr, STAGES: tl.constexpr, MOST: tl.constexpr,
 ):  # fmt: skip
     columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     part = tl.program_id(1)
@@ -306,6 +320,9 @@ def _thin_glu_back(
     sum_a = tl.zeros((RD if RD else 16, COLUMNS), tl.float32)
     sum_g = tl.zeros((RG if RG else 16, COLUMNS), tl.float32)
     sum_u = tl.zeros((RU if RU else 16, COLUMNS), tl.float32)
+    if MOST:
+        fold_g = tl.load(cg + columns, mask=columns < n, other=0.0)[None, :]
+        fold_u = tl.load(cu + columns, mask=columns < n, other=0.0)[None, :]
     for step in tl.range(0, steps, num_stages=STAGES):
         rows = ((part * steps + step) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
         inside = (rows[:, None] < t) & (columns[None, :] < n)
@@ -327,6 +344,9 @@ def _thin_glu_back(
         du = (w * active).to(raw.dtype)
         tl.store(d_gate + rows[:, None] * d_gate_row + columns[None, :], dg, mask=inside)
         tl.store(d_up + rows[:, None] * d_up_row + columns[None, :], du, mask=inside)
+        if MOST:
+            size = tl.maximum(tl.abs(dg.to(tl.float32) * fold_g), tl.abs(du.to(tl.float32) * fold_u))
+            tl.atomic_max(most + rows, tl.max(size, 1), mask=rows < t)
         if RD:
             sum_a = tl.dot(tl.trans(left_d), (active * u).to(raw.dtype), sum_a, input_precision=precision)
         if RG:
@@ -350,8 +370,8 @@ def _keep(into, total, part, columns, r, n, R: tl.constexpr):
 
 def thin_glu_back(
     g: Tensor, gate: Tensor, up: Tensor, act: str, d_gate: Tensor, d_up: Tensor,
-    gate_thin: Pair, up_thin: Pair, down: Pair,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
+    gate_thin: Pair, up_thin: Pair, down: Pair, rounding: Rounding | None = None,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
     t, n = gate.shape
     rows, columns, warps, stages = BACK_TILE
     parts = max(1, min(triton.cdiv(t, rows), 1056 // triton.cdiv(n, columns)))  # eight programs for each multiprocessor
@@ -360,15 +380,101 @@ def thin_glu_back(
         _padded(thin, gate) for thin in (gate_thin, up_thin, down)
     )
     sums = [torch.empty((parts, r, n), dtype=torch.float32, device=g.device) if r else g for r in (rd, rg, ru)]
+    most, folds = g, (g, g)
+    if rounding is not None:
+        most, folds = torch.zeros(t, dtype=torch.float32, device=g.device), rounding.columns
     with _on(g):
         _thin_glu_back[(triton.cdiv(n, columns), parts)](
-            g, gate, up, d_gate, d_up, hg, bg, hu, bu, d, a, *sums, t, n, rg, ru, rd, steps,
+            g, gate, up, d_gate, d_up, hg, bg, hu, bu, d, a, *sums, most, *folds, t, n, rg, ru, rd, steps,
             *(each.stride(0) for each in (g, gate, up, d_gate, d_up, hg, bg, hu, bu, d, a)),
             ACTS[act], wide_g, wide_u, wide_d, rows, columns, gate.dtype == torch.float32, stages,
-            num_warps=warps,
+            rounding is not None, num_warps=warps,
         )  # fmt: skip
     da, dg, du = (s.sum(0) if r else None for s, r in zip(sums, (rd, rg, ru), strict=True))
-    return da, dg if dg is None else dg.T, du if du is None else du.T
+    thin = None
+    if rounding is not None:
+        codes, scale, thin = round_thin([d_gate, d_up], most, rounding.dtype, rounding.columns, rounding.bs)
+        remember([d_gate, d_up], codes, scale, of=rounding.columns)
+    return da, dg if dg is None else dg.T, du if du is None else du.T, thin
+
+
+@triton.jit
+def _round_thin(
+    x, columns, b, most, codes, scale, sums, t, n, r, steps, x_row, b_row, b_column, codes_row, largest, tiny,
+    FOLD: tl.constexpr, WHOLE: tl.constexpr, R: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    EXACT: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    rows = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+    part = tl.program_id(1)
+    s = tl.maximum(tl.load(most + rows, mask=rows < t, other=0.0) / largest, tiny)
+    if part == 0:
+        tl.store(scale + rows, s, mask=rows < t)
+    factor = (1.0 / s)[:, None]
+    thin = tl.arange(0, R if R else 16)[None, :]
+    total = tl.zeros((ROWS, R if R else 16), tl.float32)
+    for step in tl.range(0, steps, num_stages=STAGES):
+        at = (part * steps + step) * COLUMNS + tl.arange(0, COLUMNS)
+        inside = (rows[:, None] < t) & (at[None, :] < n)
+        raw = tl.load(x + rows[:, None] * x_row + at[None, :], mask=inside, other=0.0)
+        if R:
+            right = tl.load(
+                b + at[:, None] * b_row + thin * b_column, mask=(at[:, None] < n) & (thin < r), other=0.0
+            )
+            total = tl.dot(raw, right, total, input_precision="ieee" if EXACT else "tf32")
+        wide = raw.to(tl.float32)
+        if FOLD:
+            wide *= tl.load(columns + at, mask=at < n, other=0.0)[None, :]
+        scaled = wide * factor
+        if WHOLE:
+            scaled = libdevice.rint(scaled)
+        scaled = tl.minimum(tl.maximum(scaled, -largest), largest)
+        tl.store(codes + rows[:, None] * codes_row + at[None, :], scaled.to(codes.dtype.element_ty), mask=inside)
+    if R:
+        to = sums + (part * t + rows[:, None]) * r + thin
+        tl.store(to, total, mask=(rows[:, None] < t) & (thin < r))
+
+
+@triton.jit
+def _add_parts(sums, out, size, r, parts, out_row, BLOCK: tl.constexpr):
+    at = (tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)
+    total = tl.zeros((BLOCK,), tl.float32)
+    for part in range(parts):
+        total += tl.load(sums + part * size + at, mask=at < size, other=0.0)
+    tl.store(out + at // r * out_row + at % r, total.to(out.dtype.element_ty), mask=at < size)
+
+
+def round_thin(
+    xs: Sequence[Tensor], most: Tensor, dtype: torch.dtype, columns: Sequence[Tensor] | None,
+    bs: Sequence[Tensor | None],
+) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
+    """Matrices (t, n) side by side, times `columns`, as 8-bit codes with a scale for each row, whose largest size is
+    known; and each one's product with its B (n, r), side by side as well. One pass does both."""
+    t, widths, ranks = len(xs[0]), [x.shape[1] for x in xs], [0 if b is None else b.shape[1] for b in bs]
+    like = xs[0]
+    codes = torch.empty((t, sum(widths)), dtype=dtype, device=like.device)
+    scale = torch.empty(t, dtype=torch.float32, device=like.device)
+    h = torch.empty((t, sum(ranks)), dtype=like.dtype, device=like.device) if any(ranks) else None
+    rows, wide, warps, stages = ROUND_TILE
+    at = into = 0
+    for i, (x, n, b, r) in enumerate(zip(xs, widths, bs, ranks, strict=True)):
+        tiles = triton.cdiv(t, rows)
+        parts = max(1, min(triton.cdiv(n, wide), ROUND_PROGRAMS // max(tiles, 1)))
+        steps = triton.cdiv(triton.cdiv(n, wide), parts)
+        sums = torch.empty((parts, t, r), dtype=torch.float32, device=like.device) if r else like
+        b = like if b is None else b
+        with _on(like):
+            if t:
+                _round_thin[(tiles, parts)](
+                    x, most if columns is None else columns[i], b, most, codes[:, at:], scale, sums, t, n, r, steps,
+                    x.stride(0), b.stride(0), b.stride(1), codes.stride(0), LARGEST[dtype], TINY,
+                    columns is not None, dtype == torch.int8, max(16, triton.next_power_of_2(r)) if r else 0,
+                    rows, wide, like.dtype == torch.float32, stages, num_warps=warps,
+                )  # fmt: skip
+            if t and r and h is not None:
+                out = h[:, into:]
+                _add_parts[(triton.cdiv(t * r, 1024),)](sums, out, t * r, r, parts, out.stride(0), 1024, num_warps=4)
+        at, into = at + n, into + r
+    return codes, scale, h
 
 
 # ------------------------------------------------------------------ rotary positions

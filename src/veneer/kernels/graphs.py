@@ -22,10 +22,10 @@ from __future__ import annotations
 import gc
 import warnings
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -39,6 +39,7 @@ __all__ = ["Recorder", "Unfit", "replayed"]
 WARM = 2  # calls alike before a block is recorded
 LASTING = 4  # calls alike, but unlike the record, before all is recorded anew: an odd last batch is none
 ROUNDS = 16  # in which all is recorded; what changes more often than that is not worth it
+ALIGNED = 64  # elements: where each gradient begins among a block's
 Run = Callable[..., Tensor]
 """The block by its kernels: from x and the tensors among its keyword arguments to its output."""
 
@@ -52,6 +53,7 @@ class Recorder:
     warmed: set[Any] = field(default_factory=set)  # signatures that ran on the recording stream
     inputs: dict[Any, Shared] = field(default_factory=dict)
     gradients: dict[Any, Tensor] = field(default_factory=dict)  # by shape: what goes from one block back to the last
+    rooms: dict[Any, Rooms] = field(default_factory=dict)  # by shapes: a block's gradients of what it trains
     outputs: dict[int, Tensor] = field(default_factory=dict)  # by place: what records give, which may be others' input
     records: weakref.WeakKeyDictionary[nn.Module, Record] = field(default_factory=weakref.WeakKeyDictionary)
     rounds: int = 0
@@ -95,6 +97,12 @@ class Recorder:
             self.gradients[key] = torch.empty_like(t, memory_format=torch.contiguous_format, requires_grad=False)
         return self.gradients[key]
 
+    def rooms_like(self, leaves: list[Tensor]) -> Rooms:
+        key = tuple((leaf.shape, leaf.dtype, leaf.device) for leaf in leaves)
+        if key not in self.rooms:
+            self.rooms[key] = Rooms.of(leaves)
+        return self.rooms[key]
+
     def give_up(self, why: str) -> None:
         """Blocks run as ever from now on."""
         self.why_not = why
@@ -112,6 +120,7 @@ class Recorder:
             record.drop()
         self.inputs.clear()
         self.gradients.clear()
+        self.rooms.clear()
         self.outputs.clear()
         self.is_open = self.is_stale = False
 
@@ -134,6 +143,42 @@ class Shared:
         if self.source is None or self.source() is not t or self.version != t._version:
             self.static.copy_(t)
             self.source, self.version = weakref.ref(t), t._version
+
+
+class Rooms(NamedTuple):
+    """Where the gradients of all that a block trains are put: side by side, so that they are taken out in one copy for
+    each of their types. Blocks alike share it, for what the last put there has been taken out."""
+
+    flats: tuple[Tensor, ...]
+    places: tuple[tuple[int, int], ...]  # of each: in which flat, and from where
+    shapes: tuple[torch.Size, ...]
+
+    @staticmethod
+    def of(leaves: list[Tensor]) -> Rooms:
+        ends: dict[torch.dtype, int] = {}
+        places = []
+        for leaf in leaves:
+            at = ends.setdefault(leaf.dtype, 0)
+            places.append((list(ends).index(leaf.dtype), at))
+            ends[leaf.dtype] = at + -(-leaf.numel() // ALIGNED) * ALIGNED
+        flats = tuple(torch.empty(n, dtype=dtype, device=leaves[0].device) for dtype, n in ends.items())
+        return Rooms(flats, tuple(places), tuple(leaf.shape for leaf in leaves))
+
+    def views(self, flats: Sequence[Tensor]) -> list[Tensor]:
+        pairs = zip(self.places, self.shapes, strict=True)
+        return [flats[i][at : at + shape.numel()].view(shape) for (i, at), shape in pairs]
+
+    def put(self, grads: list[Tensor]) -> None:
+        pairs = list(zip(self.views(self.flats), grads, strict=True))
+        alike = [pair for pair in pairs if pair[1].is_contiguous()]  # one other would take all of them the slow way
+        if alike:
+            torch._foreach_copy_(*map(list, zip(*alike, strict=True)))
+        for room, grad in pairs:
+            if not grad.is_contiguous():
+                room.copy_(grad)
+
+    def taken_out(self) -> list[Tensor]:
+        return self.views([flat.clone() for flat in self.flats])
 
 
 class Record:
@@ -160,7 +205,7 @@ class Record:
         self.dx: Tensor | None = None  # in g's place where x and y are of one shape
         self.shared: dict[str, Shared] = {}
         self.leaves: list[Tensor] = []
-        self.found: list[Tensor] = []  # their gradients
+        self.rooms: Rooms | None = None  # for their gradients
 
     # -------------------------------------------------------------- what must hold
 
@@ -196,19 +241,21 @@ class Record:
             if any(id(leaf) not in own for leaf in leaves):
                 raise Unfit("it trains what lies outside of it")
             self.g, self.dx = recorder.gradient_like(y), recorder.gradient_like(self.x)
+            self.rooms = recorder.rooms_like(leaves)
             wanted = [self.x, *leaves] if self.x.requires_grad else leaves
-            backward, grads = recorder.record(lambda: self._back(y, wanted))
-        self.leaves, self.found = [own[id(leaf)] for leaf in leaves], grads
+            backward, _ = recorder.record(lambda: self._back(y, wanted))
+        self.leaves = [own[id(leaf)] for leaf in leaves]
         self.y, self.forward_graph, self.backward_graph = y, forward, backward
         recorder.outputs[y.data_ptr()] = y.detach()
 
-    def _back(self, y: Tensor, wanted: list[Tensor]) -> list[Tensor]:
-        """The gradients of the leaves, and of x in a place that may be that of y. y keeps what the pass reads."""
-        assert self.x is not None and self.dx is not None
+    def _back(self, y: Tensor, wanted: list[Tensor]) -> None:
+        """The gradients of the leaves in their rooms, and of x in a place that may be that of y. y keeps what the pass
+        reads."""
+        assert self.x is not None and self.dx is not None and self.rooms is not None
         grads = list(torch.autograd.grad(y, wanted, self.g, retain_graph=True))
         if self.x.requires_grad:
             self.dx.copy_(grads.pop(0))
-        return grads
+        self.rooms.put(grads)
 
     def _warm(self, run: Run, statics: dict[str, Tensor]) -> None:
         """Once on the stream that records, for what libraries set up for each stream."""
@@ -249,8 +296,8 @@ class Record:
             self.g.copy_(g)
         self.backward_graph.replay()
         self.pending, self.recorder.is_open = None, False
-        assert self.dx is not None
-        return [self.dx, *self.found]
+        assert self.dx is not None and self.rooms is not None
+        return [self.dx, *self.rooms.taken_out()]
 
 
 class Unfit(Exception):

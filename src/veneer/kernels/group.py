@@ -39,12 +39,14 @@ from veneer.core.host import Adapted, Adapter, Hosted, original_class
 from veneer.core.op import TransposedLinearOp, op_for, op_of
 from veneer.core.weight import is_plain
 from veneer.kernels.image_pieces import image_kernels_for
-from veneer.kernels.pieces import column_products, kernels_for
+from veneer.kernels.pieces import Rounding, column_products, kernels_for
 from veneer.quant.layer import Packed
 from veneer.quant.storage import Parts, Recipe, storage_of
 
 __all__ = ["Bare", "Factors", "Group", "Thin", "all_bare", "factors_of", "lay_bare", "untouched"]
 
+
+THINNEST = 128  # ranks up to this are added by kernels of their own
 
 # ------------------------------------------------------------------ one layer
 
@@ -105,12 +107,15 @@ class Bare:
     def onto(self, c: Tensor, x: Tensor, h: Tensor | None, b: Tensor | None) -> Tensor:
         """c + x W^T + bias + h B^T in fresh memory: a layer that writes into the residual stream.
 
-        c and the bias come last for the same reason, in one pass; where an 8-bit product has rounded already, in one
-        with h B^T.
+        c and the bias come last for the same reason, in one pass. Where a kernel sums in fp32 what is left, and after
+        an 8-bit product, which has rounded already, h B^T is added in the same pass.
         """
         weight = unpacked(self.weight, x.dtype)
-        if isinstance(weight, Store) and h is not None and b is not None and self.bias is None and self.gain is None:
-            return kernels_for(c).add_product(c, h, b, storage_of(weight.recipe).product(x, *weight))
+        at_once = isinstance(weight, Store) or (c.is_cuda and self.rank <= THINNEST)
+        if at_once and h is not None and b is not None and self.bias is None and self.gain is None:
+            stored = isinstance(weight, Store)
+            y = storage_of(weight.recipe).product(x, *weight) if stored else x @ weight.T
+            return kernels_for(c).add_product(c, h, b, y)
         y = self._unbiased(weight, x, h, b)
         return y.add_(c) if self.bias is None else image_kernels_for(y).add_channels(y, c, self.bias)
 
@@ -300,13 +305,14 @@ class Group:
         each = [s for layer in self.layers for a, _, s in layer.adapters for _ in range(a.shape[0])]
         return like.new_tensor(each)[:, None]
 
-    def thin(self, x: Tensor, a: Tensor | None) -> Thin:
-        """h, and the masks of dropout, drawn layer by layer as the layers themselves would."""
+    def thin(self, x: Tensor, a: Tensor | None, h: Tensor | None = None) -> Thin:
+        """h, unless whoever made x made it as well, and the masks of dropout, drawn layer by layer as the layers
+        themselves would."""
         nothing = (None,) * len(self.layers)
         if a is None:
             return Thin(None, nothing)
         if not any(layer.dropout for layer in self.layers):
-            return Thin(self._pick_(x @ a.T), nothing)
+            return Thin(self._pick_(x @ a.T if h is None else h), nothing)
         h, masks = x.new_empty(x.shape[0], a.shape[0]), []
         for layer, span in zip(self.layers, self.spans, strict=True):
             mask = None if not layer.dropout or not layer.rank else F.dropout(torch.ones_like(x), layer.dropout) != 0
@@ -331,8 +337,18 @@ class Group:
     @property
     def rounds_to(self) -> torch.dtype | None:
         """The 8-bit type to which all layers round the input that they share."""
-        found = {storage_of(w.recipe).rounds_to(w.recipe) for w in self.weights if isinstance(w, Store)}
+        stored = [w for w in self.weights if isinstance(w, Store)]
+        found = {storage_of(w.recipe).rounds_to(w.recipe, w.parts[0].device) for w in stored}
         return found.pop() if len(found) == 1 else None
+
+    def rounding(self, gs: Sequence[Tensor], factors: Factors) -> Rounding | None:
+        """How `input_gradient` is going to round two gradients, where it does so to both side by side."""
+        stored = [w for w in self.weights if isinstance(w, Store) and w.multiplies_itself]
+        if len(stored) != 2 or len(gs) != 2 or len({w.recipe for w in stored}) != 1 or len(self.layers) != 2:
+            return None
+        recipe = stored[0].recipe
+        found = storage_of(recipe).rounds_back(gs, [(w.parts, w.shape) for w in stored], recipe)
+        return None if found is None else Rounding(*found, factors.bs)
 
     @property
     def weights(self) -> list[Tensor | Store]:
@@ -367,10 +383,12 @@ class Group:
         pairs = zip(self.layers, gs, strict=True)
         return [g if layer.gain is None else (g * layer.gain).to(g.dtype) for layer, g in pairs]
 
-    def thin_gradients(self, gs: Sequence[Tensor], factors: Factors) -> Tensor | None:
-        """g_i B_i, side by side."""
+    def thin_gradients(self, gs: Sequence[Tensor], factors: Factors, d: Tensor | None = None) -> Tensor | None:
+        """g_i B_i, side by side; unless whoever made the gs has done that."""
         if factors.a is None:
             return None
+        if d is not None:
+            return self._pick_(d)
         d = gs[0].new_empty(gs[0].shape[0], factors.a.shape[0])
         for g, b, span in zip(gs, factors.bs, self.spans, strict=True):
             if b is not None:

@@ -20,7 +20,7 @@ import sys
 from functools import cache
 from importlib.util import find_spec
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -30,6 +30,7 @@ from torch import Tensor
 __all__ = [
     "ACTIVATIONS",
     "Pair",
+    "Rounding",
     "activated",
     "activated_back",
     "add_product",
@@ -157,22 +158,38 @@ def activated_back(g: Float[Tensor, "t m"], x: Float[Tensor, "t m"], act: str) -
     return torch.ops.aten.gelu_backward(g, x, approximate="tanh" if act == "gelu_tanh" else "none")
 
 
-def thin_glu(gate: Tensor, up: Tensor, act: str, gate_thin: Pair, up_thin: Pair) -> Tensor:
+def thin_glu(
+    gate: Tensor, up: Tensor, act: str, gate_thin: Pair, up_thin: Pair,
+    rounded: torch.dtype | None = None, a: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """`glu` of gate + h B^T and up + h B^T: the adapters' share is added where it is used, and never written. Nor is it
-    rounded there: most of a young adapter's would be lost."""
-    return glu(_with(gate, gate_thin), _with(up, up_thin), act).to(gate.dtype)
+    rounded there: most of a young adapter's would be lost.
+
+    `rounded`: the 8-bit type to which the next product rounds the result, and `a` its layer's A. A GPU does both in one
+    pass, and gives their product as well."""
+    return glu(_with(gate, gate_thin), _with(up, up_thin), act).to(gate.dtype), None
+
+
+class Rounding(NamedTuple):
+    """How the gradients of gate and up are going to be rounded, and what else reads them."""
+
+    dtype: torch.dtype
+    columns: tuple[Tensor, ...]  # what they are multiplied by before, each column
+    bs: tuple[Tensor | None, ...]  # each layer's B
 
 
 def thin_glu_back(
     g: Tensor, gate: Tensor, up: Tensor, act: str, d_gate: Tensor, d_up: Tensor,
-    gate_thin: Pair, up_thin: Pair, down: Pair,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
+    gate_thin: Pair, up_thin: Pair, down: Pair, rounding: Rounding | None = None,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
     """`glu_back` of the same, with g + d A for the gradient that arrives; `down` is (d, A). Instead of the product it
-    returns what that is needed for: d^T product (r, m), and h^T d_gate and h^T d_up, transposed to (m, r)."""
+    returns what that is needed for: d^T product (r, m), and h^T d_gate and h^T d_up, transposed to (m, r).
+
+    `rounding`: a GPU rounds d_gate and d_up in passing, and gives their products with the Bs, side by side."""
     g = g if down is None else _with(g, (down[0], down[1].T))
     product = glu_back(g, _with(gate, gate_thin), _with(up, up_thin), act, d_gate, d_up).to(gate.dtype)
     da = None if down is None else down[0].T @ product
-    return da, *(None if t is None else d.T @ t[0] for t, d in ((gate_thin, d_gate), (up_thin, d_up)))
+    return da, *(None if t is None else d.T @ t[0] for t, d in ((gate_thin, d_gate), (up_thin, d_up))), None
 
 
 def _with(y: Tensor, thin: Pair) -> Tensor:

@@ -109,6 +109,45 @@ def quantize_rows_kernel(x: Tensor, dtype: torch.dtype, columns: Tensor | None =
 
 
 @triton.jit
+def _row(x, columns, n: tl.constexpr, BLOCK: tl.constexpr):
+    at = tl.arange(0, BLOCK)
+    wide = tl.load(x + at, mask=at < n, other=0.0).to(tl.float32)
+    return wide * tl.load(columns + at, mask=at < n, other=0.0)
+
+
+@triton.jit
+def _write(wide, codes, factor, largest, n: tl.constexpr, WHOLE: tl.constexpr, BLOCK: tl.constexpr):
+    at = tl.arange(0, BLOCK)
+    scaled = wide * factor
+    if WHOLE:
+        scaled = libdevice.rint(scaled)
+    scaled = tl.minimum(tl.maximum(scaled, -largest), largest)
+    tl.store(codes + at, scaled.to(codes.dtype.element_ty), mask=at < n)
+
+
+@triton.jit
+def _quantize_beside(
+    x1, x2, x3, c1, c2, c3, codes, scale, row1, row2, row3, largest, tiny,
+    n1: tl.constexpr, n2: tl.constexpr, n3: tl.constexpr, B1: tl.constexpr, B2: tl.constexpr, B3: tl.constexpr,
+    WHOLE: tl.constexpr,
+):  # fmt: skip
+    r = tl.program_id(0).to(tl.int64)
+    first = _row(x1 + r * row1, c1, n1, B1)
+    second = _row(x2 + r * row2, c2, n2, B2)
+    most = tl.maximum(tl.max(tl.abs(first), 0), tl.max(tl.abs(second), 0))
+    if n3:
+        third = _row(x3 + r * row3, c3, n3, B3)
+        most = tl.maximum(most, tl.max(tl.abs(third), 0))
+    s = tl.maximum(most / largest, tiny)
+    tl.store(scale + r, s)
+    to = codes + r * (n1 + n2 + n3)
+    _write(first, to, 1.0 / s, largest, n1, WHOLE, B1)
+    _write(second, to + n1, 1.0 / s, largest, n2, WHOLE, B2)
+    if n3:
+        _write(third, to + n1 + n2, 1.0 / s, largest, n3, WHOLE, B3)
+
+
+@triton.jit
 def _larger(x, columns, row, most, n: tl.constexpr, BLOCK: tl.constexpr):
     """In each of BLOCK lanes the largest size in a row of one of several matrices, or what it was so far."""
     for start in range(0, n, BLOCK):
@@ -119,7 +158,7 @@ def _larger(x, columns, row, most, n: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _write(x, columns, codes, row, factor, largest, n: tl.constexpr, WHOLE: tl.constexpr, BLOCK: tl.constexpr):
+def _write_parts(x, columns, codes, row, factor, largest, n: tl.constexpr, WHOLE: tl.constexpr, BLOCK: tl.constexpr):
     for start in range(0, n, BLOCK):
         at = start + tl.arange(0, BLOCK)
         wide = tl.load(x + row + at, mask=at < n, other=0.0).to(tl.float32)
@@ -131,7 +170,7 @@ def _write(x, columns, codes, row, factor, largest, n: tl.constexpr, WHOLE: tl.c
 
 
 @triton.jit
-def _quantize_beside(
+def _quantize_parts(
     x1, x2, x3, c1, c2, c3, codes, scale, row1, row2, row3, largest, tiny,
     n1: tl.constexpr, n2: tl.constexpr, n3: tl.constexpr, MANY: tl.constexpr, WHOLE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -143,29 +182,34 @@ def _quantize_beside(
     s = tl.maximum(tl.max(most, 0) / largest, tiny)
     tl.store(scale + r, s)
     to = codes + r * (n1 + n2 + n3)
-    _write(x1, c1, to, r * row1, 1.0 / s, largest, n1, WHOLE, BLOCK)
-    _write(x2, c2, to + n1, r * row2, 1.0 / s, largest, n2, WHOLE, BLOCK)
+    _write_parts(x1, c1, to, r * row1, 1.0 / s, largest, n1, WHOLE, BLOCK)
+    _write_parts(x2, c2, to + n1, r * row2, 1.0 / s, largest, n2, WHOLE, BLOCK)
     if MANY == 3:
-        _write(x3, c3, to + n1 + n2, r * row3, 1.0 / s, largest, n3, WHOLE, BLOCK)
+        _write_parts(x3, c3, to + n1 + n2, r * row3, 1.0 / s, largest, n3, WHOLE, BLOCK)
 
 
 def quantize_beside_kernel(
     xs: Sequence[Tensor], dtype: torch.dtype, columns: Sequence[Tensor]
 ) -> tuple[Tensor, Tensor]:
-    """Two or three matrices, as if they lay side by side. A row is read twice; the second time it is still in cache."""
+    """Two or three matrices, as if they lay side by side. A row is read once and stays in registers; one that is too
+    wide for them is read twice, the second time from the cache."""
     xs, many = [x if x.stride(1) == 1 else x.contiguous() for x in xs], len(xs)
-    t, widths = len(xs[0]), [x.shape[1] for x in xs]
-    codes = torch.empty((t, sum(widths)), dtype=dtype, device=xs[0].device)
-    scale = torch.empty(t, device=xs[0].device)
-    if not t:
+    widths = [x.shape[1] for x in xs]
+    codes = torch.empty((len(xs[0]), sum(widths)), dtype=dtype, device=xs[0].device)
+    scale = torch.empty(len(codes), device=codes.device)
+    if not len(codes):
         return codes, scale
+    blocks = [triton.next_power_of_2(n) for n in widths]
     if many == 2:
-        xs, columns, widths = [*xs, xs[1]], [*columns, columns[1]], [*widths, 0]
+        xs, columns, widths, blocks = [*xs, xs[1]], [*columns, columns[1]], [*widths, 0], [*blocks, 1]
+    given = *xs, *columns, codes, scale, *(x.stride(0) for x in xs), LARGEST[dtype], TINY, *widths
     with torch.cuda.device(codes.device):
-        _quantize_beside[(t,)](
-            *xs, *columns, codes, scale, *(x.stride(0) for x in xs), LARGEST[dtype], TINY, *widths,
-            MANY=many, WHOLE=dtype == torch.int8, BLOCK=4096, num_warps=8,
-        )  # fmt: skip
+        if sum(blocks) > WIDEST + 1:
+            _quantize_parts[(len(codes),)](*given, MANY=many, WHOLE=dtype == torch.int8, BLOCK=4096, num_warps=8)
+        else:
+            warps = min(16, max(4, sum(blocks) // 1024))
+            warps = 1 << (warps.bit_length() - 1)
+            _quantize_beside[(len(codes),)](*given, *blocks, WHOLE=dtype == torch.int8, num_warps=warps)
     return codes, scale
 
 

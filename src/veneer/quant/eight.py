@@ -22,15 +22,19 @@ import weakref
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from functools import cache
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 
 from veneer.quant.storage import Parts, Recipe, Storage, say_once, use_kernels
 
-__all__ = ["LARGEST", "RowScaled", "forget", "quantize_plain", "quantize_rows", "remember", "rotated"]
+__all__ = [
+    "LARGEST", "RowScaled", "forget", "keep_turned", "quantize_plain", "quantize_rows", "remember", "remembered",
+    "rotated",
+]  # fmt: skip
 
 LARGEST = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
 TINY = 1e-12  # a row of zeros gets this scale
@@ -99,13 +103,21 @@ class RowScaled(Storage):
         if len(gs) == 1 or (multiply := ways[0]) is None or None in ways:
             return super().products_back(gs, stored, recipe)
         g_q, s = quantize_beside(gs, self.code, [scale for (_, scale), _ in stored])
+        forget()  # nothing else reads these codes, and they are large
         codes = turned(*(codes for (codes, _), _ in stored))
         dx = multiply(g_q, s, codes.view(self.code).T, None, gs[0].dtype)
         return rotated(dx, self.width(stored[0][1][1], recipe))
 
-    def rounds_to(self, recipe: Recipe) -> torch.dtype | None:
+    def rounds_to(self, recipe: Recipe, device: torch.device) -> torch.dtype | None:
         as_it_is = recipe.dynamic and recipe.outliers is None and not self.turns(recipe)
-        return self.code if as_it_is else None
+        return self.code if as_it_is and _against(device, self.kind) is None else None
+
+    def rounds_back(
+        self, gs: Sequence[Tensor], stored: Sequence[tuple[Parts, tuple[int, int]]], recipe: Recipe
+    ) -> tuple[torch.dtype, tuple[Tensor, ...]] | None:
+        if not use_kernels(gs[0]) or any(self._way(gs[0], shape, recipe) != self.multiply for _, shape in stored):
+            return None
+        return self.code, tuple(scale for (_, scale), _ in stored)
 
     def _way(self, x: Tensor, shape: tuple[int, int], recipe: Recipe) -> Multiply | None:
         """How 8-bit products are formed here; None where W is unpacked instead, and why is said once."""
@@ -156,10 +168,11 @@ def quantize_rows(
 
     if columns is not None or x.is_inference():
         return quantize_rows_kernel(rotated(x, width), dtype, columns)
-    state = x._version, dtype, width
-    if _last.x is None or _last.x() is not x or _last.state != state:
-        _last.x, _last.state, _last.found = weakref.ref(x), state, quantize_rows_kernel(rotated(x, width), dtype)
-    return _last.found  # type: ignore[return-value]
+    if (known := remembered([x], dtype, width)) is not None:
+        return known
+    found = quantize_rows_kernel(rotated(x, width), dtype)
+    remember([x], *found, width)
+    return found
 
 
 def quantize_beside(
@@ -168,39 +181,90 @@ def quantize_beside(
     """Several matrices times their `columns`, as if they lay side by side: one row of codes and one scale for all."""
     if torch.compiler.is_compiling() or not use_kernels(xs[0]) or xs[0].dtype == torch.float64 or len(xs) > 3:
         return quantize_plain(torch.cat(list(xs), dim=1), dtype, torch.cat(list(columns)))
+    if (known := remembered(xs, dtype, of=columns)) is not None:
+        return known
     from veneer.quant.cuda import quantize_beside_kernel
 
     return quantize_beside_kernel(xs, dtype, columns)
 
 
-def remember(x: Tensor, codes: Tensor, scale: Tensor) -> None:
-    """Whoever made x rounded it in the same pass: products that read x next find it done."""
-    _last.x, _last.state, _last.found = weakref.ref(x), (x._version, codes.dtype), (codes, scale)
+def remember(
+    xs: Sequence[Tensor], codes: Tensor, scale: Tensor, width: int = 1, of: Sequence[Tensor] | None = None
+) -> None:
+    """Whoever made `xs` (times `of`, side by side) rounded them in the same pass: products that read them next find it
+    done."""
+    _last.held = [(weakref.ref(x), x._version) for x in xs]
+    _last.state, _last.found = (codes.dtype, width, _places(of)), (codes, scale)
+
+
+def remembered(
+    xs: Sequence[Tensor], dtype: torch.dtype, width: int = 1, of: Sequence[Tensor] | None = None
+) -> tuple[Tensor, Tensor] | None:
+    """What these were rounded to, if they were the last and are as they were."""
+    same = len(xs) == len(_last.held) and all(
+        held() is x and version == x._version for x, (held, version) in zip(xs, _last.held, strict=True)
+    )
+    return _last.found if same and _last.state == (dtype, width, _places(of)) else None
+
+
+def _places(of: Sequence[Tensor] | None) -> tuple[int, ...]:
+    return tuple(t.data_ptr() for t in of or ())
 
 
 def forget() -> None:
     """A graph is about to be recorded, or was: what was rounded outside of it is not there when it is replayed."""
-    _last.x, _last.state, _last.found = None, None, None
+    _last.held, _last.state, _last.found = [], None, None
 
 
 class Last:
     """What was rounded last: q, k and v read one input, gate and up another."""
 
-    x: weakref.ref[Tensor] | None = None
-    state: tuple[int, torch.dtype, int] | None = None
+    held: Sequence[tuple[weakref.ref[Tensor], int]] = ()
+    state: tuple[torch.dtype, int, tuple[int, ...]] | None = None
     found: tuple[Tensor, Tensor] | None = None
 
 
 _last = Last()
 
 
+class Turned(NamedTuple):
+    """A transpose that is kept, and what it was made of."""
+
+    made_of: tuple[tuple[int, int], ...]  # place and version of each
+    codes: Tensor
+
+
+_kept: WeakIdKeyDictionary = WeakIdKeyDictionary()  # codes -> Turned, or None where none was needed yet
+
+
+def keep_turned(codes: Tensor, keep: bool = True) -> None:
+    """From now on the transpose that begins with these codes is kept when it is made: as many bytes again."""
+    if keep:
+        _kept.setdefault(codes, None)
+    else:
+        _kept.pop(codes, None)
+
+
 def turned(*codes: Tensor) -> Tensor:
+    """The transpose of several side by side, as long as they are as they were from memory where it is kept."""
+    if codes[0] not in _kept:
+        return turn(*codes)
+    made_of = tuple((each.data_ptr(), each._version) for each in codes)
+    if (kept := _kept[codes[0]]) is not None and kept.made_of == made_of:
+        return kept.codes
+    made = turn(*codes)
+    if not (made.is_cuda and torch.cuda.is_current_stream_capturing()):  # a graph's memory is not ours to keep
+        _kept[codes[0]] = Turned(made_of, made)
+    return made
+
+
+def turn(*codes: Tensor) -> Tensor:
     """The transpose, on a GPU in memory of its own, of several side by side: products are quickest when each matrix
     lies along the summed axis."""
     if codes[0].is_cuda and not torch.compiler.is_compiling() and use_kernels(codes[0]):
-        from veneer.quant.cuda import turn
+        from veneer.quant import cuda
 
-        return turn(*codes)
+        return cuda.turn(*codes)
     if len(codes) > 1:
         return torch.cat([each.T for each in codes], dim=1)
     return codes[0].T.contiguous() if codes[0].is_cuda else codes[0].T

@@ -27,7 +27,7 @@ from torch import Tensor
 from veneer.core.registry import Registry
 from veneer.errors import ConfigError
 
-__all__ = ["STORAGES", "Parts", "Recipe", "Storage", "say_once", "storage_of", "use_kernels"]
+__all__ = ["EIGHT", "STORAGES", "Parts", "Recipe", "Storage", "say_once", "storage_of", "use_kernels"]
 
 Parts = tuple[Tensor, ...]
 """The tensors that a packed matrix is made of, the codes first."""
@@ -101,8 +101,14 @@ class Storage(ABC):
     ) -> Float[Tensor, "n cols"]:
         """Some rows of the matrix: what an embedding looks up."""
 
-    def rounds_to(self, recipe: Recipe) -> torch.dtype | None:
+    def rounds_to(self, recipe: Recipe, device: torch.device) -> torch.dtype | None:
         """The type to which a product rounds its input, row by row; whoever makes the input may do it in passing."""
+        return None
+
+    def rounds_back(
+        self, gs: Sequence[Tensor], stored: Sequence[tuple[Parts, tuple[int, int]]], recipe: Recipe
+    ) -> tuple[torch.dtype, tuple[Tensor, ...]] | None:
+        """To which type `products_back` rounds the gs, side by side, and what it multiplies their columns by before."""
         return None
 
     def product(self, x: Float[Tensor, "t cols"], parts: Parts, shape: tuple[int, int], recipe: Recipe) -> Tensor:
