@@ -11,15 +11,18 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import statistics
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import torch
-from quant_gpu import median_ms
 
 FORWARD = [*itertools.product((16, 32, 64), (64, 128, 256), (4, 8))]
 BACK = [*itertools.product((32, 64, 128), (32, 64, 128), (4, 8), (1, 2, 3))]
-ROUND = [*itertools.product((32, 64, 128), (64, 128, 256), (4, 8), (2, 3, 4))]
+BACK_ROUNDED = [(64, 64, 4, 2), (64, 64, 8, 2), (128, 64, 8, 2), (64, 128, 8, 2), (32, 64, 4, 2), (64, 64, 4, 1)]
+ROUND = [*itertools.product((32, 64), (128, 256), (4, 8), (2, 4))]
+AHEAD = 2_000_000  # cycles for which the card waits, so that it does not wait for Python later
 NAMES = ("unit", "rounded", "beside", "products")
 
 
@@ -37,6 +40,21 @@ class Data:
         self.pairs = (h[:, :r], self.bs[0]), (h[:, r:], self.bs[1])
         self.into = torch.empty_like(self.g), torch.empty_like(self.g)
         self.columns = tuple(torch.rand(self.m, device="cuda") for _ in range(2))
+
+
+def median_ms(run: Callable[[], Any]) -> float:
+    for _ in range(3):
+        run()
+    times = []
+    for _ in range(12):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda._sleep(AHEAD)
+        start.record()
+        run()
+        end.record()
+        torch.cuda.synchronize()
+        times.append(start.elapsed_time(end))
+    return statistics.median(times)
 
 
 def tuned(name: str, grid: Iterable[Any], size: int, run: Callable[[], Any]) -> None:
@@ -82,7 +100,7 @@ def rounded(data: Data) -> None:
     forward = data.gate, data.up, "silu", *data.pairs, dtype, data.a
     tuned("ROUND_TILE", ROUND, whole * 3 // 2, lambda: cuda.round_thin([data.g], most, dtype, None, [data.a.T]))
     two = [data.g, data.up]
-    tuned("ROUND_TILE", ROUND[::3], 3 * whole, lambda: cuda.round_thin(two, most, dtype, data.columns, data.bs))
+    tuned("ROUND_TILE", ROUND[::4], 3 * whole, lambda: cuda.round_thin(two, most, dtype, data.columns, data.bs))
     for programs in (264, 528, 1056, 2112):
         cuda.ROUND_PROGRAMS = programs
         ms = median_ms(lambda: cuda.round_thin(two, most, dtype, data.columns, data.bs))
@@ -90,7 +108,7 @@ def rounded(data: Data) -> None:
     cuda.ROUND_PROGRAMS = 1056
     said("forward, rounded", median_ms(lambda: cuda.thin_glu(*forward)), whole * 9 // 2)
     said("back, rounded", median_ms(lambda: cuda.thin_glu_back(*back, rounding)), 8 * whole)
-    tuned("BACK_TILE", BACK[::2], 8 * whole, lambda: cuda.thin_glu_back(*back, rounding))
+    tuned("BACK_TILE", BACK_ROUNDED, 8 * whole, lambda: cuda.thin_glu_back(*back, rounding))
 
 
 def beside(data: Data) -> None:
@@ -122,11 +140,11 @@ def products(data: Data) -> None:
     for name, (cols, rows) in {**shapes, "gate and up, back": (2 * data.m, data.n)}.items():
         x, w = (torch.randn(k, cols, device="cuda", dtype=torch.bfloat16) for k in (data.t, rows))
         (a, sa), (b, sb) = (quantize_rows(each, torch.float8_e4m3fn) for each in (x, w))
-        options = {"out_dtype": torch.bfloat16, "use_fast_accum": True}
+        eight = partial(torch._scaled_mm, a, b.T, out_dtype=torch.bfloat16, use_fast_accum=True)
         ways = {
-            "rows": lambda a=a, b=b, sa=sa, sb=sb: torch._scaled_mm(a, b.T, sa[:, None], sb[None], **options),
-            "bare": lambda a=a, b=b: torch._scaled_mm(a, b.T, one, one, **options),
-            "bf16": lambda x=x, w=w: x @ w.T,
+            "rows": partial(eight, scale_a=sa[:, None], scale_b=sb[None]),
+            "bare": partial(eight, scale_a=one, scale_b=one),
+            "bf16": partial(torch.mm, x, w.T),
         }
         for way, run in ways.items():
             ms = median_ms(run)

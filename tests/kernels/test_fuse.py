@@ -43,6 +43,7 @@ from veneer.kernels import fuse as fuse_module
 from veneer.kernels import fuse as home
 from veneer.kernels.block import LEVELS
 from veneer.kernels.fuse import FusedModule, fuse, is_fused, set_recompute, unfuse
+from veneer.quant import eight
 from veneer.quant.layer import unrounded
 from veneer.tasks.cross_entropy import chunked_cross_entropy
 
@@ -375,6 +376,32 @@ def test_attention_that_drops_out_draws_the_same_masks(level: str) -> None:
     wanted = outcome(model)
     fuse(model, level, verbose=False)
     agree(outcome(model), wanted)
+
+
+@pytest.mark.parametrize("storage", ["fp8", "int8"])
+def test_transposes_that_are_kept_change_nothing(storage: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VENEER_KERNELS", "emulate")
+    model = model_of("llama", torch.float32)
+    veneer.quantize(model, storage)
+    kept = copy.deepcopy(model)
+    fuse(model, verbose=False)
+    made: list[int] = []
+    turn = eight.turn
+    monkeypatch.setattr(eight, "turn", lambda *codes: made.append(len(codes)) or turn(*codes))
+    report = fuse(kept, turned=True, verbose=False)
+    assert report.turned == 14 and "both layouts kept" in str(report)
+    agree(outcome(kept), outcome(model))
+    once = len(made)
+    agree(outcome(kept), outcome(model))
+    assert len(made) == once * 3 // 2  # the second time only for the other model
+    for each in (model, kept):  # a weight that is replaced is turned anew
+        layer = each.model.layers[0].mlp.up_proj
+        layer.weight.data = layer.weight.data.roll(1, 0)
+    agree(outcome(kept), outcome(model))
+    weight = kept.model.layers[1].self_attn.o_proj.weight
+    assert weight in eight._kept
+    unfuse(kept)
+    assert weight not in eight._kept
 
 
 # ------------------------------------------------------------------ around it

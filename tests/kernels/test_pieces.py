@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from veneer.kernels import pieces
-from veneer.kernels.pieces import ACTIVATIONS
+from veneer.kernels.pieces import ACTIVATIONS, Rounding
+from veneer.quant import eight
 
 WIDTHS = [(5, 48), (1, 8), (0, 16), (3, 1000)]
 
@@ -94,6 +97,30 @@ def close(got: Tensor, wanted: Tensor, dtype: torch.dtype) -> bool:
     return bool(off < {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}[dtype])
 
 
+def rounded_alike(dtype: torch.dtype, gate: Tensor, up: Tensor, g: Tensor, thins: list[Any], down: Any) -> None:
+    """What the unit's kernels round in passing, and the thin products that they give, are what others make of it."""
+    from veneer.kernels import cuda
+
+    columns = tuple(torch.rand(gate.shape[1], device="cuda") for _ in range(2))
+    bs = tuple(None if thin is None else thin[1] for thin in thins)
+    for code in (torch.int8, torch.float8_e4m3fn):
+        y, h = cuda.thin_glu(gate, up, "silu", *thins, code, None if down is None else down[1])
+        same_codes(eight.remembered([y], code), eight.quantize_plain(y, code))
+        assert down is None if h is None else close(h, y @ down[1].T, dtype)
+        d = [torch.empty_like(g) for _ in range(2)]
+        *_, thin = cuda.thin_glu_back(g.clone(), gate, up, "silu", *d, *thins, down, Rounding(code, columns, bs))
+        found = eight.remembered(d, code, of=columns)
+        same_codes(found, eight.quantize_plain(torch.cat(d, 1), code, torch.cat(columns)))
+        same_codes(eight.quantize_beside(d, code, [c.clone() for c in columns]), found)
+        assert close(thin, torch.cat([x @ b for x, b in zip(d, bs, strict=True) if b is not None], 1), dtype)
+
+
+def same_codes(got: Any, wanted: Any) -> None:
+    torch.testing.assert_close(got[1], wanted[1])
+    off = (got[0].float() - wanted[0].float()).abs()
+    assert (off > 0).float().mean() < 1e-3 and (off <= 0.13 * wanted[0].float().abs() + 1).all()  # ties, and no more
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -121,13 +148,14 @@ def test_the_kernels_do_what_the_pieces_say(dtype: torch.dtype) -> None:
     for ranks in ((6, 16, 20), (0, 40, 0)):
         thins = [(rand(70, r), rand(1000, r)) if r else None for r in ranks[:2]]
         down = (rand(70, ranks[2]), rand(ranks[2], 1000)) if ranks[2] else None
-        assert close(*(k.thin_glu(gate, up, "silu", *thins) for k in (cuda, pieces)), dtype)
+        assert close(*(k.thin_glu(gate, up, "silu", *thins)[0] for k in (cuda, pieces)), dtype)
         outs = []
         for k in (cuda, pieces):
             d = [torch.empty_like(g) for _ in range(2)]
             outs.append([*k.thin_glu_back(g.clone(), gate, up, "silu", *d, *thins, down), *d])
         for mine, plain in zip(*outs, strict=True):
             assert plain is None if mine is None else close(mine, plain, dtype)
+        rounded_alike(dtype, gate, up, g, thins, down)
     thin = rand(140, 6), rand(5 * 24, 6)
     assert close(*(k.rotate(q, cos, sin, rand(2, 70, 5, 24), thin=thin) for k in (cuda, pieces)), dtype)
     c, h, b = rand(70, 300), rand(70, 6), rand(300, 6)

@@ -247,6 +247,24 @@ def test_emulated_products_are_products_of_the_rounded_numbers(kind: str, monkey
 
 
 @pytest.mark.skipif(torch.backends.cpu.get_cpu_capability() not in ("AVX512", "AMX"), reason="no 8-bit products")
+def test_what_was_rounded_in_passing_is_found_as_long_as_it_is_as_it_was() -> None:
+    x, other, scale = torch.randn(3, 8), torch.randn(3, 8), torch.rand(3)
+    codes, columns = torch.zeros(3, 16, dtype=torch.int8), (torch.rand(8), torch.rand(8))
+    eight.remember([x], codes[:, :8], scale)
+    assert eight.remembered([x], torch.int8)[1] is scale
+    assert eight.remembered([x], torch.float8_e4m3fn) is None and eight.remembered([other], torch.int8) is None
+    assert eight.remembered([x], torch.int8, 64) is None and eight.remembered([x], torch.int8, of=columns) is None
+    eight.remember([x, other], codes, scale, of=columns)
+    assert eight.remembered([x, other], torch.int8, of=columns)[0] is codes
+    assert eight.remembered([other, x], torch.int8, of=columns) is None
+    assert eight.remembered([x, other], torch.int8, of=columns[::-1]) is None
+    x.add_(1)
+    assert eight.remembered([x, other], torch.int8, of=columns) is None
+    eight.remember([x], codes, scale)
+    eight.forget()
+    assert eight.remembered([x], torch.int8) is None
+
+
 def test_emulated_int8_is_int8(monkeypatch: pytest.MonkeyPatch) -> None:
     net, x = make("linear", torch.float32)
     pack(net, "int8")

@@ -417,9 +417,7 @@ def _round_thin(
         inside = (rows[:, None] < t) & (at[None, :] < n)
         raw = tl.load(x + rows[:, None] * x_row + at[None, :], mask=inside, other=0.0)
         if R:
-            right = tl.load(
-                b + at[:, None] * b_row + thin * b_column, mask=(at[:, None] < n) & (thin < r), other=0.0
-            )
+            right = tl.load(b + at[:, None] * b_row + thin * b_column, mask=(at[:, None] < n) & (thin < r), other=0.0)
             total = tl.dot(raw, right, total, input_precision="ieee" if EXACT else "tf32")
         wide = raw.to(tl.float32)
         if FOLD:

@@ -172,7 +172,8 @@ class Rooms(NamedTuple):
         pairs = list(zip(self.views(self.flats), grads, strict=True))
         alike = [pair for pair in pairs if pair[1].is_contiguous()]  # one other would take all of them the slow way
         if alike:
-            torch._foreach_copy_(*map(list, zip(*alike, strict=True)))
+            copy: Any = torch._foreach_copy_  # type: ignore[attr-defined]
+            copy(*map(list, zip(*alike, strict=True)))
         for room, grad in pairs:
             if not grad.is_contiguous():
                 room.copy_(grad)

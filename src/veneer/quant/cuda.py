@@ -144,7 +144,7 @@ def _quantize_beside(
     _write(first, to, 1.0 / s, largest, n1, WHOLE, B1)
     _write(second, to + n1, 1.0 / s, largest, n2, WHOLE, B2)
     if n3:
-        _write(third, to + n1 + n2, 1.0 / s, largest, n3, WHOLE, B3)
+        _write(third, to + n1 + n2, 1.0 / s, largest, n3, WHOLE, B3)  # pyright: ignore[reportPossiblyUnboundVariable]
 
 
 @triton.jit
