@@ -44,8 +44,9 @@ ORIGIN: Any = None  # the event from which moments are counted
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
-def base(shape: str, device: str, storage: str = "", ends: bool = False) -> nn.Module:
-    """Made, and packed where that is wanted, one layer after the other. `ends`: the embedding is packed, too."""
+def base(shape: str, device: str, storage: str = "", ends: bool = False, head: bool = False) -> nn.Module:
+    """Made, and packed where that is wanted, one layer after the other. `ends`: the embedding is packed, too; `head`:
+    what gives the logits."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(**SHAPES[shape], use_cache=False, attn_implementation="sdpa", max_position_embeddings=1 << 20)
@@ -58,7 +59,8 @@ def base(shape: str, device: str, storage: str = "", ends: bool = False) -> nn.M
                 w = torch.empty(p.shape, dtype=p.dtype, device=device)
                 nn.init.normal_(w, std=0.02) if p.ndim > 1 else nn.init.ones_(w)
                 module._parameters[key] = nn.Parameter(w, requires_grad=False)
-        if storage and (name.split(".")[-1] in TARGETS or (ends and isinstance(module, nn.Embedding))):
+        own = name.split(".")[-1]
+        if storage and (own in TARGETS or (ends and isinstance(module, nn.Embedding)) or (head and own == "lm_head")):
             from veneer.quant.layer import pack_layer
             from veneer.quant.storage import Recipe
 
@@ -69,22 +71,27 @@ def base(shape: str, device: str, storage: str = "", ends: bool = False) -> nn.M
     return model.train()
 
 
-def plain(shape: str, device: str, storage: str = "", ends: bool = False) -> nn.Module:
+def plain(shape: str, device: str, storage: str = "", ends: bool = False, head: bool = False) -> nn.Module:
     import veneer
     from veneer import LoRA
 
-    model = base(shape, device, storage, ends)
+    model = base(shape, device, storage, ends, head)
     veneer.attach(model, LoRA(rank=16, alpha=32, targets=TARGETS))
     return model
 
 
 def fused(
-    recompute: str = "none", storage: str = "", graphs: bool = True, ends: bool = False, turned: bool = False
+    recompute: str = "none",
+    storage: str = "",
+    graphs: bool = True,
+    ends: bool = False,
+    turned: bool = False,
+    head: bool = False,
 ) -> Callable[[str, str], nn.Module]:
     def build(shape: str, device: str) -> nn.Module:
         import veneer
 
-        model = plain(shape, device, storage, ends)
+        model = plain(shape, device, storage, ends, head)
         veneer.fuse(model, recompute, graphs=graphs, turned=turned, verbose=False)
         return model
 
@@ -156,6 +163,7 @@ VARIANTS: dict[str, Variant] = {
     "fused-input-away": (fused("input", graphs=False), away),
     "fp8": (fused(storage="fp8"), chunked_loss),
     "fp8-turned": (fused(storage="fp8", turned=True), chunked_loss),
+    "fp8-head": (fused(storage="fp8", turned=True, head=True), chunked_loss),
     "fp8-input-asked": (fused("input", "fp8", graphs=False), chunked_loss),
     "fp8-asked": (fused(storage="fp8", graphs=False), chunked_loss),
     **{f"fp8-{level}": (fused(level, "fp8"), chunked_loss) for level in ("gate_up", "middle", "input")},

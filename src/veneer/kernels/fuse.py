@@ -294,7 +294,7 @@ def fuse(
         if _looks_like_norm(module) and (id(module) not in taken or name.endswith(("q_norm", "k_norm"))):
             _take(module, name, FusedNorm, norm_parts(module), recompute, report)
     if turned:
-        report.turned = sum(_keeps_turned(module) for module in modules.values() if id(module) in taken)
+        report.turned = sum(_keeps_turned(module) for module in modules.values())
     if not report.replaced and not report.skipped:
         report.skipped[type(model).__name__] = "no part of it is of a build that is known"
     if verbose:

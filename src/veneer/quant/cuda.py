@@ -94,6 +94,8 @@ def _quantize(
 
 
 def quantize_rows_kernel(x: Tensor, dtype: torch.dtype, columns: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    if x.shape[1] > WIDEST and columns is not None:  # the gradient of a vocabulary's logits
+        return quantize_beside_kernel([x], dtype, [columns])
     if x.shape[1] > WIDEST or not x.numel():
         return quantize_plain(x, dtype, columns)
     x = x if x.stride(1) == 1 else x.contiguous()
@@ -176,14 +178,16 @@ def _quantize_parts(
 ):  # fmt: skip
     r = tl.program_id(0).to(tl.int64)
     most = _larger(x1, c1, r * row1, tl.zeros((BLOCK,), tl.float32), n1, BLOCK)
-    most = _larger(x2, c2, r * row2, most, n2, BLOCK)
+    if MANY >= 2:
+        most = _larger(x2, c2, r * row2, most, n2, BLOCK)
     if MANY == 3:
         most = _larger(x3, c3, r * row3, most, n3, BLOCK)
     s = tl.maximum(tl.max(most, 0) / largest, tiny)
     tl.store(scale + r, s)
     to = codes + r * (n1 + n2 + n3)
     _write_parts(x1, c1, to, r * row1, 1.0 / s, largest, n1, WHOLE, BLOCK)
-    _write_parts(x2, c2, to + n1, r * row2, 1.0 / s, largest, n2, WHOLE, BLOCK)
+    if MANY >= 2:
+        _write_parts(x2, c2, to + n1, r * row2, 1.0 / s, largest, n2, WHOLE, BLOCK)
     if MANY == 3:
         _write_parts(x3, c3, to + n1 + n2, r * row3, 1.0 / s, largest, n3, WHOLE, BLOCK)
 
@@ -191,7 +195,7 @@ def _quantize_parts(
 def quantize_beside_kernel(
     xs: Sequence[Tensor], dtype: torch.dtype, columns: Sequence[Tensor]
 ) -> tuple[Tensor, Tensor]:
-    """Two or three matrices, as if they lay side by side. A row is read once and stays in registers; one that is too
+    """One to three matrices, as if they lay side by side. A row is read once and stays in registers; one that is too
     wide for them is read twice, the second time from the cache."""
     xs, many = [x if x.stride(1) == 1 else x.contiguous() for x in xs], len(xs)
     widths = [x.shape[1] for x in xs]
@@ -200,11 +204,11 @@ def quantize_beside_kernel(
     if not len(codes):
         return codes, scale
     blocks = [triton.next_power_of_2(n) for n in widths]
-    if many == 2:
-        xs, columns, widths, blocks = [*xs, xs[1]], [*columns, columns[1]], [*widths, 0], [*blocks, 1]
+    for _ in range(many, 3):
+        xs, columns, widths, blocks = [*xs, xs[0]], [*columns, columns[0]], [*widths, 0], [*blocks, 1]
     given = *xs, *columns, codes, scale, *(x.stride(0) for x in xs), LARGEST[dtype], TINY, *widths
     with torch.cuda.device(codes.device):
-        if sum(blocks) > WIDEST + 1:
+        if many == 1 or sum(blocks) > WIDEST + 1:
             _quantize_parts[(len(codes),)](*given, MANY=many, WHOLE=dtype == torch.int8, BLOCK=4096, num_warps=8)
         else:
             warps = min(16, max(4, sum(blocks) // 1024))
