@@ -31,7 +31,7 @@ QUANTILES = (
     0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
 )  # fmt: skip
 NESTED_BLOCK = 256
-PIECE = {"cpu": 1 << 19, "cuda": 1 << 24}  # weights packed at a time: about 20 bytes of scratch for each
+PIECE = {"cpu": 1 << 19, "cuda": 1 << 24, "meta": 1 << 62}  # weights packed at a time: 20 bytes of scratch for each
 SHARES = (0.76, 0.86, 0.96, 1.04)  # of the largest size that are tried as scales
 CACHED = 1 << 17  # bytes unpacked at a time on a CPU
 PAIR = {2: torch.int32, 4: torch.int64}  # an integer that holds two weights
