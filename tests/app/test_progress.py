@@ -167,6 +167,22 @@ def test_a_log_names_an_evaluation_once(monkeypatch: pytest.MonkeyPatch) -> None
     assert out.stdout.getvalue().count("held-out loss ...") == 1  # type: ignore[attr-defined]
 
 
+def test_a_log_names_a_wait_once_whatever_is_noted_in_between() -> None:
+    out = Output("train", stdout=io.StringIO(), stderr=io.StringIO())
+    with Plain(out, patience=0.05) as show:
+        for event in [START[7], *({"event": "note", "text": text} for text in ("fused: 2 blocks", "recompute none"))]:
+            show(event)
+            time.sleep(0.2)
+        for event in [START[8], {"event": "doing", "text": "held-out loss"}, START[7]]:
+            show(event)
+            time.sleep(0.2)
+    said = [line for line in out.stdout.getvalue().splitlines() if line.endswith(" ...")]  # type: ignore[attr-defined]
+    assert said == [
+        "trying the longest batch ...", "answering a few rows as the base does ...", "held-out loss ...",
+        "trying the longest batch ...",
+    ]  # fmt: skip
+
+
 def test_a_key_is_an_answer_given_once() -> None:
     out = Output("train", stdout=Tty(), stderr=Tty())
     terminal = Terminal(out)

@@ -11,8 +11,10 @@ from __future__ import annotations
 
 import copy
 import itertools
+import math
 import pickle
 import random
+import statistics
 import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -21,6 +23,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from transformers import (
     AutoModelForCausalLM,
     Gemma2Config,
@@ -69,29 +72,52 @@ BUILDS: dict[str, Callable[[], Any]] = {
     ),
 }
 WHOLE = tuple(BUILDS)  # builds whose blocks are taken
-NEAR = 2e-5  # transformers norms in fp32 even where the model is in fp64
+NEAR = 1e-9  # in fp64, relative to each gradient; what is measured lies below 1e-11
 
 
-def model_of(build: str, dtype: torch.dtype = torch.float64, **spec: Any) -> nn.Module:
-    torch.manual_seed(0)
+def model_of(build: str, dtype: torch.dtype = torch.float64, seed: int = 0, **spec: Any) -> nn.Module:
+    torch.manual_seed(seed)
     attention = "eager" if build == "gemma2" else "sdpa"
     model = AutoModelForCausalLM.from_config(BUILDS[build](), attn_implementation=attention).to(dtype)
     for p in model.parameters():
         if p.ndim == 1:  # biases start at zero and gains at one; what is forgotten must show
             nn.init.normal_(p, 0.5, 0.3)
     veneer.attach(model, LoRA(rank=4, alpha=6, **({"targets": "all-linear"} | spec)))
-    return spread(model)
+    return spread(model, seed + 1)
 
 
-def spread(model: nn.Module) -> nn.Module:
-    torch.manual_seed(1)
-    for p in parameters(model).values():
-        nn.init.normal_(p, std=0.2)
+def spread(model: nn.Module, seed: int = 1) -> nn.Module:
+    """Every parameter moved: a magnitude by a fifth of itself, all others by a fifth."""
+    torch.manual_seed(seed)
+    for name, p in parameters(model).items():
+        move = torch.randn_like(p) / 5
+        p.data = p.data * (1 + move) if name.endswith("magnitude") else move
     return model.train()
 
 
+class Exactly(TorchFunctionMode):
+    """fp64 stays fp64 where transformers asks for fp32, in norms and softmax: so rounded, the plain way alone is off by
+    up to 5e-5 of a gradient, and a fault of that size in the fused one could not be seen."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if args and isinstance(args[0], Tensor) and args[0].dtype == torch.float64:
+            if func is Tensor.float:
+                return args[0]
+            if func is Tensor.to:
+                args = [torch.float64 if each is torch.float32 else each for each in args]
+            if kwargs.get("dtype") is torch.float32:
+                kwargs = kwargs | {"dtype": torch.float64}
+        return func(*args, **kwargs)
+
+
 def outcome(model: nn.Module, rows: int = 2, **inputs: Any) -> dict[str, Tensor]:
-    """The loss and all gradients, from a fixed place in the random numbers."""
+    """The loss and all gradients, from a fixed place in the random numbers; of a model in fp64, exact ones."""
+    with Exactly():
+        return _outcome(model, rows, **inputs)
+
+
+def _outcome(model: nn.Module, rows: int, **inputs: Any) -> dict[str, Tensor]:
     torch.manual_seed(2)
     for p in model.parameters():
         p.grad = None
@@ -102,8 +128,15 @@ def outcome(model: nn.Module, rows: int = 2, **inputs: Any) -> dict[str, Tensor]
         warnings.simplefilter("ignore")
         head = model.get_output_embeddings()  # type: ignore[operator]
     loss = chunked_cross_entropy(hidden[:, :-1], ids[:, 1:], head, rows=7)
-    loss.backward()
+    back(loss)
     return {"loss": loss.detach(), **{n: p.grad for n, p in model.named_parameters() if p.grad is not None}}
+
+
+def back(loss: Tensor) -> None:
+    """loss.backward(), which would turn Exactly off; some of the forward pass is computed again in it."""
+    engine: Any = torch.autograd.Variable._execution_engine
+    one = torch.ones_like(loss)
+    engine.run_backward((loss,), (one,), False, False, (), allow_unreachable=True, accumulate_grad=True)
 
 
 def agree(got: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
@@ -139,21 +172,34 @@ def test_fused_and_plain_are_one(build: str, level: str) -> None:
 
 
 @pytest.mark.parametrize("build", WHOLE)
-@pytest.mark.parametrize("level", ["none", "input"])
-def test_in_half_precision_fused_is_as_near_the_truth_as_plain(build: str, level: str) -> None:
-    model = model_of(build, torch.bfloat16)
+def test_in_half_precision_fused_is_as_near_the_truth_as_plain(build: str) -> None:
+    """Which of two ways of rounding comes nearer is a draw, in single cases by a factor of 5; on the average of many it
+    must not be known which is which."""
+    ratios = [
+        ratio
+        for seed in range(3)
+        for combine in ("add", "dora")
+        for ratio in further(model_of(build, torch.bfloat16, seed, combine=combine))
+    ]
+    assert math.exp(statistics.fmean(map(math.log, ratios))) <= 1.4, ratios
+
+
+def further(model: nn.Module) -> list[float]:
+    """By how much fused gradients are further from exact ones than plain ones are, keeping all and next to nothing."""
     exact = outcome(copy.deepcopy(model).double())
     plain = distance(outcome(model), exact)
-    fuse(model, level, verbose=False)
-    fused = distance(outcome(model), exact)
-    assert fused <= 1.2 * plain + 1e-3
+    fuse(model, verbose=False)
+    fused = [distance(outcome(model), exact)]
+    set_recompute(model, "input")
+    return [off / plain for off in (*fused, distance(outcome(model), exact))]
 
 
 def distance(got: dict[str, Tensor], wanted: dict[str, Tensor]) -> float:
     """Of all gradients together, relative to their size."""
     assert got.keys() == wanted.keys()
-    off = sum(float((got[n].double() - w).square().sum()) for n, w in wanted.items())
-    return (off / sum(float(w.double().square().sum()) for w in wanted.values())) ** 0.5
+    gradients = {name: w.double() for name, w in wanted.items() if name != "loss"}
+    off = sum(float((got[n].double() - w).square().sum()) for n, w in gradients.items())
+    return (off / sum(float(w.square().sum()) for w in gradients.values())) ** 0.5
 
 
 # ------------------------------------------------------------------ the law
@@ -257,12 +303,13 @@ def holds(build: str, parts: str, method: str, dropout: str, acting: str, storag
     if storage != "dense":
         veneer.quantize(model, storage)
     with ACTING[acting](model), unrounded(model):
+        model.to(getattr(torch, dtype))  # adapters beside a packed base come in fp32
         exact = outcome(copy.deepcopy(model).double()) if dtype == "bfloat16" else {}
         wanted = outcome(model)
         fuse(model, level, verbose=False)
         got = outcome(model)
     if exact:
-        assert distance(got, exact) <= 5 * distance(wanted, exact) + 1e-3  # both are a draw; their mean is told above
+        assert distance(got, exact) <= 10 * distance(wanted, exact)  # both are a draw; their mean is told above
     else:
         agree(got, wanted)
     may_be_plain = acting != "one" and (dora or dropout or (routed and "bias" in spec))
@@ -424,7 +471,8 @@ def test_a_cache_that_training_fills_unasked_is_filled_by_fused_blocks_too(level
     fused = copy.deepcopy(plain)
     fuse(fused, level, verbose=False)
     ids = torch.arange(3, 15)[None]
-    outs = [model(input_ids=ids, labels=ids, use_cache=True) for model in (plain, fused)]
+    with Exactly():
+        outs = [model(input_ids=ids, labels=ids, use_cache=True) for model in (plain, fused)]
     for out, model in zip(outs, (plain, fused), strict=True):
         out.loss.backward()
         assert out.past_key_values.get_seq_length() == 12, model
@@ -550,6 +598,21 @@ def test_a_model_of_no_known_build_is_said_to_run_plainly(capsys: pytest.Capture
     report = fuse(nn.Sequential(nn.Linear(2, 2)))
     assert not report.replaced
     assert "plain: Sequential: no part of it is of a build that is known" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("build", ["gpt2", "phi"])
+def test_blocks_that_drop_out_of_their_residual_stream_are_said_to_run_plainly(build: str) -> None:
+    config = BUILDS[build]()
+    config.resid_pdrop = 0.1
+    model = AutoModelForCausalLM.from_config(config)
+    veneer.attach(model, LoRA(rank=4, alpha=6, targets="all-linear"))
+    report = fuse(spread(model), verbose=False)
+    wanted = "and 1 more: while it trains it drops out of its residual stream (p = 0.1)"
+    assert wanted in str(report) and "resid_pdrop" in str(report)
+    fused = outcome(model)
+    assert "drops out" in said()
+    unfuse(model)
+    assert all(torch.equal(value, fused[name]) for name, value in outcome(model).items())
 
 
 def test_an_unknown_level_names_the_known_ones() -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 import veneer
 from veneer import LoRA
@@ -92,6 +92,19 @@ def llama(device: str = "cpu", dtype: torch.dtype = torch.float32, storage: str 
     return model
 
 
+def gpt2(device: str) -> nn.Module:
+    torch.manual_seed(0)
+    config = GPT2Config(
+        n_embd=64, n_layer=3, n_head=4, vocab_size=97, n_positions=32, use_cache=False, resid_pdrop=0, embd_pdrop=0,
+        attn_pdrop=0, attn_implementation="eager",
+    )  # fmt: skip
+    model = GPT2LMHeadModel(config).to(device).train()
+    veneer.attach(model, LoRA(rank=4, alpha=8))
+    for p in parameters(model).values():
+        nn.init.normal_(p, std=0.1)
+    return model
+
+
 def moved(model: nn.Module, steps: int, shapes: Any = ((2, 16),), micro: int = 2) -> list[Tensor]:
     """Losses and final parameters of some steps, `micro` backward passes each."""
     draw = torch.Generator().manual_seed(1)
@@ -136,6 +149,59 @@ def test_a_replay_is_the_same_to_the_last_bit(recompute: str, storage: str | Non
     assert records(graphed) == 3
 
 
+def test_blocks_without_rotary_positions_are_recorded_too(device: str) -> None:
+    ever = gpt2(device)
+    graphed = copy.deepcopy(ever)
+    fuse(ever, verbose=False)
+    fuse(graphed, graphs=True, verbose=False)
+    same(moved(graphed, 6), moved(ever, 6))
+    assert records(graphed) == 3
+
+
+def test_batches_that_are_all_unlike_are_named_once(device: str) -> None:
+    model = llama(device)
+    fuse(model, graphs=True, verbose=False)
+    shapes = tuple((2, n) for n in range(4, 30))
+    with pytest.warns(UserWarning) as said:
+        moved(model, len(shapes), shapes, micro=1)
+    (warning,) = [str(each.message) for each in said]
+    assert warning.startswith("model.layers.0 and its like are not recorded as CUDA graphs, and slower: ")
+    assert "too few batches are of one shape: " in warning and "(2, 26, 64), then (2, 27, 64)" in warning
+    assert records(model) == 0
+
+
+def test_a_block_that_is_unfit_for_recording_is_named(device: str) -> None:
+    ever = llama(device)
+    graphed = copy.deepcopy(ever)
+    fuse(ever, verbose=False)
+    fuse(graphed, graphs=True, verbose=False)
+    told: list[str] = []
+    next(m.fused.recorder for m in graphed.modules() if isinstance(m, FusedBlock)).tell = told.append
+    for model in (ever, graphed):
+        model.model.layers[1].mlp.register_forward_hook(lambda *_: None)
+    with pytest.warns(UserWarning, match="run plainly"):
+        same(moved(graphed, 6), moved(ever, 6))
+    wanted = "model.layers.1 and its like are not recorded as CUDA graphs, and slower: a hook hangs on it"
+    assert told == [wanted] and records(graphed) == 2
+
+
+def test_what_keeps_blocks_from_being_replayed_is_said(device: str) -> None:
+    model = llama(device)
+    fuse(model, graphs=True, verbose=False)
+    veneer.attach(model, LoRA(rank=2), name="b")
+    with pytest.warns(UserWarning, match="rows of a batch are routed"), veneer.routed(model, ["b", "default"]):
+        moved(model, 1)
+    watching = torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t)
+    with pytest.warns(UserWarning, match="something looks at what is saved"), watching:
+        moved(model, 1)
+    with pytest.warns(UserWarning, match="pass use_cache=False"):
+        model(input_ids=torch.arange(8, device=device)[None], use_cache=True)
+    with pytest.warns(UserWarning, match="entered again before its backward pass"):
+        ids = torch.arange(8, device=device)[None]
+        sum(model(input_ids=ids, labels=ids).loss for _ in range(28)).backward()
+
+
+@pytest.mark.filterwarnings("ignore:.*not recorded as CUDA graphs")
 def test_shapes_that_come_and_go_switches_and_two_forward_passes_at_once(device: str) -> None:
     ever = llama(device)
     graphed = copy.deepcopy(ever)
@@ -221,9 +287,16 @@ def test_who_acts_is_compared() -> None:
 
 def test_on_a_cpu_graphs_are_asked_for_in_vain_and_copies_share_none() -> None:
     model = llama()
-    fuse(model, graphs=True, verbose=False)
+    report = str(fuse(model, graphs=True, verbose=False))
+    assert "as CUDA graphs" not in report
+    assert "no CUDA graphs: they need a GPU, and the model is on the cpu; kernels are started one by one" in report
     moved(model, 3)
     recorder = next(m.fused.recorder for m in model.modules() if isinstance(m, FusedBlock))
     assert isinstance(recorder, Recorder) and not recorder.records
     twin = copy.deepcopy(model)
     assert next(m.fused.recorder for m in twin.modules() if isinstance(m, FusedBlock)) is not recorder
+
+
+def test_where_no_whole_block_is_fused_it_is_said_that_nothing_is_recorded() -> None:
+    report = fuse(nn.ModuleList([nn.RMSNorm(8, eps=1e-6)]), graphs=True, verbose=False)
+    assert report.replaced["norms"] == 1 and "no CUDA graphs: no whole block is fused" in str(report)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 from train_runs import Heard, same, trained
-from transformers import OPTConfig, OPTForCausalLM
+from transformers import GPT2Config, GPT2LMHeadModel, OPTConfig, OPTForCausalLM
 
 import veneer.kernels.fuse as fuse_module
 from veneer.kernels.fuse import FusedBlock, is_fused
@@ -94,6 +94,14 @@ def test_a_family_that_is_not_known_runs_plainly_and_says_so(run_tiny: Runs) -> 
     run, heard, _ = run_tiny(**SHORT, model=OPTForCausalLM(config))
     assert heard.losses[-1] < heard.losses[0] and run.proof["passed"]
     assert "fused: nothing" in said(heard, "note") and "plain: " in said(heard, "note")
+    assert "blocks" not in run.info["fused"]["replaced"]
+
+
+def test_blocks_that_drop_out_of_their_residual_stream_are_named_before_the_first_step(run_tiny: Runs) -> None:
+    torch.manual_seed(0)
+    config = GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=384, n_positions=128)
+    run, heard, _ = run_tiny(**SHORT, model=GPT2LMHeadModel(config))
+    assert "and 1 more: while it trains it drops out of its residual stream (p = 0.1)" in said(heard, "note")
     assert "blocks" not in run.info["fused"]["replaced"]
 
 

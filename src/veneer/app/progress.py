@@ -249,6 +249,7 @@ class Plain:
         self.out, self.every, self.patience = out, every, patience
         self.progress = Progress()
         self.printed = 0.0
+        self.named = ""  # what goes on and was said to; notes in between do not make it news
         self.timer: threading.Timer | None = None
 
     def __enter__(self) -> Plain:
@@ -265,10 +266,17 @@ class Plain:
         self._steps(event)
         if event.get("event") == "done":
             return
-        if self.progress.doing != "training":
-            self.timer = threading.Timer(self.patience, self._print, [f"{self.progress.doing} ..."])
+        if (doing := self.progress.doing) == self.named:
+            return
+        self.named = ""
+        if doing != "training":
+            self.timer = threading.Timer(self.patience, self._name, [doing])
             self.timer.daemon = True
             self.timer.start()
+
+    def _name(self, doing: str) -> None:
+        self.named = doing
+        self._print(f"{doing} ...")
 
     def _steps(self, event: Event) -> None:
         kind, p = event.get("event"), self.progress

@@ -17,8 +17,10 @@ Blocks of other builds differ in the tail: Gemma 2 and 3 norm what the attention
 and keep that, too, as wide as x each (or compute it again); in Phi the unit reads x's norm like the attention, and
 there is no middle; GPT-2's unit has no gate.
 
-DoRA's magnitudes need what their layers gave. q, k and v are there (turned back), gate and up, too; the outputs of o
-and of down are kept besides with none and gate_up, as wide as x each, and computed again with middle and input.
+DoRA's magnitudes need what their layers gave. q, k and v are there (turned back), gate and up, too, with their biases,
+which are taken off again: in half precision that costs places where a bias is much larger than what the magnitude
+scales. The outputs of o and of down are kept besides with none and gate_up, without their biases, as wide as x each,
+and computed again with middle and input.
 
 Norms, the activation's product and rotations are always formed again: each is one pass over memory. Everywhere the
 gradient that flows past a norm is added in the pass that goes back through it.
@@ -168,7 +170,7 @@ class UnitKept(NamedTuple):
     gate_up: list[Tensor]  # empty where they are computed again; emptied by the backward pass when it is done with them
     entry: Thin
     down: Thin
-    ys: tuple[Tensor, ...]  # what down gave, where it has a magnitude or a norm follows
+    ys: tuple[Tensor, ...]  # what down gave, without its bias, where it has a magnitude or a norm follows
     stats: Any = None  # of that norm
 
 
@@ -215,17 +217,31 @@ def unit_forward(
 def through(
     group: Group, x: Tensor, thin: Thin, factors: Factors, plus: Tensor | None, want: bool = True, post: Any = None
 ) -> tuple[Tensor | None, tuple[Tensor, ...], Any]:
-    """A single layer's output, normed by `post`, plus `plus`, where it is wanted; the output alone, where a magnitude
-    or the norm needs it; and what the norm keeps of each row."""
+    """A single layer's output, normed by `post`, plus `plus`, where it is wanted; the output without its bias, where a
+    magnitude or the norm needs it; and what the norm keeps of each row."""
     (layer,), (b,) = group.layers, factors.bs
     if not group.magnitudes and post is None:
         wanted = None if not want else layer.forward(x, thin.h, b) if plus is None else layer.onto(plus, x, thin.h, b)
         return wanted, (), None
-    y = layer.forward(x, thin.h, b)
-    if not getattr(post, "reads_output", True):  # a gate
-        return (None if not want else post.onto(plus, y)), ((y,) if group.magnitudes else ()), None
-    normed, stats = (y, None) if post is None else post.forward(y)
+    gates = not getattr(post, "reads_output", True)
+    if gates and not group.magnitudes:
+        return (None if not want else post.onto(plus, layer.forward(x, thin.h, b))), (), None
+    y = layer.unbiased(x, thin.h, b)
+    whole = with_bias(group, y)
+    if gates:
+        return (None if not want else post.onto(plus, whole)), (y,), None
+    normed, stats = (whole, None) if post is None else post.forward(whole)
     return (None if not want else normed if plus is None else normed + plus), (y,), stats
+
+
+def with_bias(group: Group, y: Tensor) -> Tensor:
+    bias = group.layers[0].bias
+    return y if bias is None else y.clone().add_(bias)
+
+
+def before_post(post: Any, g: Tensor, group: Group, ys: Sequence[Tensor], stats: Any) -> Tensor:
+    """The gradient of what `through` gave, before the norm or gate that it went through."""
+    return g if post is None else post.back(g, *(with_bias(group, y) for y in ys), stats)
 
 
 def unit_back(
@@ -234,7 +250,7 @@ def unit_back(
     """The gradients of x and of the factors of gate, up and down."""
     gates = list(kept.gate_up) or list(unit_gates(unit, x, kept.entry, factors[0]))
     kept.gate_up.clear()
-    d_rest, gs = unit.down.rest_gradients([g], kept.ys), unit.down.scaled([g])
+    d_rest, gs = unit.down.rest_gradients([g], kept.ys, biased=False), unit.down.scaled([g])
     d = unit.down.thin_gradients(gs, factors[1])
     if unit.is_lean:
         dx, d_tensors = _lean_back(unit, g, x, d, gates, kept, factors)
@@ -421,7 +437,7 @@ class TailKept(NamedTuple):
     middle: Tensor | None
     rstd: Any  # whatever the norm keeps of each row
     out: Thin
-    ys: tuple[Tensor, ...]  # what the output projection gave, where it has a magnitude or a norm follows
+    ys: tuple[Tensor, ...]  # what the output projection gave, the same
     stats: Any  # of that norm
     unit: UnitKept
 
@@ -458,13 +474,13 @@ def tail_back(block: Ending, g: Tensor, o: Tensor, kept: TailKept) -> tuple[Tens
     assert kept.middle is not None
     normed, _ = block.second.forward(kept.middle, kept.rstd)
     first, second = block.posts
-    d_down = g if second is None else second.back(g, *kept.unit.ys[:1], kept.unit.stats)
+    d_down = before_post(second, g, block.unit.down, kept.unit.ys, kept.unit.stats)
     d_normed, d_unit = unit_back(block.unit, d_down, normed, kept.unit, (block.factors[2], block.factors[3]))
     del normed, d_down
     d_middle = block.second.back(d_normed, kept.middle, kept.rstd, g)
     d_total = g if block.parallel else d_middle
-    d_y = d_total if first is None else first.back(d_total, *kept.ys[:1], kept.stats)
-    d_o, d_out = block.out.back(o, [d_y], kept.out, block.factors[1], kept.ys)
+    d_y = before_post(first, d_total, block.out, kept.ys, kept.stats)
+    d_o, d_out = block.out.back(o, [d_y], kept.out, block.factors[1], kept.ys, biased=False)
     assert d_o is not None
     return d_middle, d_o, [*d_out, *d_unit]
 

@@ -57,12 +57,15 @@ class Fused:
     skipped: dict[str, str] = field(default_factory=dict)  # module -> why
     recompute: str = "none"
     graphs: bool = False
+    ungraphed: str | None = None  # why there will be no CUDA graphs, where they were asked for
     turned: int = 0  # packed layers whose transpose is kept
 
     def __str__(self) -> str:
         counts = ", ".join(f"{n} {kind}" for kind, n in self.replaced.items()) or "nothing"
         how = f"recompute {self.recompute}{', as CUDA graphs' if self.graphs else ''}"
         lines = [f"fused: {counts} ({how}{', both layouts kept' if self.turned else ''})"]
+        if self.ungraphed is not None:
+            lines.append(f"no CUDA graphs: {self.ungraphed}; kernels are started one by one")
         reasons = Counter(self.skipped.values())
         for why, count in reasons.items():
             first = next(name for name, reason in self.skipped.items() if reason == why)
@@ -138,18 +141,19 @@ class FusedBlock(FusedModule):
 def _by_replay(block: FusedBlock, x: Tensor, kwargs: dict[str, Any]) -> Tensor | None:
     """The block's output from its CUDA graph, where it has one or gets one now."""
     state = block.fused
-    if state.recorder is None or not isinstance(kwargs.get("position_embeddings"), tuple):
+    if state.recorder is None:
         return None
     if kwargs.get("past_key_values") is not None:
-        state.recorder.say("a cache of keys and values is filled; pass use_cache=False")
-        return None
-    cos, sin = kwargs["position_embeddings"]
+        return state.recorder.say("a cache of keys and values is filled; pass use_cache=False")
+    turns = kwargs.get("position_embeddings")
+    positions = dict(zip(("cos", "sin"), turns, strict=True)) if isinstance(turns, tuple) else {}
     options = {k: v for k, v in kwargs.items() if k not in PASSED_ON} | {"attention_mask": kwargs.get("attention_mask")}
     tensors = {k: v for k, v in options.items() if isinstance(v, Tensor)}
     rest = {k: v for k, v in options.items() if k not in tensors}
 
-    def run(x: Tensor, *, cos: Tensor, sin: Tensor, **tensors: Tensor) -> Tensor:
-        now = _block_now(state.parts, x, {**rest, **tensors, "position_embeddings": (cos, sin)})
+    def run(x: Tensor, *, cos: Tensor | None = None, sin: Tensor | None = None, **tensors: Tensor) -> Tensor:
+        turned = {} if cos is None else {"position_embeddings": (cos, sin)}
+        now = _block_now(state.parts, x, {**rest, **tensors, **turned})
         if isinstance(now, str):
             raise Unfit(now)
         return run_block(x, cos, sin, now, state.recompute)
@@ -157,9 +161,9 @@ def _by_replay(block: FusedBlock, x: Tensor, kwargs: dict[str, Any]) -> Tensor |
     try:
         attention = getattr(getattr(state.parts.attention.module, "config", None), "_attn_implementation", None)
         settings = state.recompute, attention, frozenset(rest.items())
-    except TypeError:  # something that cannot be compared
-        return None
-    return replayed(state.recorder, block, x, settings, {"cos": cos, "sin": sin, **tensors}, run)
+    except TypeError:
+        return state.recorder.say("it is called with something that cannot be compared", block)
+    return replayed(state.recorder, block, x, settings, positions | tensors, run)
 
 
 PASSED_ON = (
@@ -268,14 +272,14 @@ def fuse(
 ) -> Fused:
     """Run what can run fused so, in place. `recompute` says what is kept for the backward pass: none (all that it
     needs), gate_up, middle, or input (see kernels/block.py). `graphs`: on a GPU, blocks are recorded as CUDA graphs
-    (kernels/graphs.py): no waiting for Python, for batches of one shape. `turned`: of a base in 8 bits the transpose,
-    which the backward pass multiplies by, is kept as well instead of made each time: a byte a weight for some per cent
-    of speed. Prints, and returns, what was done."""
+    (kernels/graphs.py): no waiting for Python, for batches of one shape; what keeps them from being replayed is said
+    when it turns out. `turned`: of a base in 8 bits the transpose, which the backward pass multiplies by, is kept as
+    well instead of made each time: a byte a weight for some per cent of speed. Prints, and returns, what was done."""
     if recompute not in LEVELS:
         raise ConfigError(f"recompute={recompute!r} is none of {', '.join(LEVELS)}")
     if is_fused(model):
         raise StateError("this model is fused already", fix="veneer.unfuse(model) first, or set_recompute(model, ...)")
-    report = Fused(recompute=recompute, graphs=graphs)
+    report = Fused(recompute=recompute)
     recorder = Recorder() if graphs else None
     modules = plain_modules(model)
     taken: set[int] = set()
@@ -295,6 +299,9 @@ def fuse(
             _take(module, name, FusedNorm, norm_parts(module), recompute, report)
     if turned:
         report.turned = sum(_keeps_turned(module) for module in modules.values())
+    if graphs:
+        report.ungraphed = _ungraphed(model)
+        report.graphs = report.ungraphed is None
     if not report.replaced and not report.skipped:
         report.skipped[type(model).__name__] = "no part of it is of a build that is known"
     if verbose:
@@ -308,6 +315,15 @@ def _keeps_turned(module: nn.Module, keep: bool = True) -> bool:
         return False
     keep_turned(module.parts[0], keep)
     return True
+
+
+def _ungraphed(model: nn.Module) -> str | None:
+    """Why nothing will be recorded, as far as that can be told before the first call."""
+    blocks = [m for m in model.modules() if isinstance(m, FusedModule) and m.fused.recorder is not None]
+    if not blocks:
+        return "no whole block is fused"
+    device = next((p.device.type for p in blocks[0].parameters()), "cpu")
+    return None if device in ("cuda", "meta") else f"they need a GPU, and the model is on the {device}"
 
 
 def _looks_like_block(module: nn.Module) -> bool:
@@ -335,6 +351,8 @@ def _take(module: nn.Module, name: str, kind: type, parts: Any, recompute: str, 
         report.skipped[name] = why
         return False
     report.replaced[{FusedBlock: "blocks", FusedMlp: "gated units", FusedNorm: "norms"}[kind]] += 1
+    if isinstance(parts, BlockParts) and (why := parts.dropping()) is not None:
+        report.skipped[name] = why
     return True
 
 

@@ -9,7 +9,8 @@ small model the card waits for Python. A recorded block is asked for as a whole.
                   blocks are recorded anew
 
 What a replay takes for granted is compared at each call: shapes, every tensor's place, modes, hooks, which adapters act
-and how strongly (`Record.state`). Numbers in tensors may change, as an optimiser changes them; places may not.
+and how strongly (`Record.state`). Numbers in tensors may change, as an optimiser changes them; places may not. Where
+it keeps most calls from being replayed, what differs is said, once.
 
 Every record keeps the memory of what its backward pass needs, as a fused block does anyway between its two passes.
 Scratch memory is shared by all: record k's scratch may lie where record k + 1 keeps something, for the backward pass of
@@ -40,6 +41,7 @@ WARM = 2  # calls alike before a block is recorded
 LASTING = 4  # calls alike, but unlike the record, before all is recorded anew: an odd last batch is none
 ROUNDS = 16  # in which all is recorded; what changes more often than that is not worth it
 ALIGNED = 64  # elements: where each gradient begins among a block's
+MISSED = 24  # calls of a block that were not replayed, and more than those that were: then it is said why
 Run = Callable[..., Tensor]
 """The block by its kernels: from x and the tensors among its keyword arguments to its output."""
 
@@ -61,6 +63,8 @@ class Recorder:
     is_stale: bool = False  # a block is no longer what was recorded: all of them anew, before the next pass
     why_not: str | None = None
     said: set[str] = field(default_factory=set)
+    has_complained: bool = False  # of calls that are unlike each other: one example will do
+    tell: Callable[[str], Any] | None = None  # whom reasons are told; a warning where nobody asked for them
 
     def may_record(self, device: torch.device) -> bool:
         """Whether this is the pass in which blocks are recorded, or may become it."""
@@ -108,11 +112,23 @@ class Recorder:
         self.why_not = why
         self.say(why)
 
-    def say(self, why: str) -> None:
-        """Each reason once, and loudly: it costs speed."""
-        if why not in self.said:
-            self.said.add(why)
-            warnings.warn(f"fused blocks are not recorded as CUDA graphs, and slower: {why}", stacklevel=6)
+    def say(self, why: str, module: nn.Module | None = None) -> None:
+        """Each reason once, and loudly: it costs speed. With the name of the block that was met first."""
+        if why in self.said:
+            return
+        self.said.add(why)
+        who = "fused blocks" if module is None else f"{_name(module)} and its like"
+        text = f"{who} are not recorded as CUDA graphs, and slower: {why}"
+        if self.tell is not None:
+            self.tell(text)
+        else:
+            warnings.warn(text, stacklevel=6)
+
+    def release(self) -> None:
+        """Nothing will be replayed any more: give the memory back, once no backward pass needs it."""
+        if self.records and not any(each.is_busy for each in self.records.values()):
+            self.forget()
+            self.records.clear()
 
     def forget(self) -> None:
         """Free what records hold."""
@@ -189,6 +205,8 @@ class Record:
         self.recorder = recorder
         self.latest: Any = None  # what the last calls were like
         self.calls = 0  # how many of them in a row
+        self.missed = 0  # calls that were not replayed
+        self.replays = 0
         self.signature: Any = None  # what was recorded
         self.unfit: Any = None  # what cannot be
         self.generation = 0
@@ -214,6 +232,13 @@ class Record:
         """Whether x lies, or may be put, where it is read from."""
         assert self.x is not None
         return x.data_ptr() == self.x.data_ptr() or self.x.data_ptr() not in self.recorder.outputs
+
+    def miss(self, module: nn.Module, why: str) -> None:
+        """A call that runs as ever. Some do; where most do, something is amiss."""
+        self.missed += 1
+        if self.missed >= MISSED and self.missed > self.replays and not self.recorder.has_complained:
+            self.recorder.has_complained = True
+            self.recorder.say(why, module)
 
     @property
     def is_busy(self) -> bool:
@@ -408,36 +433,45 @@ def replayed(
 
     settings: what else the output depends on and can be compared. tensors: what the block is called with besides x.
     """
-    if recorder.why_not is not None or not _can_record(x) or _is_watched():
+    if recorder.why_not is not None or not _can_record(x):
+        recorder.release()
         return None
+    if (why := _watched()) is not None:
+        return None if why == RECORDING else recorder.say(why)
     record = recorder.records.get(module)
     if record is None:
         record = recorder.records[module] = Record(recorder)
     recorder.refresh(record)
-    if record.is_busy or (state := state_of(module)) is None:
-        return None
-    signature = _signature(x, settings, tensors), state
-    record.calls = record.calls + 1 if signature == record.latest else 1
+    if record.is_busy:
+        return record.miss(module, "it is entered again before its backward pass")
+    if (state := state_of(module)) is None:
+        return recorder.say("rows of a batch are routed to adapters of their own", module)
+    before, signature = record.latest, (_signature(x, settings, tensors), state)
+    record.calls = record.calls + 1 if signature == before else 1
     record.latest = signature
     if signature == record.unfit:
         return None
     if record.forward_graph is not None:
         if signature != record.signature or not record.fits(x):
             recorder.is_stale |= record.calls >= LASTING
-            return None
-    elif record.calls <= WARM or not recorder.may_record(x.device) or not _recorded(record, module, x, tensors, run):
+            return record.miss(module, _difference(record.signature, signature))
+    elif record.calls <= WARM or not recorder.may_record(x.device):
+        return record.miss(module, _difference(before, signature))
+    elif not _recorded(record, module, x, tensors, run):
         return None
     for name, shared in record.shared.items():
         shared.take(tensors[name])
+    record.replays += 1
     return Replayed.apply(x, record, _follows(x), *record.leaves)  # type: ignore[return-value]
 
 
 def _recorded(record: Record, module: nn.Module, x: Tensor, tensors: dict[str, Tensor], run: Run) -> bool:
     try:
         record.make(module, x, tensors, run)
-    except Unfit:
+    except Unfit as why:
         record.drop()
         record.unfit = record.latest
+        record.recorder.say(str(why), module)
         return False
     except (RuntimeError, ValueError) as error:
         record.drop()
@@ -450,15 +484,40 @@ def _can_record(x: Tensor) -> bool:
     return x.is_cuda
 
 
-def _is_watched() -> bool:
+RECORDING = "the whole step is being recorded"
+
+
+def _watched() -> str | None:
     """Whether somebody wants to see, or keep elsewhere, what is saved; or records the whole step already."""
+    if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+        return RECORDING
     hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
-    return hooks is not None or (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing())
+    return None if hooks is None else "something looks at what is saved for the backward pass, or keeps it elsewhere"
 
 
 def _signature(x: Tensor, settings: Any, tensors: dict[str, Tensor]) -> Any:
     given = tuple((name, t.shape, t.dtype, t.device) for name, t in tensors.items())
-    return x.shape, x.dtype, x.device, x.requires_grad, x.is_contiguous(), settings, given
+    return tuple(x.shape), x.dtype, x.device, x.requires_grad, x.is_contiguous(), settings, given
+
+
+WORDS = ("shape", "type", "device", "need of gradients", "layout", "options", "further tensors")
+
+
+def _difference(one: Any, other: Any) -> str:
+    """In which way two calls are unlike, in words."""
+    if one is None or one == other:
+        return "too few of its calls follow each other alike"
+    if one[0] == other[0]:
+        return "its weights, modes, hooks or adapters keep changing"
+    word, was, now = next(found for found in zip(WORDS, one[0], other[0], strict=True) if found[1] != found[2])
+    if word == "shape":
+        return f"too few batches are of one shape: {was}, then {now}"
+    return f"the {word} of its input keep{'s' * (not word.endswith('s'))} changing"
+
+
+def _name(module: nn.Module) -> str:
+    state = module.__dict__.get("fused")
+    return getattr(state, "name", "") or type(module).__name__
 
 
 def state_of(module: nn.Module) -> tuple[Any, ...] | None:

@@ -104,6 +104,10 @@ class Bare:
         y = self._unbiased(weight, x, h, b)
         return y if self.bias is None else y.add_(self.bias)
 
+    def unbiased(self, x: Tensor, h: Tensor | None, b: Tensor | None) -> Tensor:
+        """What a magnitude scales: without the bias."""
+        return self._unbiased(unpacked(self.weight, x.dtype), x, h, b)
+
     def onto(self, c: Tensor, x: Tensor, h: Tensor | None, b: Tensor | None) -> Tensor:
         """c + x W^T + bias + h B^T in fresh memory: a layer that writes into the residual stream.
 
@@ -356,23 +360,25 @@ class Group:
 
     def back(
         self, x: Tensor, gs: Sequence[Tensor], thin: Thin, factors: Factors, ys: Sequence[Tensor] = (),
-        need_x: bool = True,
+        need_x: bool = True, biased: bool = True,
     ) -> tuple[Tensor | None, list[Tensor | None]]:  # fmt: skip
-        """The gradients of x and of `tensors()`; `ys` are the outputs, where there are magnitudes."""
-        rest = self.rest_gradients(gs, ys)
+        """The gradients of x and of `tensors()`; `ys` are the outputs, where there are magnitudes, and `biased` says
+        whether with the biases."""
+        rest = self.rest_gradients(gs, ys, biased)
         gs = self.scaled(gs)
         d = self.thin_gradients(gs, factors)
         dx = self.input_gradient(gs, d, thin, factors) if need_x else None
         return dx, [*self.factor_gradients(x, gs, d, thin), *rest]
 
-    def rest_gradients(self, gs: Sequence[Tensor], ys: Sequence[Tensor]) -> list[Tensor]:
-        """Of magnitudes and of trained biases."""
+    def rest_gradients(self, gs: Sequence[Tensor], ys: Sequence[Tensor], biased: bool = True) -> list[Tensor]:
+        """Of magnitudes and of trained biases. Next to a large bias what a magnitude scales has few places left in a
+        16-bit y, so y is kept without it where it has to be kept anyway."""
         found = []
         if self.magnitudes:
             for layer, g, y in zip(self.layers, gs, ys, strict=True):
                 if layer.magnitude is not None:
                     m = layer.magnitude.to(torch.promote_types(g.dtype, torch.float32))
-                    found.append(column_products(g, y, layer.bias) / torch.where(m == 0, 1, m))
+                    found.append(column_products(g, y, layer.bias if biased else None) / torch.where(m == 0, 1, m))
         for layer, g in zip(self.layers, gs, strict=True):
             if layer.bias is not None and layer.bias.requires_grad:
                 found.append(g.sum(0, dtype=torch.promote_types(g.dtype, torch.float32)))

@@ -177,7 +177,7 @@ class Between(torch.autograd.Function):
         d_normed, d_q = block.q.back(normed, [rows_of(gq)], thin, f_q, qs)
         assert d_normed is not None
         d_middle = block.second.back(d_normed, rows, stats, rows_of(g))
-        d_o, d_out = block.out.back(rows_of(o), [d_middle], out, f_out, outs)
+        d_o, d_out = block.out.back(rows_of(o), [d_middle], out, f_out, outs, biased=False)
         assert d_o is not None
         return d_middle.view(middle.shape), d_o.view(o.shape), None, *d_out, *d_q
 

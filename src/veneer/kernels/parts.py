@@ -178,6 +178,14 @@ class BlockParts:
     drops: tuple[nn.Dropout, ...]
     inside: tuple[nn.Module, ...]  # all modules but the block itself; a fused block calls none of them
 
+    def dropping(self) -> str | None:
+        """Why it will run plainly as soon as it trains."""
+        p = max((drop.p for drop in (*self.drops, *self.mlp.drops)), default=0)
+        if not p:
+            return None
+        what = f"while it trains it drops out of its residual stream (p = {p:g}), and is not fused then"
+        return f"{what}; with resid_pdrop 0 in the model's config it would be"
+
     def touched(self) -> str | None:
         return next((why for each in self.inside if (why := untouched(each)) is not None), None)
 

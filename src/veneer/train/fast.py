@@ -244,6 +244,7 @@ def _now(parts: Any, dtype: torch.dtype) -> Iterator[Any]:
     elif isinstance(parts, (NormParts, LayerNormParts)):
         yield parts.now(dtype)
     elif isinstance(parts, BlockParts):
+        yield parts.dropping()
         for part in (parts.first, parts.attention, parts.second, parts.mlp, *parts.posts):
             yield from _now(part, dtype)
 
