@@ -80,6 +80,7 @@ class FusedModule(nn.Module):
     """What fused modules share. `fused` lies in the instance's dict: the parts, and what is kept."""
 
     fused: FusedState
+    records = False  # whether it can be recorded as CUDA graphs
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return _rebuild, type(self).__bases__, self.__dict__
@@ -114,6 +115,8 @@ def _is_resting(x: Tensor) -> bool:
 
 
 class FusedBlock(FusedModule):
+    records = True
+
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         kwargs |= zip(_argument_names(type(self).__bases__[1]), args, strict=False)
         if _is_resting(hidden_states) or kwargs.get("encoder_hidden_states") is not None:
@@ -319,9 +322,9 @@ def _keeps_turned(module: nn.Module, keep: bool = True) -> bool:
 
 def _ungraphed(model: nn.Module) -> str | None:
     """Why nothing will be recorded, as far as that can be told before the first call."""
-    blocks = [m for m in model.modules() if isinstance(m, FusedModule) and m.fused.recorder is not None]
+    blocks = [m for m in model.modules() if isinstance(m, FusedModule) and m.records]
     if not blocks:
-        return "no whole block is fused"
+        return "none of what is fused is recorded"
     device = next((p.device.type for p in blocks[0].parameters()), "cpu")
     return None if device in ("cuda", "meta") else f"they need a GPU, and the model is on the {device}"
 

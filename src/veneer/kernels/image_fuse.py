@@ -65,6 +65,8 @@ def _more_is_asked(kwargs: dict[str, Any]) -> str | None:
 class FusedStage(FusedModule):
     """An image -> rows -> transformer blocks -> an image. Channels stay last, so rows and images are one memory."""
 
+    records = True
+
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         y = None if args else self._by_replay(hidden_states, kwargs)
         return super().forward(hidden_states, *args, **kwargs) if y is None else (y,)
@@ -126,6 +128,8 @@ def _replayed(module: FusedModule, x: Tensor, tensors: dict[str, Tensor], run: A
 
 class FusedResidual(FusedModule):
     """A residual block of two convolutions."""
+
+    records = True
 
     def forward(self, input_tensor: Tensor, temb: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
         if args or kwargs or _is_resting(input_tensor):
