@@ -22,6 +22,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -255,6 +256,9 @@ def waits(seen: Any) -> None:
     events = [e for e in seen.events() if e.device_type == torch.autograd.DeviceType.CUDA]
     events.sort(key=lambda e: e.time_range.start)
     end, found = events[0].time_range.end, {}
+    cleared = Counter(after.name for before, after in pairwise(events) if before.name.startswith("Memset"))
+    for name, count in cleared.most_common(8):
+        print(f"memory is cleared before {count} x {name[:90]}", file=sys.stderr)
     for event in events[1:]:
         found.setdefault(event.name, []).append(max(0.0, event.time_range.start - end))
         end = max(end, event.time_range.end)

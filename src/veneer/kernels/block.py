@@ -22,8 +22,9 @@ which are taken off again: in half precision that costs places where a bias is m
 scales. The outputs of o and of down are kept besides with none and gate_up, without their biases, as wide as x each,
 and computed again with middle and input.
 
-Norms, the activation's product and rotations are always formed again: each is one pass over memory. Everywhere the
-gradient that flows past a norm is added in the pass that goes back through it.
+Rotations and the activation's product are always formed again, each in one pass over memory; so are norms, unless all
+that is wanted of what they gave is a thin product (`Normed`). Everywhere the gradient that flows past a norm is added
+in the pass that goes back through it.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from veneer.kernels.group import Factors, Group, Thin, factors_of
+from veneer.kernels.group import Factors, Group, Thin, factors_of, token_sum
 from veneer.kernels.pieces import Pair, activated, activated_back, kernels_for
 
 __all__ = ["LEVELS", "Attend", "Block", "Ending", "Norm", "Unit", "norm", "rotated", "run_block", "run_mlp", "through"]
@@ -65,6 +66,31 @@ class Norm(NamedTuple):
 
     def back(self, g: Tensor, x: Tensor, rstd: Tensor, plus: Tensor | None = None) -> Tensor:
         return kernels_for(x).rms_norm_back(g, x, rstd, self.weight, self.offset, plus)
+
+
+@dataclass(slots=True)
+class Normed:
+    """What a norm gave, formed again only where that is asked for.
+
+    d^T (x rstd gain) = ((d rstd)^T x) gain: a product with something thin needs x and no more.
+    """
+
+    norm: Any
+    x: Tensor
+    rstd: Any
+    y: Tensor | None = None
+
+    def formed(self) -> Tensor:
+        if self.y is None:
+            self.y, _ = self.norm.forward(self.x, self.rstd)
+        return self.y
+
+    def product(self, d: Tensor, dtype: torch.dtype) -> Tensor:
+        if self.y is not None or not isinstance(self.norm, Norm) or d.dtype == torch.float16:  # d rstd might vanish
+            return token_sum(d.T, self.formed(), dtype)
+        weight = self.norm.weight
+        gain = weight.to(torch.promote_types(weight.dtype, torch.float32)) + self.norm.offset
+        return token_sum((d * self.rstd[:, None]).to(d.dtype).T, self.x, dtype).mul_(gain)
 
 
 @dataclass(slots=True)
@@ -245,10 +271,12 @@ def before_post(post: Any, g: Tensor, group: Group, ys: Sequence[Tensor], stats:
 
 
 def unit_back(
-    unit: Unit, g: Tensor, x: Tensor, kept: UnitKept, factors: tuple[Factors, Factors]
+    unit: Unit, g: Tensor, x: Tensor | Normed, kept: UnitKept, factors: tuple[Factors, Factors]
 ) -> tuple[Tensor, list[Tensor | None]]:
     """The gradients of x and of the factors of gate, up and down."""
-    gates = list(kept.gate_up) or list(unit_gates(unit, x, kept.entry, factors[0]))
+    gates = list(kept.gate_up)
+    if not gates:
+        gates += unit_gates(unit, x if isinstance(x, Tensor) else x.formed(), kept.entry, factors[0])
     kept.gate_up.clear()
     d_rest, gs = unit.down.rest_gradients([g], kept.ys, biased=False), unit.down.scaled([g])
     d = unit.down.thin_gradients(gs, factors[1])
@@ -282,7 +310,7 @@ def _entry_outputs(unit: Unit, gates: Sequence[Tensor]) -> list[Tensor]:
 
 
 def _lean_back(
-    unit: Unit, g: Tensor, x: Tensor, d: Tensor | None, gates: list[Tensor], kept: UnitKept,
+    unit: Unit, g: Tensor, x: Tensor | Normed, d: Tensor | None, gates: list[Tensor], kept: UnitKept,
     factors: tuple[Factors, Factors],
 ) -> tuple[Tensor, list[Tensor | None]]:  # fmt: skip
     """The same where no adapter drops out: what they add to anything as wide as the unit is formed where it is used."""
@@ -379,7 +407,7 @@ class Front(torch.autograd.Function):
         gs = _turned_back(block, (gq, gk, gv), cos, sin)
         ys = _turned_back(block, outputs, *(_inverse(cos, sin) if block.turns else (cos, sin))) if outputs else []
         rows = rows_of(x)
-        normed, _ = block.first.forward(rows, rstd)
+        normed = Normed(block.first, rows, rstd)
         d_normed, d_tensors = block.qkv.back(normed, gs, thin, block.factors[0], ys, ctx.needs_input_grad[0])
         dx = None
         if d_normed is not None:
@@ -472,7 +500,7 @@ def tail_forward(
 def tail_back(block: Ending, g: Tensor, o: Tensor, kept: TailKept) -> tuple[Tensor, Tensor, list[Tensor | None]]:
     """The gradients of x, of o, and of the factors."""
     assert kept.middle is not None
-    normed, _ = block.second.forward(kept.middle, kept.rstd)
+    normed = Normed(block.second, kept.middle, kept.rstd)
     first, second = block.posts
     d_down = before_post(second, g, block.unit.down, kept.unit.ys, kept.unit.stats)
     d_normed, d_unit = unit_back(block.unit, d_down, normed, kept.unit, (block.factors[2], block.factors[3]))

@@ -27,7 +27,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -43,7 +43,18 @@ from veneer.kernels.pieces import Rounding, column_products, kernels_for
 from veneer.quant.layer import Packed
 from veneer.quant.storage import Parts, Recipe, storage_of
 
-__all__ = ["Bare", "Factors", "Group", "Thin", "all_bare", "factors_of", "lay_bare", "untouched"]
+__all__ = [
+    "Bare",
+    "Factors",
+    "Group",
+    "Thin",
+    "Unformed",
+    "all_bare",
+    "factors_of",
+    "lay_bare",
+    "token_sum",
+    "untouched",
+]
 
 
 THINNEST = 128  # ranks up to this are added by kernels of their own
@@ -266,6 +277,16 @@ class Factors(NamedTuple):
     bs: tuple[Tensor | None, ...]
 
 
+@runtime_checkable
+class Unformed(Protocol):
+    """An input that is not there any more, though its products with thin matrices can be had without it."""
+
+    def formed(self) -> Tensor: ...
+    def product(self, d: Tensor, dtype: torch.dtype) -> Tensor:
+        """d^T of it."""
+        ...
+
+
 @dataclass(slots=True)
 class Group:
     """Layers with one input."""
@@ -359,7 +380,7 @@ class Group:
         return [layer.weight for layer in self.layers]
 
     def back(
-        self, x: Tensor, gs: Sequence[Tensor], thin: Thin, factors: Factors, ys: Sequence[Tensor] = (),
+        self, x: Tensor | Unformed, gs: Sequence[Tensor], thin: Thin, factors: Factors, ys: Sequence[Tensor] = (),
         need_x: bool = True, biased: bool = True,
     ) -> tuple[Tensor | None, list[Tensor | None]]:  # fmt: skip
         """The gradients of x and of `tensors()`; `ys` are the outputs, where there are magnitudes, and `biased` says
@@ -421,21 +442,24 @@ class Group:
         assert dx is not None
         return dx
 
-    def factor_gradients(self, x: Tensor, gs: Sequence[Tensor], d: Tensor | None, thin: Thin) -> list[Tensor | None]:
+    def factor_gradients(
+        self, x: Tensor | Unformed, gs: Sequence[Tensor], d: Tensor | None, thin: Thin
+    ) -> list[Tensor | None]:
         pairs = [pair for layer in self.layers for pair in layer.adapters]
         if d is None or thin.h is None or not any(a.requires_grad or b.requires_grad for a, b, _ in pairs):
             return [None] * (2 * len(pairs))
         return [*self.a_gradients(x, d, thin), *self.b_gradients(gs, thin)]
 
-    def a_gradients(self, x: Tensor, d: Tensor, thin: Thin) -> list[Tensor | None]:
+    def a_gradients(self, x: Tensor | Unformed, d: Tensor, thin: Thin) -> list[Tensor | None]:
         if not any(a.requires_grad for layer in self.layers for a, _, _ in layer.adapters):
             return [None] * sum(len(layer.adapters) for layer in self.layers)
         dtype = next(a.dtype for layer in self.layers for a, _, _ in layer.adapters)
         if not any(mask is not None for mask in thin.masks):
-            da = _product(d.T, x, dtype)
+            da = token_sum(d.T, x, dtype) if isinstance(x, Tensor) else x.product(d, dtype)
         else:
+            x = x if isinstance(x, Tensor) else x.formed()
             spans = zip(self.layers, self.spans, thin.masks, strict=True)
-            da = torch.cat([_product(d[:, s].T, _dropped(x, m, layer.dropout), dtype) for layer, s, m in spans])
+            da = torch.cat([token_sum(d[:, s].T, _dropped(x, m, layer.dropout), dtype) for layer, s, m in spans])
         return self.split_a(da)
 
     def split_a(self, da: Tensor) -> list[Tensor | None]:
@@ -449,7 +473,7 @@ class Group:
         found: list[Tensor] = []
         for layer, g, span in zip(self.layers, gs, self.spans, strict=True):
             if layer.rank:
-                found += layer.split_b(_product(g.T, thin.h[:, span], layer.adapters[0][1].dtype))
+                found += layer.split_b(token_sum(g.T, thin.h[:, span], layer.adapters[0][1].dtype))
         return found
 
 
@@ -484,7 +508,7 @@ def _dropped(x: Tensor, mask: Tensor | None, p: float) -> Tensor:
     return x if mask is None else (x * mask).mul_(1 / (1 - p)) if p < 1 else torch.zeros_like(x)
 
 
-def _product(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
+def token_sum(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
     """A sum over all tokens, given in the type of the parameter it belongs to; a GPU does not round it before."""
     if left.is_cuda and dtype == torch.float32 and left.dtype != dtype:
         return torch.mm(left, right, out_dtype=dtype)
