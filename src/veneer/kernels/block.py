@@ -38,6 +38,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from veneer.kernels.graphs import room_for
 from veneer.kernels.group import Factors, Group, Thin, factors_of, token_sum
 from veneer.kernels.pieces import Pair, activated, activated_back, kernels_for
 
@@ -64,8 +65,8 @@ class Norm(NamedTuple):
     ) -> tuple[Tensor, Tensor]:
         return kernels_for(x).rms_norm(x, self.weight, self.eps, self.offset, rstd, rounded, plus)
 
-    def back(self, g: Tensor, x: Tensor, rstd: Tensor, plus: Tensor | None = None) -> Tensor:
-        return kernels_for(x).rms_norm_back(g, x, rstd, self.weight, self.offset, plus)
+    def back(self, g: Tensor, x: Tensor, rstd: Tensor, plus: Tensor | None = None, out: Tensor | None = None) -> Tensor:
+        return kernels_for(x).rms_norm_back(g, x, rstd, self.weight, self.offset, plus, out)
 
 
 @dataclass(slots=True)
@@ -411,7 +412,8 @@ class Front(torch.autograd.Function):
         d_normed, d_tensors = block.qkv.back(normed, gs, thin, block.factors[0], ys, ctx.needs_input_grad[0])
         dx = None
         if d_normed is not None:
-            dx = block.first.back(d_normed, rows, rstd, rows_of(g)).view(x.shape)
+            out = {} if not isinstance(block.first, Norm) or (room := room_for(x)) is None else {"out": rows_of(room)}
+            dx = block.first.back(d_normed, rows, rstd, rows_of(g), **out).view(x.shape)
         return dx, None, None, None, *d_tensors
 
 

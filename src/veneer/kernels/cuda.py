@@ -124,12 +124,13 @@ def _rms_norm_back(g, x, rstd, w, plus, dx, n, OFFSET: tl.constexpr, PLUS: tl.co
 
 
 def rms_norm_back(
-    g: Tensor, x: Tensor, rstd: Tensor, w: Tensor, offset: float = 0.0, plus: Tensor | None = None
-) -> Tensor:
+    g: Tensor, x: Tensor, rstd: Tensor, w: Tensor, offset: float = 0.0, plus: Tensor | None = None,
+    out: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     t, n = x.shape
     g, x = g.contiguous(), x.contiguous()
     plus = plus.contiguous() if plus is not None else None
-    dx = torch.empty_like(x)
+    dx = torch.empty_like(x) if out is None else out
     if t:
         block = triton.next_power_of_2(n)
         with _on(x):

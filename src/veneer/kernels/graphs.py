@@ -35,7 +35,7 @@ from torch.autograd.function import once_differentiable
 from veneer.errors import StateError
 from veneer.quant.eight import forget
 
-__all__ = ["Recorder", "Unfit", "replayed"]
+__all__ = ["Recorder", "Unfit", "replayed", "room_for"]
 
 WARM = 2  # calls alike before a block is recorded
 LASTING = 4  # calls alike, but unlike the record, before all is recorded anew: an odd last batch is none
@@ -278,9 +278,10 @@ class Record:
         """The gradients of the leaves in their rooms, and of x in a place that may be that of y. y keeps what the pass
         reads."""
         assert self.x is not None and self.dx is not None and self.rooms is not None
-        grads = list(torch.autograd.grad(y, wanted, self.g, retain_graph=True))
-        if self.x.requires_grad:
-            self.dx.copy_(grads.pop(0))
+        with _offering(self.dx):
+            grads = list(torch.autograd.grad(y, wanted, self.g, retain_graph=True))
+        if self.x.requires_grad and (dx := grads.pop(0)).data_ptr() != self.dx.data_ptr():
+            self.dx.copy_(dx)
         self.rooms.put(grads)
 
     def _warm(self, run: Run, statics: dict[str, Tensor]) -> None:
@@ -324,6 +325,23 @@ class Record:
         self.pending, self.recorder.is_open = None, False
         assert self.dx is not None and self.rooms is not None
         return [self.dx, *self.rooms.taken_out()]
+
+
+_offered: list[Tensor] = []  # where the gradient of the input is wanted, while a block's backward pass is recorded
+
+
+@contextmanager
+def _offering(room: Tensor) -> Iterator[None]:
+    _offered.append(room)
+    try:
+        yield
+    finally:
+        _offered.clear()
+
+
+def room_for(x: Tensor) -> Tensor | None:
+    """Where a block may put the gradient of its input x as the last thing it does; where it does not, it is copied."""
+    return _offered[0] if _offered and _offered[0].shape == x.shape and _offered[0].dtype == x.dtype else None
 
 
 class Unfit(Exception):

@@ -106,12 +106,14 @@ def rms_norm_back(
     w: Float[Tensor, " n"],
     offset: float = 0.0,
     plus: Float[Tensor, "t n"] | None = None,
+    out: Float[Tensor, "t n"] | None = None,
 ) -> Float[Tensor, "t n"]:
-    """The gradient of x, and `plus` on top: what flows past the norm beside it."""
+    """The gradient of x, and `plus` on top: what flows past the norm beside it; in `out`, where that is given."""
     normed = _wide(x) * rstd[:, None]
     wg = _wide(g) * (_wide(w) + offset)
     dx = rstd[:, None] * (wg - normed * (wg * normed).mean(-1, keepdim=True))
-    return (dx if plus is None else dx + _wide(plus)).to(x.dtype)
+    dx = (dx if plus is None else dx + _wide(plus)).to(x.dtype)
+    return dx if out is None else out.copy_(dx)
 
 
 # ------------------------------------------------------------------ gated units
