@@ -91,7 +91,8 @@ class Normed:
             return token_sum(d.T, self.formed(), dtype)
         weight = self.norm.weight
         gain = weight.to(torch.promote_types(weight.dtype, torch.float32)) + self.norm.offset
-        return token_sum((d * self.rstd[:, None]).to(d.dtype).T, self.x, dtype).mul_(gain)
+        scaled = torch.mul(d, self.rstd[:, None], out=torch.empty_like(d))
+        return token_sum(scaled.T, self.x, dtype).mul_(gain)
 
 
 @dataclass(slots=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from itertools import pairwise
 
 import torch
 import triton  # pyright: ignore[reportMissingImports]
@@ -311,7 +312,7 @@ def _padded(thin: Pair, like: Tensor) -> tuple[Tensor, Tensor, int, int]:
 @triton.jit
 def _thin_glu_back(
     g, gate, up, d_gate, d_up, hg, bg, hu, bu, d, a, into_a, into_g, into_u, most, cg, cu, t, n, rg, ru, rd, steps,
-    g_row, gate_row, up_row, d_gate_row, d_up_row, hg_row, bg_row, hu_row, bu_row, d_row, a_row,
+    all_ranks, g_row, gate_row, up_row, d_gate_row, d_up_row, hg_row, bg_row, hu_row, bu_row, d_row, a_row,
     ACT: tl.constexpr, RG: tl.constexpr, RU: tl.constexpr, RD: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, EXACT: tl.constexpr, STAGES: tl.constexpr, MOST: tl.constexpr,
 ):  # fmt: skip
@@ -355,18 +356,18 @@ def _thin_glu_back(
         if RU:
             sum_u = tl.dot(tl.trans(left_u), du, sum_u, input_precision=precision)
     if RD:
-        _keep(into_a, sum_a, part, columns, rd, n, RD)
+        _keep(into_a, sum_a, part * all_ranks, columns, rd, n, RD)
     if RG:
-        _keep(into_g, sum_g, part, columns, rg, n, RG)
+        _keep(into_g, sum_g, part * all_ranks, columns, rg, n, RG)
     if RU:
-        _keep(into_u, sum_u, part, columns, ru, n, RU)
+        _keep(into_u, sum_u, part * all_ranks, columns, ru, n, RU)
 
 
 @triton.jit
-def _keep(into, total, part, columns, r, n, R: tl.constexpr):
+def _keep(into, total, first, columns, r, n, R: tl.constexpr):
     """One part's sum; parts are added up afterwards, always in the same order."""
     at = tl.arange(0, R)[:, None]
-    tl.store(into + (part * r + at) * n + columns[None, :], total, mask=(at < r) & (columns[None, :] < n))
+    tl.store(into + (first + at) * n + columns[None, :], total, mask=(at < r) & (columns[None, :] < n))
 
 
 def thin_glu_back(
@@ -380,18 +381,21 @@ def thin_glu_back(
     (hg, bg, rg, wide_g), (hu, bu, ru, wide_u), (d, a, rd, wide_d) = (
         _padded(thin, gate) for thin in (gate_thin, up_thin, down)
     )
-    sums = [torch.empty((parts, r, n), dtype=torch.float32, device=g.device) if r else g for r in (rd, rg, ru)]
+    ends = [0, rd, rd + rg, rd + rg + ru]  # all parts' sums, one under the other
+    sums = torch.empty((parts, ends[-1], n), dtype=torch.float32, device=g.device)
     most, folds = g, (g, g)
     if rounding is not None:
         most, folds = torch.zeros(t, dtype=torch.float32, device=g.device), rounding.columns
     with _on(g):
         _thin_glu_back[(triton.cdiv(n, columns), parts)](
-            g, gate, up, d_gate, d_up, hg, bg, hu, bu, d, a, *sums, most, *folds, t, n, rg, ru, rd, steps,
+            g, gate, up, d_gate, d_up, hg, bg, hu, bu, d, a, *(sums[:, at:] for at in ends[:3]), most, *folds, t, n,
+            rg, ru, rd, steps, ends[-1],
             *(each.stride(0) for each in (g, gate, up, d_gate, d_up, hg, bg, hu, bu, d, a)),
             ACTS[act], wide_g, wide_u, wide_d, rows, columns, gate.dtype == torch.float32, stages,
             rounding is not None, num_warps=warps,
         )  # fmt: skip
-    da, dg, du = (s.sum(0) if r else None for s, r in zip(sums, (rd, rg, ru), strict=True))
+    whole = sums.sum(0)
+    da, dg, du = (whole[at:end] if end > at else None for at, end in pairwise(ends))
     thin = None
     if rounding is not None:
         codes, scale, thin = round_thin([d_gate, d_up], most, rounding.dtype, rounding.columns, rounding.bs)
