@@ -107,6 +107,7 @@ CASES = {
         case("qwen3 fused bf16 r64", QWEN3, 2, 512, "bf16", fused=True, r=64),
         case("qwen3 fused dropout", QWEN3, 4, 256, "fp32", fused=True, dropout=0.05),
         case("qwen3 fused input", QWEN3, 4, 256, "fp32", fused=True, recompute="input"),
+        case("llama fused tiled", LLAMA, 1, 6000, "fp32", fused=True, recompute="tiled"),
         case("gpt2 full recompute", GPT2, 4, 256, "fp32", method="full", recompute="full"),
         case("gpt2 lora fp32", GPT2, 4, 256, "fp32"),
         case("bert lora classify", BERT, 16, 128, "fp32", task=CLASSIFY),
@@ -119,6 +120,7 @@ CASES = {
         case("8B fused middle", LLAMA_8B, 4, 2048, "bf16", gpu=True, fused=True, recompute="middle"),
         case("8B fused input", LLAMA_8B, 4, 2048, "bf16", gpu=True, fused=True, recompute="input"),
         case("8B fused offload", LLAMA_8B, 4, 2048, "bf16", gpu=True, fused=True, recompute="offload"),
+        case("8B fused tiled", LLAMA_8B, 1, 32768, "bf16", gpu=True, fused=True, recompute="tiled"),
         case("8B lora bf16 r64 one row", LLAMA_8B, 1, 4096, "bf16", gpu=True, r=64),
         case("3B full bf16", LLAMA_3B, 1, 2048, "bf16", gpu=True, method="full", recompute="full"),
         case("3B lora bf16", LLAMA_3B, 1, 2048, "bf16", gpu=True, recompute="full"),
@@ -202,7 +204,8 @@ def _steps(case: Case, device: str, count: int = 2) -> None:
         fuse(model, "input" if level == "offload" else level, verbose=False)
     with recomputing(model, level == "full"):
         for _ in range(count):
-            with offloaded(torch.device(device)) if level == "offload" else nullcontext():
+            away = offloaded(torch.device(device), fetches_ahead=level == "offload")
+            with away if level in ("offload", "tiled") else nullcontext():
                 (task.loss(model, batch) / batch.trained_tokens).backward()
             masters.collect()
             masters.clip(float(masters.gradient_norms().norm()), 1.0)

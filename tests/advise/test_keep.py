@@ -10,7 +10,7 @@ import torch
 import transformers
 
 from veneer.advise.activations import Pass, kept_fused
-from veneer.advise.keep import MARGIN, choose, levels_of
+from veneer.advise.keep import MARGIN, choose, levels_of, longest_row, stays
 from veneer.advise.memory import estimate_memory
 from veneer.advise.plan import Plan
 from veneer.advise.shapes import shapes_of
@@ -35,7 +35,7 @@ def needed(level: str, **changes: Any) -> float:
 
 
 def test_the_levels_are_those_of_the_blocks_and_one_more() -> None:
-    assert levels_of(True, "cuda") == (*LEVELS, "offload") and levels_of(True, "cpu") == LEVELS
+    assert levels_of(True, "cuda") == (*LEVELS[:-1], "offload", "tiled") and levels_of(True, "cpu") == LEVELS
     assert levels_of(False, "cuda") == ("none", "input") == levels_of(False, "cpu")
 
 
@@ -86,6 +86,35 @@ def test_moments_of_one_byte_are_suggested_where_they_are_what_is_missing() -> N
     assert "optimizer adamw8bit" in choice.instead and plan.optimizer == "adamw"
 
 
+def test_what_the_host_cannot_take_stays_on_the_card_and_counts_there() -> None:
+    long = Plan(device="cuda", r=32, max_len=350_000, padded=False, fused=True, recompute="tiled")
+    each = 350_000 * 4096 * 2
+    whole = estimate_memory(SHAPES, **vars(long))
+    assert whole.host_bytes == 33 * each and stays(SHAPES, long, 33 * each) == 0 == stays(SHAPES, long, None)
+    assert stays(SHAPES, long, 33 * each - 1) == each and stays(SHAPES, long, 0) == 33 * each
+    some = estimate_memory(SHAPES, **vars(long) | {"stay": 4})
+    assert some.host_bytes == 29 * each and some.total_bytes - whole.total_bytes == 4 * each
+    choice = choose(SHAPES, long, 80 * GIB, 30 * each)
+    assert choice.level == "tiled" and choice.room == 3 * each and "that the host has no room for" in choice.reason
+
+
+@pytest.mark.parametrize("quant", ["nf4", "none"])
+@pytest.mark.parametrize("host", [32, 115, None])
+def test_the_longest_row_fits_and_a_longer_one_does_not(quant: str, host: int | None) -> None:
+    plan = Plan(device="cuda", precision="bf16", quant=quant, r=32, fused=True, batch_size=4)
+    bytes_ = None if host is None else host * GIB
+    found = longest_row(SHAPES, plan, 79 * GIB, bytes_)
+    assert found is not None and found[1].level == "tiled" and found[1].fits
+    one = {name: getattr(plan, name) for name in plan.__dataclass_fields__} | {"batch_size": 1, "padded": False}
+    longer = Plan(**one | {"max_len": int(1.005 * found[0])})
+    assert not choose(SHAPES, longer, 79 * GIB, bytes_).fits
+    assert (found[0] > 342_733) == (host != 32)  # with nf4 and without
+
+
+def test_no_row_is_the_longest_where_the_weights_do_not_fit() -> None:
+    assert longest_row(SHAPES, BIG, 10 * GIB) is None
+
+
 def test_a_base_that_is_there_counts_as_what_it_is() -> None:
     small = estimate_memory("8B", device="cuda", weights=4 * GIB)
     assert small.parts["weights"] == 4 * GIB
@@ -122,7 +151,7 @@ def test_one_more_fused_block_keeps_what_the_table_says(
         tokens=TOKENS, width=dtype.itemsize, ranks={m.name: 8 for m in adapted}, dropout=spec.get("dropout", 0.0)
     )
     factors = sum(8 * (m.out + m.n) for m in adapted) * dtype.itemsize
-    state = torch.get_rng_state().nbytes if "dropout" in spec and level in ("middle", "input") else 0
+    state = torch.get_rng_state().nbytes if "dropout" in spec and level in ("middle", "input", "tiled") else 0
     told = kept_fused(block, how, level) * ROWS * TOKENS + factors + state
     assert told == pytest.approx(sizes[1] - sizes[0], rel=0.02)
 

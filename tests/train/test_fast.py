@@ -69,7 +69,7 @@ def test_padded_batches_run_fused_too(run_tiny: Runs, monkeypatch: pytest.Monkey
 
 @pytest.mark.parametrize(
     "settings",
-    [{"recompute": level} for level in ("gate_up", "middle", "input", "full")] + [{"fuse": "off"}],
+    [{"recompute": level} for level in ("gate_up", "middle", "input", "full", "tiled")] + [{"fuse": "off"}],
     ids=str,
 )
 def test_no_choice_changes_what_is_learned(run_tiny: Runs, settings: dict[str, Any]) -> None:
@@ -151,7 +151,7 @@ def test_when_no_level_is_left_the_micro_batch_is_halved(run_tiny: Runs, monkeyp
     monkeypatch.setattr(CausalLM, "loss", loss)
     run, heard, _ = run_tiny(**SHORT)
     told = [event.get("recompute") or event["micro_batch"] for event in heard.of("oom")]
-    assert told == ["gate_up", "middle", "input", 2] and run.result["micro_batch"] == 2
+    assert told == ["gate_up", "middle", "input", "tiled", 2] and run.result["micro_batch"] == 2
 
 
 def broken(monkeypatch: pytest.MonkeyPatch, tokens: Callable[[int], bool]) -> None:

@@ -25,7 +25,7 @@ from dataclasses import dataclass, field
 
 from veneer.advise.shapes import Block, Matrix
 
-__all__ = ["Pass", "backward_workspace", "fused_workspace", "kept", "kept_fused", "kept_outside"]
+__all__ = ["Pass", "backward_workspace", "fused_workspace", "kept", "kept_fused", "kept_outside", "tiled_workspace"]
 
 INSIDE = {  # inner tensors an activation keeps, in units of the MLP's width
     "relu": 0,  # its output, which the next matrix reads
@@ -35,6 +35,8 @@ INSIDE = {  # inner tensors an activation keeps, in units of the MLP's width
 }
 
 
+TILE = 4096  # kernels/tiled.py: tokens at a time
+HEAD_GROUPS = 8  # the same: attention's heads, in so many parts
 UNIT_ON_CPU = 8  # arrays as wide as the unit, at the highest moment of its backward pass
 
 
@@ -73,9 +75,9 @@ def kept(block: Block, how: Pass) -> dict[str, float]:
 def kept_fused(block: Block, how: Pass, level: str) -> float:
     """Bytes kept for each token by one fused block at a level of `recompute`."""
     entry = block.hidden * how.width
-    if level == "offload":
+    if level == "offload" or (level == "tiled" and how.gpu):
         return 0.0  # the input is in the host's memory
-    if level == "input":
+    if level in ("input", "tiled"):
         return entry
     if level == "middle":
         return 2 * entry
@@ -200,3 +202,18 @@ def fused_workspace(block: Block, how: Pass, level: str) -> float:
     unit = block.mid * (2 if how.gpu else UNIT_ON_CPU) * how.width
     attention = (2 * query + 4 * key) * how.width
     return again + stream + max(unit, attention)
+
+
+def tiled_workspace(block: Block, how: Pass, tokens: int) -> float:
+    """Bytes of scratch of a block in tiles (kernels/tiled.py): what is there for all tokens, and what for one tile.
+
+    For all: the gradient that arrives and the one beside the attention, q, k and v, attention and its gradient. In
+    attention's own backward pass, for a part of the heads: its gradients, d q in fp32, d k and d v for each head of q.
+    """
+    query, key = block.heads * block.head_dim, block.kv_heads * block.head_dim
+    parts = next(n for n in range(min(block.kv_heads, HEAD_GROUPS), 0, -1) if block.kv_heads % n == 0)
+    masks = sum(m.n for m in block.matrices if how.ranks.get(m.name)) if how.dropout else 0  # at most
+    whole = (2 * block.hidden + 3 * query + 2 * key) * how.width + masks
+    attention = ((3 * query + 2 * key) * how.width + 4 * query) / parts
+    tile = fused_workspace(block, how, "input") + block.hidden * how.width
+    return tokens * whole + max(tokens * attention, min(tokens, TILE) * tile)

@@ -6,9 +6,11 @@
     middle     its input and its middle    about a third
     input      its input                   about a third
     offload    nothing: its input is on the host meanwhile (GPUs), and the transfer
+    tiled      the same (on a CPU its input); what is computed exists for 4,096 tokens at a time
 
 A stock block knows none and input (transformers' own checkpointing). `choose` takes the first level whose
-estimate, with a margin, fits what the device has for this process. An estimate is not a promise: the run tries its
+estimate, with a margin, fits what the device has for this process; where the host has too little for the inputs, some
+of them stay on the card and count there. An estimate is not a promise: the run tries its
 longest batch before the first step and goes one level further where that runs out of memory (train/fast.py).
 
 Recomputing pays for memory with time. What pays with less - fewer rows at once, moments of one byte, a packed base - is
@@ -22,10 +24,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from veneer.advise.memory import Estimate, estimate_memory, gib
+from veneer.advise.peak import host_inputs
 from veneer.advise.plan import Plan
 from veneer.advise.shapes import Shapes
 
-__all__ = ["KNOWN_BLOCKS", "Choice", "choose", "levels_of"]
+__all__ = ["KNOWN_BLOCKS", "Choice", "choose", "levels_of", "longest_row", "stays"]
 
 KNOWN_BLOCKS = ("llama", "mistral", "qwen2", "qwen3", "gemma", "phi3")  # families whose blocks run fused
 MARGIN = 0.05  # of the estimate, on top of its own reserve: benchmarks/memory.py finds errors up to that
@@ -39,6 +42,7 @@ class Choice:
     needs: Mapping[str, int]  # bytes, margin included
     free: int
     instead: tuple[str, ...] = ()
+    room: int = 0  # bytes of inputs that stay on the card, of those that would go to the host
 
     @property
     def fits(self) -> bool:
@@ -51,25 +55,53 @@ class Choice:
             return f"all that is kept fits: {gib(self.needs['none'])} needed, {has}"
         others = ", ".join(f"{level} {gib(size)}" for level, size in self.needs.items() if level != self.level)
         mine = f"{gib(self.needs[self.level])} needed ({others})"
+        if self.room:
+            mine += f" with {gib(self.room)} that the host has no room for"
         return f"{'the first that fits' if self.fits else 'nothing fits, by the estimate'}: {mine}, {has}"
 
 
 def levels_of(fused: bool, device: str) -> tuple[str, ...]:
     """The levels there are, from the one that keeps everything to the one that keeps nothing."""
     between = ("gate_up", "middle") if fused else ()
-    return ("none", *between, "input", *(("offload",) if fused and device == "cuda" else ()))
+    return ("none", *between, "input", *(("offload",) if fused and device == "cuda" else ()), *(("tiled",) * fused))
 
 
-def choose(shapes: Shapes, plan: Plan, free: int) -> Choice:
-    """The first level that fits into `free` bytes; the last where none does."""
-    needs: dict[str, int] = {}
+def choose(shapes: Shapes, plan: Plan, free: int, host: int | None = None) -> Choice:
+    """The first level that fits into `free` bytes, and into `host` bytes of the host; the last where none does."""
+    needs, plans = {}, {}
     for level in levels_of(plan.fused, plan.device):
-        needs[level] = _needed(shapes, replace(plan, recompute=level))
+        plans[level] = _staying(shapes, replace(plan, recompute=level), host)
+        needs[level] = _needed(shapes, plans[level])
         if needs[level] <= free:
             break
     least = min(needs, key=needs.__getitem__)  # the last one where it fits
     all_is_well = least == "none" and needs[least] <= free
-    return Choice(least, needs, free, () if all_is_well else tuple(_instead(shapes, plan, free)))
+    instead = () if all_is_well else tuple(_instead(shapes, plan, free))
+    return Choice(least, needs, free, instead, stays(shapes, replace(plan, recompute=least), host))
+
+
+def _staying(shapes: Shapes, plan: Plan, host: int | None) -> Plan:
+    """With as many inputs on the card as the host cannot take."""
+    count, each = host_inputs(shapes, plan)
+    return plan if host is None or not each else replace(plan, stay=max(0, count - max(0, host) // each))
+
+
+def stays(shapes: Shapes, plan: Plan, host: int | None) -> int:
+    """Bytes of inputs that stay on the card at the level that the plan names."""
+    return _staying(shapes, plan, host).stay * host_inputs(shapes, plan)[1]
+
+
+def longest_row(shapes: Shapes, plan: Plan, free: int, host: int | None = None) -> tuple[int, Choice] | None:
+    """Tokens of the longest single row that can be trained, and how; None where not even a short one can be."""
+
+    def choice(tokens: int) -> Choice:
+        return choose(shapes, replace(plan, batch_size=1, max_len=tokens, padded=False), free, host)
+
+    low, high = 0, 1 << 24
+    while high - low > max(1, low // 500):
+        middle = (low + high) // 2
+        low, high = (middle, high) if choice(middle).fits else (low, middle)
+    return (low, choice(low)) if low else None
 
 
 def _instead(shapes: Shapes, plan: Plan, free: int) -> list[str]:

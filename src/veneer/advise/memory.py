@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 from veneer.advise.device import free_memory
-from veneer.advise.peak import PARTS, adapter_bytes, moments
+from veneer.advise.peak import PARTS, adapter_bytes, host_inputs, moments
 from veneer.advise.plan import Plan
 from veneer.advise.shapes import Shapes, bytes_of, shapes_of
 from veneer.core.registry import near
@@ -70,6 +70,12 @@ class Estimate:
         """None when no device was named."""
         return None if self.device_bytes is None else self.needed_bytes <= self.device_bytes
 
+    @property
+    def host_bytes(self) -> int:
+        """What lies in the host's pinned memory meanwhile."""
+        count, each = host_inputs(self.shapes, self.plan)
+        return count * each
+
     def sentence(self) -> str:
         """One line: what is needed, of how much, and where it goes."""
         shown = " + ".join(f"{n} {gib(b)}" for n, b in self.parts.items() if b >= 0.01 * self.total_bytes)
@@ -89,6 +95,7 @@ class Estimate:
     def to_json(self) -> dict[str, Any]:
         own = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("plan", "shapes", "knobs")}
         more = {"total_bytes": self.total_bytes, "needed_bytes": self.needed_bytes, "fits": self.fits}
+        more["host_bytes"] = self.host_bytes
         return own | more | {"knobs": [asdict(k) for k in self.knobs], "plan": asdict(self.plan)}
 
     def __str__(self) -> str:
@@ -224,13 +231,14 @@ def _told(estimate: Estimate) -> dict[str, str]:
     plan, shapes = estimate.plan, estimate.shapes
     kind = plan.precision if plan.quant == "none" else f"{plan.quant}, head and embedding {plan.precision}"
     rows = shapes.tokens_fixed or plan.max_len
+    away = f", {gib(estimate.host_bytes)} on the host" if estimate.host_bytes else ""
     share = 100 * estimate.trainable / max(estimate.parameters, 1)
     return {
         "weights": f"{estimate.parameters / 1e9:.3g} B parameters, {kind}",
         "adapter": f"rank {plan.r}, fp32" if plan.method == "lora" else "none",
         "gradients": f"{estimate.trainable / 1e6:.3g} M trained ({share:.2g} %), fp32",
         "optimizer": plan.optimizer,
-        "activations": f"{plan.batch_size} x {rows} tokens, recompute {plan.recompute}, {plan.attention}"
+        "activations": f"{plan.batch_size} x {rows} tokens, recompute {plan.recompute}, {plan.attention}{away}"
         if plan.mode == "train"
         else f"keys and values of {plan.batch_size} x {rows} tokens",
         "loss": f"{plan.loss}, vocabulary {shapes.vocab}" if shapes.vocab else "classification",

@@ -17,20 +17,38 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from veneer.advise.activations import Pass, backward_workspace, fused_workspace, kept, kept_fused, kept_outside
+from veneer.advise.activations import (
+    TILE,
+    Pass,
+    backward_workspace,
+    fused_workspace,
+    kept,
+    kept_fused,
+    kept_outside,
+    tiled_workspace,
+)
 from veneer.advise.plan import Plan
 from veneer.advise.shapes import Block, Shapes
 from veneer.core.registry import near
 from veneer.errors import TargetError
 
-__all__ = ["PARTS", "Moments", "adapter_bytes", "moments", "ranks", "trained_base", "weight_bytes"]
+__all__ = [
+    "PARTS",
+    "Moments",
+    "adapter_bytes",
+    "host_inputs",
+    "moments",
+    "ranks",
+    "trained_base",
+    "weight_bytes",
+]
 
 PARTS = ("weights", "adapter", "gradients", "optimizer", "activations", "loss", "workspace")
 
 PACKED_BITS = {"int8": 8.0, "fp8": 8.0, "nf4": 4.127}  # nf4: 4 bits, an fp8 scale for 64, an fp32 scale for 64 * 256
 CHUNK_ROWS = 2048  # train/loss.py: tokens whose logits exist at a time
 LOGIT_BYTES = 12  # cross entropy in fp32: log-probabilities, the gradient that reaches them, the gradient of the logits
-IN_FLIGHT = 3  # inputs of blocks on the device at a time when they live on the host (train/offload.py)
+IN_FLIGHT = {"offload": 3, "tiled": 1}  # inputs of blocks on the GPU at a time while they live on the host
 CUBLAS_BYTES = 72 * 2**20  # workspaces that torch allocates for it on first use (H100: 62 to 97 MiB measured)
 
 OPTIMIZER_BYTES = {"adamw": 8, "adamw8bit": 2, "adamw_host": 0, "lora_fa": 8, "sgd": 0}
@@ -62,6 +80,15 @@ def weight_bytes(shapes: Shapes, plan: Plan) -> int:
     )
     packed = shapes.packable * PACKED_BITS[plan.quant] / 8 + scales
     return int(packed + (shapes.parameters - shapes.packable) * plan.width)
+
+
+def host_inputs(shapes: Shapes, plan: Plan) -> tuple[int, int]:
+    """How many inputs (of the blocks and the last norm) go to the host with offload and tiled, and bytes of each."""
+    if plan.recompute not in IN_FLIGHT or plan.device != "cuda" or plan.mode != "train":
+        return 0, 0
+    tokens = plan.batch_size * (shapes.tokens_fixed or plan.max_len)
+    count = sum(block.count for block in shapes.blocks) + 1
+    return max(0, count - plan.stay), tokens * shapes.hidden * plan.width
 
 
 def trained_base(shapes: Shapes, plan: Plan) -> int:
@@ -222,7 +249,8 @@ def _training(
     held = 4 * trained.total if plan.accumulate else 0  # gradients of the micro-batches before
     beside = 4 * _largest(shapes) if plan.accumulate and plan.method != "lora" else 0  # one more, before it is added
     keeps = [layer.kept for layer in layers]
-    ring = IN_FLIGHT * tokens * shapes.hidden * plan.width if plan.recompute == "offload" else 0
+    flight = IN_FLIGHT.get(plan.recompute, 0) + plan.stay if plan.device == "cuda" else 0
+    ring = flight * tokens * shapes.hidden * plan.width
     made, loss = _loss(shapes, plan, tokens)
     at_loss = {"gradients": held + made, "activations": sum(keeps) + casts + outside + ring, "loss": loss}
     every = {"loss": always | at_loss}
@@ -274,10 +302,18 @@ def _layer(
     gradients = (plan.width if full else 4) * trained
     if plan.fused:
         per_token, again = kept_fused(block, how, plan.level), 0.0
-        workspace = fused_workspace(block, how, plan.level)
+        workspace = _fused_workspace(block, how, plan, tokens)
     else:
         per_token, again, workspace = _plain(block, how, plan, reached)
-    return _Layer(per_token * tokens, again * tokens, workspace * tokens + unpacked, gradients)
+        workspace *= tokens
+    return _Layer(per_token * tokens, again * tokens, workspace + unpacked, gradients)
+
+
+def _fused_workspace(block: Block, how: Pass, plan: Plan, tokens: int) -> float:
+    if plan.level != "tiled" or tokens <= TILE:
+        return fused_workspace(block, how, "input" if plan.level == "tiled" else plan.level) * tokens
+    opened = block.parameters * plan.width if plan.quant == "nf4" else 0  # for all tiles
+    return tiled_workspace(block, how, tokens) + opened
 
 
 def _plain(block: Block, how: Pass, plan: Plan, reached: bool) -> tuple[float, float, float]:
@@ -295,6 +331,8 @@ def _outside(shapes: Shapes, plan: Plan, tokens: int) -> float:
     block = shapes.blocks[-1]
     how = Pass(tokens=plan.max_len, width=plan.width, full=plan.method == "full")
     per_token = kept_outside(shapes.hidden, block.norm, block.head_dim, block.rope, plan.batch_size, how)
+    if plan.fused and block.norm == "rms":
+        per_token -= shapes.hidden * (4 - plan.width)  # the last norm keeps its input as it is
     encoder = kept_outside(shapes.hidden, block.norm, block.head_dim, False, 1, how) if block.cross else 0
     return (per_token + encoder + (shapes.hidden * plan.width if block.cross else 0)) * tokens
 
@@ -320,6 +358,7 @@ def _loss(shapes: Shapes, plan: Plan, tokens: int) -> tuple[float, float]:
     hidden = 3 * tokens * shapes.hidden * plan.width  # the last norm's output, the trained rows of it, their gradient
     logits = rows * shapes.vocab * LOGIT_BYTES
     if plan.method != "full" and "lm_head" not in plan.modules_to_save:  # kernels/loss.py: in the logits' own memory
+        hidden = 2 * tokens * shapes.hidden * plan.width  # rows are taken as their turn comes
         return 0, hidden + (rows * shapes.vocab * plan.width if plan.device == "cuda" else logits)
     # The head's gradient is summed over chunks; a chunk's share is made when only the logits' gradient is left.
     head = plan.width * shapes.head.out * shapes.head.n

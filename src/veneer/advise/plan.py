@@ -17,7 +17,7 @@ CHOICES = {
     "method": ("lora", "full", "freeze"),
     "precision": ("fp32", "bf16", "fp16"),
     "quant": ("none", "nf4", "int8", "fp8"),
-    "recompute": ("none", "gate_up", "middle", "input", "offload", "full"),
+    "recompute": ("none", "gate_up", "middle", "input", "offload", "tiled", "full"),
     "attention": ("sdpa", "eager"),
     "loss": ("chunked", "plain"),
     "combine": ("add", "dora"),
@@ -46,8 +46,9 @@ class Plan:
     batch_size: int = 1
     max_len: int = 2048
     accumulate: bool = False  # several micro-batches to a step: gradients live through all of them
-    recompute: str = "none"  # gate_up and middle are for fused blocks; full says input
+    recompute: str = "none"  # gate_up, middle and tiled are for fused blocks; full says input
     fused: bool = False  # blocks run as kernels/block.py has them
+    stay: int = 0  # of offload and tiled: inputs that stay on the GPU, since the host has no room for them
     weights: int | None = None  # bytes of the base, where it is loaded already
     attention: str = "sdpa"
     loss: str = "chunked"
@@ -64,7 +65,7 @@ class Plan:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 problems.append(f"{name}={value!r} must be a whole number of at least 1")
-        if self.recompute in ("gate_up", "middle") and not self.fused:
+        if self.recompute in ("gate_up", "middle", "tiled") and not self.fused:
             problems.append(f"recompute={self.recompute!r} is for fused blocks: say fused=True, or recompute='input'")
         if not 0 <= self.dropout < 1:
             problems.append(f"dropout={self.dropout!r} must be at least 0 and below 1")

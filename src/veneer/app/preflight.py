@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from veneer.advise.device import free_memory, usual_device
-from veneer.advise.keep import KNOWN_BLOCKS, choose, levels_of
+from veneer.advise.keep import KNOWN_BLOCKS, choose, levels_of, longest_row
 from veneer.advise.lr import learning_rate
 from veneer.advise.memory import Estimate, estimate_memory
 from veneer.advise.plan import CHOICES, Plan
@@ -57,6 +57,7 @@ class Checked:
     lr_reason: str
     memory: Estimate | None  # None where nothing is known before the first step
     free_bytes: int
+    longest_row: int | None  # tokens of the longest single row that memory has room for
     duration: Duration | None
 
     def to_json(self) -> dict[str, Any]:
@@ -78,7 +79,8 @@ class Checked:
 
     def _memory(self, memory: Estimate) -> dict[str, Any]:
         told = {name: value for name, value in memory.to_json().items() if name != "plan"}
-        return {**told, "free_bytes": self.free_bytes, "knobs": [str(knob) for knob in memory.knobs]}
+        more = {"free_bytes": self.free_bytes, "longest_row": self.longest_row}
+        return {**told, **more, "knobs": [str(knob) for knob in memory.knobs]}
 
     def raise_if_too_big(self) -> None:
         if self.memory is not None and self.memory.fits is False:
@@ -99,17 +101,18 @@ def preflight(resolved: Resolved, tell: Tell) -> Checked:
     settle_length(settings, settings.model)
     train, _ = encode_rows(task, settings, parts, tell)
     mask = _told_mask(train, task.renderer.tokenizer if task.renderer else task.tokenizer, tell)
-    memory, free, duration = None, free_memory(usual_device()), None
+    memory, free, longest, duration = None, free_memory(usual_device()), None, None
     if not task.paints:
-        memory, free = _memory(settings, train, labels=len(task.labels.names) if task.labels else 2)
-        _tell_memory(memory, free, tell)
+        memory, free, longest = _memory(settings, train, labels=len(task.labels.names) if task.labels else 2)
+        _tell_memory(memory, free, longest, tell)
     steps, rate, reason = _plan(settings, train, memory, tell)
     if memory is not None:
         duration = _duration(settings, train, steps, memory, tell)
     template = task.renderer.decision if task.renderer is not None else ""
     return Checked(
-        settings.resolved, train, len(parts.validation), mask, template, steps, rate, reason, memory, free, duration
-    )
+        settings.resolved, train, len(parts.validation), mask, template, steps, rate, reason, memory, free,
+        None if longest is None else longest[0], duration,
+    )  # fmt: skip
 
 
 def _told_mask(train: Encodings, tokenizer: Any, tell: Tell) -> list[dict[str, Any]]:
@@ -123,8 +126,8 @@ def _told_mask(train: Encodings, tokenizer: Any, tell: Tell) -> list[dict[str, A
     return [run._asdict() for run in found]
 
 
-def _memory(settings: Reads, train: Encodings, labels: int) -> tuple[Estimate, int]:
-    """With the longest sample there is, not the longest there could be."""
+def _memory(settings: Reads, train: Encodings, labels: int) -> tuple[Estimate, int, tuple[int, str] | None]:
+    """With the longest sample there is; and how long a single one could be, keeping what."""
     if settings.task not in CHOICES["task"]:
         fix = "start it: the heaviest batch is tried before the first step"
         raise ConfigError(f"the data is in order, but what {settings.task} takes is not estimated", "memory", fix)
@@ -139,12 +142,15 @@ def _memory(settings: Reads, train: Encodings, labels: int) -> tuple[Estimate, i
         "accumulate": settings.global_batch > settings.batch_size,
         **{name: getattr(settings, name) for name in SHARED},
     }  # fmt: skip
-    level = settings.recompute
+    level, plan = settings.recompute, Plan(**known)
+    host = int(0.9 * free_memory("cpu")) if device == "cuda" else None
     if level == "auto":
-        level = choose(shapes, Plan(**known), free).level
+        level = choose(shapes, plan, free, host).level
     elif level not in levels_of(fused, device):
         level = "input"
-    return estimate_memory(shapes, memory=free, recompute=level, **known), free
+    row = longest_row(shapes, plan, free, host) if shapes.tokens_fixed is None else None
+    could = None if row is None else (row[0], row[1].level)
+    return estimate_memory(shapes, memory=free, recompute=level, **known), free, could
 
 
 def _lengths(settings: Reads, train: Encodings) -> tuple[int, float]:
@@ -158,12 +164,14 @@ def _lengths(settings: Reads, train: Encodings) -> tuple[int, float]:
     return longest, train.tokens / max(len(train), 1)
 
 
-def _tell_memory(memory: Estimate, free: int, tell: Tell) -> None:
+def _tell_memory(memory: Estimate, free: int, longest: tuple[int, str] | None, tell: Tell) -> None:
     parts = ", ".join(
         f"{name} {bytes_(size)}" for name, size in memory.parts.items() if size >= memory.total_bytes / 50
     )
     verdict = "needs" if memory.fits else "does NOT fit: needs"
     text = f"{verdict} {bytes_(memory.needed_bytes)} of {bytes_(free)} free ({parts})"
+    if longest is not None:
+        text += f"; a single row could have {longest[0]:,} tokens (recompute {longest[1]})"
     tell("memory" if memory.fits else "warning", text=text)
     for knob in memory.knobs if not memory.fits else ():
         tell("note", text=str(knob))

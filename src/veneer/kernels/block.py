@@ -9,6 +9,7 @@
     gate_up    x, q, k, v, attention, middle                       gate and up
     middle     x, middle                                           and q, k, v and the attention
     input      x                                                   and o; never down, whose output nobody needs
+    tiled      x                                                   the same, a tile of tokens at a time (tiled.py)
 
 Only what is as wide as the model goes through autograd's saved tensors (and whatever hooks lie on those); what is r
 wide, one number a row or shared by all blocks hangs on the function itself.
@@ -45,7 +46,7 @@ from veneer.kernels.pieces import Pair, activated, activated_back, kernels_for
 __all__ = ["LEVELS", "Attend", "Block", "Ending", "Norm", "Unit", "norm", "rotated", "run_block", "run_mlp", "through"]
 
 THIN = 64  # ranks up to this are added inside other kernels
-LEVELS = ("none", "gate_up", "middle", "input")
+LEVELS = ("none", "gate_up", "middle", "input", "tiled")  # the last: tiled.py
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 

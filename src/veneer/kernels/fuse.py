@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from veneer.core.host import Hosted, original_class, plain_modules
 from veneer.errors import ConfigError, StateError
-from veneer.kernels.block import LEVELS, Block, norm, run_block, run_mlp
+from veneer.kernels.block import LEVELS, Block, norm, run_mlp
 from veneer.kernels.graphs import Recorder, Unfit, replayed
 from veneer.kernels.group import factors_of
 from veneer.kernels.parts import (
@@ -37,6 +37,7 @@ from veneer.kernels.parts import (
     mlp_parts,
     norm_parts,
 )
+from veneer.kernels.tiled import run_block
 from veneer.quant.eight import keep_turned
 from veneer.quant.layer import Packed, unrounded
 from veneer.quant.storage import EIGHT
@@ -274,10 +275,10 @@ def fuse(
     model: nn.Module, recompute: str = "none", *, graphs: bool = False, turned: bool = False, verbose: bool = True
 ) -> Fused:
     """Run what can run fused so, in place. `recompute` says what is kept for the backward pass: none (all that it
-    needs), gate_up, middle, or input (see kernels/block.py). `graphs`: on a GPU, blocks are recorded as CUDA graphs
-    (kernels/graphs.py): no waiting for Python, for batches of one shape; what keeps them from being replayed is said
-    when it turns out. `turned`: of a base in 8 bits the transpose, which the backward pass multiplies by, is kept as
-    well instead of made each time: a byte a weight for some per cent of speed. Prints, and returns, what was done."""
+    needs), gate_up, middle, input, or tiled (see kernels/block.py). `graphs`: on a GPU, blocks are recorded as CUDA
+    graphs (kernels/graphs.py): no waiting for Python, for batches of one shape; what keeps them from being replayed is
+    said when it turns out. `turned`: of a base in 8 bits the transpose, which the backward pass multiplies by, is kept
+    as well instead of made each time: a byte a weight for some per cent of speed. Prints, and returns, what was done."""
     if recompute not in LEVELS:
         raise ConfigError(f"recompute={recompute!r} is none of {', '.join(LEVELS)}")
     if is_fused(model):

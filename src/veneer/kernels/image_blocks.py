@@ -11,8 +11,8 @@ What is written for the text, k and v of the cross-attention, needs no gradient 
 frozen. Norms, activations and the unit's product are formed again; a frozen convolution keeps nothing. In autograd's
 hands the same resnet keeps the inputs of both norms, both activations and both convolutions, six images instead of two.
 
-What is computed again is asked for by the words of block.py: gate_up there, and for middle and input the whole block
-under torch's own checkpoint, which keeps its input only.
+What is computed again is asked for by the words of block.py: gate_up there, and for middle, input and tiled the whole
+block under torch's own checkpoint, which keeps its input only.
 """
 
 from __future__ import annotations
@@ -193,7 +193,7 @@ def _run(x: Tensor, text: Tensor, block: Image, again: bool) -> Tensor:
 
 def run_image(x: Tensor, text: Tensor, block: Image, level: str) -> Tensor:
     """The block's output, keeping what `level` says."""
-    if level in ("middle", "input"):
+    if level in ("middle", "input", "tiled"):
         draws = any(layer.dropout for group in block.groups for layer in group.layers)
         return checkpoint(_run, x, text, block, True, use_reentrant=False, preserve_rng_state=draws)  # type: ignore[return-value]
     return _run(x, text, block, level == "gate_up")

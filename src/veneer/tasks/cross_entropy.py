@@ -58,16 +58,18 @@ def chunked_cross_entropy(
 
     count: how many labels count, where that is known; a GPU then need not be waited for to learn it.
     """
-    hidden, labels = hidden.flatten(0, -2), labels.flatten()
+    hidden, labels, index = hidden.flatten(0, -2), labels.flatten(), None
     if count != len(labels):  # ignored rows never meet the head
         counted = labels != IGNORE
         index = counted.nonzero()[:, 0] if count is None else counted.nonzero_static(size=count)[:, 0]
-        hidden, labels = hidden[index], labels[index]
+        labels = labels[index]
+    if torch.is_grad_enabled():
+        bare = lay_bare(head, hidden.dtype)
+        if isinstance(bare, Bare) and not torch.is_autocast_enabled(hidden.device.type):
+            return head_loss(hidden, labels, Group((bare,)), rows, index)
+    hidden = hidden if index is None else hidden[index]
     if not torch.is_grad_enabled():
         return _sum(hidden, labels, head, rows)
-    bare = lay_bare(head, hidden.dtype)
-    if isinstance(bare, Bare) and not torch.is_autocast_enabled(hidden.device.type):
-        return head_loss(hidden, labels, Group((bare,)), rows)
     trained = [p for p in head.parameters() if p.requires_grad]
     return _Chunked.apply(hidden, labels, head, rows, *trained)
 

@@ -13,13 +13,14 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
 
 from veneer.advise.device import free_memory
-from veneer.advise.keep import choose, levels_of
+from veneer.advise.keep import choose, levels_of, stays
 from veneer.advise.plan import Plan
 from veneer.advise.shapes import shapes_of
 from veneer.data.types import Encoded
@@ -37,7 +38,7 @@ from veneer.kernels.fuse import (
 )
 from veneer.kernels.parts import AttentionParts, BlockParts, LayerNormParts, MlpParts, NormParts
 from veneer.train.base import dtype_of, recomputing
-from veneer.train.offload import offloaded
+from veneer.train.offload import offloaded, pinned_bytes
 from veneer.train.prepare import Job
 from veneer.train.run import Run
 
@@ -47,6 +48,7 @@ SAME = (
     "task", "method", "r", "targets", "exclude", "modules_to_save", "layers", "dropout", "combine", "precision",
     "quant", "batch_size", "optimizer",
 )  # fmt: skip
+AWAY = ("offload", "tiled")  # levels that put inputs of blocks on the host
 FAILURES = (RuntimeError, TypeError, ValueError, AttributeError, KeyError, IndexError, AssertionError)
 
 
@@ -68,6 +70,7 @@ class Way:
         self.settings, self.model = job.settings, job.model
         self.level = "none"
         self.is_ours = self.is_checkpointed = False
+        self.room = 0  # bytes of what would go to the host and stays, as there is no room for it
         self.may_go_on = self.settings.recompute == "auto" or self._origin("recompute") == "rule"
 
     # ---------------------------------------------------------------- blocks
@@ -143,9 +146,10 @@ class Way:
         self._apply(self.settings.recompute)
 
     def _planned(self) -> tuple[str, str]:
+        device = self.job.device
         try:
             shapes = shapes_of(getattr(self.model, "config", None), self.settings.task, self._labels())
-            choice = choose(shapes, self.plan(), available(self.model, self.job.device))
+            choice = choose(shapes, self.plan(), available(self.model, device), host_memory(device))
         except (UserError, *FAILURES) as error:
             return "none", f"its memory cannot be estimated ({_line(error)}); the longest batch will tell"
         if choice.instead:
@@ -186,9 +190,19 @@ class Way:
         self.level = level
         again = "none" if level == "none" or not self.is_whole else "input" if level == "offload" else level
         set_recompute(self.model, again)
+        self.room = self._room(level)
         if level != "none" and not self.is_whole and not self.is_checkpointed:
             self.is_checkpointed = True
             self.stack.enter_context(recomputing(self.model, True))
+
+    def _room(self, level: str) -> int:
+        if level not in AWAY or self.job.device.type != "cuda":
+            return 0
+        try:
+            shapes = shapes_of(getattr(self.model, "config", None), self.settings.task, self._labels())
+            return stays(shapes, replace(self.plan(), recompute=level), host_memory(self.job.device))
+        except (UserError, *FAILURES):  # what is not estimated goes to the host, all of it
+            return 0
 
     def further(self, message: str) -> bool:
         """After memory ran out: keep less, where that was left to the run and something is left to give up."""
@@ -205,7 +219,9 @@ class Way:
 
     def around(self) -> AbstractContextManager[None]:
         """For one forward and backward pass."""
-        return offloaded(self.job.device) if self.level == "offload" else nullcontext()
+        if self.level not in AWAY:
+            return nullcontext()
+        return offloaded(self.job.device, room=self.room, fetches_ahead=self.level == "offload")
 
     def _record(self, level: str, reason: str) -> None:
         self.settings.settle("recompute", level, reason)
@@ -275,6 +291,11 @@ def available(model: nn.Module, device: torch.device) -> int:
     if device.type == "cuda":
         return free_memory(str(device)) + torch.cuda.memory_reserved(device)
     return free_memory("cpu") + sum(parameter.nbytes for parameter in model.parameters())
+
+
+def host_memory(device: torch.device) -> int:
+    """Bytes that the host has for what a GPU puts there: a tenth is left to everything else."""
+    return int(0.9 * free_memory("cpu")) + pinned_bytes(device)
 
 
 def _line(error: BaseException) -> str:

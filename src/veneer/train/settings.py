@@ -284,8 +284,9 @@ class Settings:
         rule="bf16 where the device is fast at it, else fp32", group="training",
     )  # fmt: skip
     recompute: str = choice(
-        "auto", "auto none gate_up middle input offload",
-        "What is computed twice instead of kept: none, parts of a block, all but its input, or that on the host too.",
+        "auto", "auto none gate_up middle input offload tiled",
+        "What is computed twice instead of kept: none, parts of a block, all but its input, that on the host too, or "
+        "that and blocks a few thousand tokens at a time, for very long rows.",
         also={True: "input", False: "none", "full": "input", "unsloth": "input"}, group="training",
         rule="the first that fits, by the memory model; the longest batch is tried before the first step",
     )  # fmt: skip
