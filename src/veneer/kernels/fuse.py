@@ -278,7 +278,8 @@ def fuse(
     needs), gate_up, middle, input, or tiled (see kernels/block.py). `graphs`: on a GPU, blocks are recorded as CUDA
     graphs (kernels/graphs.py): no waiting for Python, for batches of one shape; what keeps them from being replayed is
     said when it turns out. `turned`: of a base in 8 bits the transpose, which the backward pass multiplies by, is kept
-    as well instead of made each time: a byte a weight for some per cent of speed. Prints, and returns, what was done."""
+    as well instead of made each time: a byte a weight for some per cent of speed. Prints and returns what was
+    done."""
     if recompute not in LEVELS:
         raise ConfigError(f"recompute={recompute!r} is none of {', '.join(LEVELS)}")
     if is_fused(model):
