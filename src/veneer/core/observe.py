@@ -5,7 +5,7 @@ its weight.
     spectrum     top right singular vectors of its inputs, and how    eva
                  much of their variance each explains
     covariance   X^T X / n over all inputs seen, (in, in), fp32       corda
-    energy       the mean of x^2 in each column of its inputs, (in,)  nf4 (layers that never run are left out)
+    sketch       X^T X / n as a diagonal and a few directions         nf4 (layers that never run are left out)
     gradient     dL/dW summed over the batches, (out, in), fp32       lora_ga
 
 The model runs in evaluation mode with its adapters off, and is left as it was.
@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -25,10 +26,11 @@ from torch import Tensor, nn
 from veneer.core.op import LinearOp, op_of
 from veneer.errors import ConfigError, TargetError
 
-__all__ = ["Spectrum", "observe"]
+__all__ = ["Sketch", "Spectrum", "observe"]
 
 Loss = Callable[[nn.Module, Any], Tensor]
 SPARE = 16  # singular vectors kept beyond the ones needed, so that cutting after each batch costs no accuracy
+DIRECTIONS, PROBES = 64, 128  # of a sketch: what is kept, and random vectors that find it
 
 
 @dataclass
@@ -58,6 +60,39 @@ class Spectrum:
         return self.basis.square().sum(1) / max(self.total, 1e-30)
 
 
+@cache
+def probes(size: int, device: torch.device) -> Float[Tensor, "in p"]:
+    """The same random vectors for every layer of this width, in every process."""
+    drawn = torch.Generator("cpu").manual_seed(0)
+    return torch.randn(size, min(PROBES, size), generator=drawn, device="cpu").to(device)
+
+
+@dataclass
+class Sketch:
+    """C = X^T X in one pass, keeping neither X nor C but its product with random vectors, which nearly spans the top
+    of C (Nystrom's method; arXiv:1706.05736, algorithm 3)."""
+
+    energy: Float[Tensor, " in"] | float = 0.0
+    product: Float[Tensor, "in p"] | float = 0.0
+    rows: int = 0
+
+    def see(self, x: Float[Tensor, "t in"]) -> None:
+        x = x.float()
+        self.energy = x.square().sum(0) + self.energy
+        self.product = x.T @ (x @ probes(x.shape[1], x.device)) + self.product
+        self.rows += len(x)
+
+    def mean(self) -> tuple[Float[Tensor, " in"], Float[Tensor, "k in"]]:
+        """The diagonal of C / n; and V, the directions with V^T V nearest to it."""
+        assert isinstance(self.energy, Tensor) and isinstance(self.product, Tensor)
+        n, y = max(self.rows, 1), self.product.double()
+        values, vectors = torch.linalg.eigh(probes(len(y), y.device).double().T @ y)
+        sound = values > 1e-6 * values[-1]  # fewer rows than random vectors leave some empty
+        root = (y @ vectors[:, sound]) / values[sound].sqrt()
+        _, top = torch.linalg.eigh(root.T @ root)
+        return self.energy / n, ((root @ top[:, -DIRECTIONS:]) / n**0.5).T
+
+
 def observe(
     model: nn.Module, layers: Mapping[str, nn.Module], need: str, batches: Iterable[Any], loss: Loss, rank: int
 ) -> dict[str, Any]:
@@ -71,7 +106,7 @@ def observe(
     if not count:
         raise ConfigError("there was no batch to look at", where="attach(..., data=batches)")
     missing = [n for n in layers if n not in seen]
-    if missing and need != "energy":
+    if missing and need != "sketch":
         raise TargetError("these layers never ran on the batches given", problems=missing, fix="exclude them")
     return seen
 
@@ -108,13 +143,19 @@ def _inputs(
     rank: int,
     seen: dict[str, Any],
 ) -> int:
+    last: tuple[Any, str] = None, ""  # q, k and v read one input: it is sketched once
+
     def look(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
             x = args[0].detach().reshape(-1, args[0].shape[-1])
             if need == "spectrum":
                 seen.setdefault(name, Spectrum(2 * rank + SPARE)).see(x)
-            elif need == "energy":
-                seen[name] = x.float().square().mean(0) + seen.get(name, 0.0)
+            elif need == "sketch":
+                nonlocal last
+                if args[0] is last[0] and seen.setdefault(name, seen[last[1]]) is seen[last[1]]:
+                    return
+                seen.setdefault(name, Sketch()).see(x)
+                last = args[0], name
             else:
                 x = x.float()
                 seen[name] = x.T @ x + seen.get(name, 0.0)

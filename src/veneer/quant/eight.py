@@ -29,6 +29,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
+from veneer.quant.inputs import Inputs
 from veneer.quant.storage import Parts, Recipe, Storage, say_once, use_kernels
 
 __all__ = [
@@ -53,7 +54,7 @@ class RowScaled(Storage):
     ) -> Float[Tensor, "t m"]:
         """Codes (t, n) times codes (n, m), times the scale of each row and, where given, of each column."""
 
-    def pack(self, w: Tensor, recipe: Recipe, energy: Tensor | None = None) -> Parts:
+    def pack(self, w: Tensor, recipe: Recipe, inputs: Inputs | None = None) -> Parts:
         codes, scale = quantize_rows(w.float(), self.code, width=self.width(w.shape[1], recipe))
         return codes.view(self.held), scale
 

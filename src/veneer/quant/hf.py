@@ -16,7 +16,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers.core_model_loading import ConversionOps
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
@@ -27,6 +26,7 @@ from veneer.core.host import plain_modules
 from veneer.core.leaf import Leaf
 from veneer.core.select import output_head
 from veneer.errors import CheckpointError
+from veneer.quant.inputs import load_inputs
 from veneer.quant.layer import Packed, pack_layer, put_parts, to_matrix
 from veneer.quant.model import choose, packed_stacks, quantize
 from veneer.quant.stack import PackedStack
@@ -127,8 +127,8 @@ class Pack(ConversionOps):
             prefix = name.rpartition(".")[0]
             layer = model.get_submodule(prefix)
             assert isinstance(layer, Packed)
-            energy = self.hf_quantizer.energies.get(prefix)
-            codes, *rest = storage_of(layer.recipe).pack(to_matrix(layer, w), layer.recipe, energy)
+            inputs = self.hf_quantizer.inputs.get(prefix)
+            codes, *rest = storage_of(layer.recipe).pack(to_matrix(layer, w), layer.recipe, inputs)
             layer.weight_dtype = w.dtype
             names = storage_of(layer.recipe).part_names(layer.recipe)
             result[name] = nn.Parameter(codes, requires_grad=False)
@@ -146,7 +146,7 @@ class VeneerQuantizer(HfQuantizer):
         self.problems: list[str] = []  # told together when all is read
         self.stacks: set[str] = set()  # parameters that are stacks of matrices
         told = quantization_config.energies
-        self.energies: dict[str, Tensor] = {} if told is None else load_file(told)
+        self.inputs = {} if told is None else load_inputs(told)
 
     def _process_model_before_weight_loading(self, model: Any, **_: Any) -> None:
         config = self.quantization_config

@@ -27,6 +27,7 @@ from veneer.core.host import Hosted, adapted_class, original_class
 from veneer.core.op import LinearOp, TransposedLinearOp, op_of
 from veneer.core.weight import is_packed, read_weight
 from veneer.quant import fp8, int8, nf4  # noqa: F401  (each registers its storage)
+from veneer.quant.inputs import Inputs
 from veneer.quant.linear import packed_linear
 from veneer.quant.storage import Parts, Recipe, storage_of
 
@@ -194,7 +195,7 @@ def pack_layer(
     recipe: Recipe,
     compute_dtype: torch.dtype | None,
     shared: Packed | None,
-    energy: Tensor | None = None,
+    inputs: Inputs | None = None,
 ) -> None:
     """Replace the layer's weight by its parts. `shared`: a layer packed before whose weight is this one's."""
     weight = layer._parameters["weight"]
@@ -206,7 +207,7 @@ def pack_layer(
             empty = storage_of(recipe).pack(torch.zeros(to_matrix(layer, weight).shape, device="meta"), recipe)
             parts = tuple(part.to("meta") for part in empty)
         else:
-            parts = storage_of(recipe).pack(to_matrix(layer, weight.detach()), recipe, energy)
+            parts = storage_of(recipe).pack(to_matrix(layer, weight.detach()), recipe, inputs)
     shape, dtype = weight.shape, weight.dtype
     kind = packed_class(original_class(type(layer)))
     layer.__class__ = adapted_class(type(layer).__mro__[1], kind) if isinstance(layer, Hosted) else kind

@@ -23,6 +23,7 @@ from veneer.core.select import PRESETS, block_index, ends_with, output_head, pla
 from veneer.core.spec import LoRA
 from veneer.core.weight import is_packed, is_plain
 from veneer.errors import ConfigError, StateError, TargetError
+from veneer.quant.inputs import Inputs, save_inputs, summed_up
 from veneer.quant.layer import Packed, is_packable, pack_layer, unpack_layer
 from veneer.quant.stack import PackedStack, pack_stack, unpack_stack
 from veneer.quant.storage import Recipe, storage_of
@@ -77,7 +78,7 @@ def quantize(
     compute_dtype: torch.dtype | None = None,
     whole: Sequence[str] = (),
     data: Iterable[Any] | None = None,
-    energies: Mapping[str, Tensor] | None = None,
+    energies: Mapping[str, Inputs] | None = None,
 ) -> Quantized:
     """Store the frozen weights of `model` in 4 or 8 bits ("nf4", "int8", "fp8"), in place.
 
@@ -111,19 +112,17 @@ def quantize(
     return Quantized(kind, tuple(chosen), left, before, weight_bytes(model))
 
 
-def look(model: nn.Module, layers: Mapping[str, nn.Module], data: Iterable[Any]) -> dict[str, Tensor]:
-    """How large the inputs of each linear layer are, column by column, in these batches."""
+def look(model: nn.Module, layers: Mapping[str, nn.Module], data: Iterable[Any]) -> dict[str, Inputs]:
+    """What the inputs of each linear layer are like in these batches."""
     linear = {name: layer for name, layer in layers.items() if isinstance(op_of(layer), LinearOp)}
-    return observe(model, linear, "energy", data, loss_of, 0)
+    return summed_up(observe(model, linear, "sketch", data, loss_of, 0))
 
 
 def save_energies(
     model: nn.Module, layers: Mapping[str, nn.Module], data: Iterable[Any], path: str | os.PathLike[str]
 ) -> None:
     """What `look` sees, in a file: a base may then be packed while it is read, and the same way each time."""
-    from safetensors.torch import save_file
-
-    save_file({name: energy.cpu() for name, energy in look(model, layers, data).items()}, path)
+    save_inputs(look(model, layers, data), path)
 
 
 def dequantize(model: nn.Module, dtype: torch.dtype | None = None) -> tuple[str, ...]:

@@ -7,10 +7,10 @@
 
 A byte is looked up whole: 256 entries of two weights each, half the look-ups of a table of 16.
 
-Any scale makes a valid file, and the largest size in the block is not the best one. Given the energy of the inputs, the
-mean of x^2 in each column, each block takes the scale with the least sum of energy (W - Q)^2: of a few, the one that
-does best, then the least-squares scale for its codes. What that saves is mostly in blocks with one column whose inputs
-are far larger than the rest; the scale then is one that meets its weight.
+Any scales and codes make a valid file; the largest size in the block and the nearest code are not the best ones. Where
+something is known of the inputs (inputs.py), each block takes the scale with the least sum of cost (W - Q)^2: of a few,
+the one that does best, then the least-squares scale for its codes. Codes are then chosen column by column, each making
+up for the errors of those before it (rounding.py).
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from veneer.quant.inputs import Inputs
+from veneer.quant.rounding import plan_rounding, round_in_turn
 from veneer.quant.storage import STORAGES, Parts, Recipe, Storage, use_kernels
 
 __all__ = ["NESTED_BLOCK", "QUANTILES", "Nf4", "dynamic_values", "unpack_absmax"]
@@ -123,6 +125,33 @@ def unpack_absmax(parts: Parts) -> Float[Tensor, " blocks"]:
     return values.flatten()[: len(codes)] + offset
 
 
+def in_pairs(index: Tensor) -> Tensor:
+    if len(index) % 2:
+        index = torch.cat([index, index.new_full((1,), 7)])  # half a byte too many: a zero
+    return index[::2] << 4 | index[1::2]
+
+
+def _nearest(w: Tensor, recipe: Recipe) -> tuple[Tensor, Parts]:
+    """Every weight to its nearest code, under the largest size in its block: what bitsandbytes does."""
+    step = max(PIECE.get(w.device.type, PIECE["cpu"]) // recipe.block, 1) * recipe.block
+    values, codes, scales = quantiles(w.device), [], []
+    for piece in w.reshape(-1).split(step):
+        index, absmax = quantize_blocks(piece.float(), recipe.block, values)
+        codes.append(in_pairs(index))
+        scales.append(absmax)
+    absmax = torch.cat(scales)
+    return torch.cat(codes), nest(absmax) if recipe.double else (absmax,)
+
+
+def _in_turn(w: Tensor, recipe: Recipe, inputs: Inputs) -> tuple[Tensor, Parts]:
+    plan = plan_rounding(inputs)
+    step = PIECE.get(w.device.type, PIECE["cpu"]) // 4
+    fitted = _fitted(w.reshape(-1), step, w.shape[1], plan.cost, recipe.block)
+    kept = nest(fitted) if recipe.double else (fitted,)
+    scales = unpack_absmax((w, *kept))  # codes go by the scales as they are kept
+    return in_pairs(round_in_turn(w, scales, recipe.block, quantiles(w.device), plan).flatten()), kept
+
+
 class Nf4(Storage):
     names = ("weight_absmax", "weight_nested", "weight_offset")
     weighs = True
@@ -130,27 +159,10 @@ class Nf4(Storage):
     def part_names(self, recipe: Recipe) -> tuple[str, ...]:
         return self.names if recipe.double else self.names[:1]
 
-    def pack(self, w: Tensor, recipe: Recipe, energy: Tensor | None = None) -> Parts:
-        flat, values = w.reshape(-1), quantiles(w.device)
-        step = max(PIECE.get(w.device.type, PIECE["cpu"]) // recipe.block, 1) * recipe.block
-        pieces, own, kept = flat.split(step), None, None
-        if energy is not None:
-            fitted = _fitted(flat, step // 4, w.shape[1], energy, recipe.block)
-            kept = nest(fitted) if recipe.double else (fitted,)
-            own = unpack_absmax((flat, *kept)).split(step // recipe.block)  # codes go by the scales as they are kept
-        codes, scales = [], []
-        for i, piece in enumerate(pieces):
-            index, absmax = quantize_blocks(piece.float(), recipe.block, values, own[i] if own is not None else None)
-            if len(index) % 2:
-                index = torch.cat([index, index.new_full((1,), 7)])  # half a byte too many: a zero
-            codes.append(index[::2] << 4 | index[1::2])
-            scales.append(absmax)
-        packed = torch.cat(codes)
-        packed = packed.view(len(w), -1) if w.shape[-1] % 2 == 0 else packed[:, None]
-        if kept is None:
-            absmax = torch.cat(scales)
-            kept = nest(absmax) if recipe.double else (absmax,)
-        return packed, *kept
+    def pack(self, w: Tensor, recipe: Recipe, inputs: Inputs | None = None) -> Parts:
+        codes, scales = _nearest(w, recipe) if inputs is None else _in_turn(w, recipe, inputs)
+        codes = codes.view(len(w), -1) if w.shape[-1] % 2 == 0 else codes[:, None]
+        return codes, *scales
 
     def unpack(self, parts: Parts, shape: tuple[int, int], dtype: torch.dtype, recipe: Recipe) -> Tensor:
         codes = parts[0]

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from veneer.core.registry import Registry
 from veneer.errors import ConfigError
+from veneer.quant.inputs import Inputs
 
 __all__ = ["EIGHT", "STORAGES", "Parts", "Recipe", "Storage", "say_once", "storage_of", "use_kernels"]
 
@@ -81,16 +82,14 @@ class Storage(ABC):
 
     names: ClassVar[tuple[str, ...]]  # of the parts after the codes, as the layer's buffers are called
     rotates: ClassVar[bool] = False  # unless the recipe says otherwise
-    weighs: ClassVar[bool] = False  # whether `pack` makes use of energy
+    weighs: ClassVar[bool] = False  # whether `pack` makes use of what is known of inputs
 
     def part_names(self, recipe: Recipe) -> tuple[str, ...]:
         return self.names
 
     @abstractmethod
-    def pack(
-        self, w: Float[Tensor, "rows cols"], recipe: Recipe, energy: Float[Tensor, " cols"] | None = None
-    ) -> Parts:
-        """energy: the mean of x^2 in each column of the inputs; what meets larger ones is rounded with more care."""
+    def pack(self, w: Float[Tensor, "rows cols"], recipe: Recipe, inputs: Inputs | None = None) -> Parts:
+        """inputs: what is known of those that W will meet; it is then rounded so that their products are near."""
 
     @abstractmethod
     def unpack(self, parts: Parts, shape: tuple[int, int], dtype: torch.dtype, recipe: Recipe) -> Tensor: ...

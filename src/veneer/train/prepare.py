@@ -19,7 +19,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import nn
 
 from veneer.advise.lr import learning_rate
@@ -35,6 +34,7 @@ from veneer.data.template import Renderer
 from veneer.data.types import Encoded, Example
 from veneer.errors import ConfigError, DataError, StateError
 from veneer.kernels import varlen
+from veneer.quant.inputs import load_inputs
 from veneer.quant.layer import Packed
 from veneer.quant.model import choose, note_packing, quantize, save_energies
 from veneer.quant.storage import STORAGES
@@ -275,7 +275,7 @@ def pack_base(run: Run, model: nn.Module, settings: Reads, task: Task, samples: 
         if not path.exists():
             rows = rows_to_look_at(settings, task, samples, next(model.parameters()).device, tell)
             save_energies(model, choose(model, "all-linear", (), False, False, whole)[0], rows, path)
-        seen = load_file(path)
+        seen = load_inputs(path)
     tell("note", text=str(quantize(model, settings.quant, whole=whole, energies=seen)))
     if seen is not None:
         note_packing(model, whole, str(path))
