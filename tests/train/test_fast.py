@@ -13,7 +13,9 @@ from transformers import GPT2Config, GPT2LMHeadModel, OPTConfig, OPTForCausalLM
 
 import veneer.kernels.fuse as fuse_module
 from veneer.kernels.fuse import FusedBlock, is_fused
+from veneer.quant import eight
 from veneer.tasks.causal_lm import CausalLM
+from veneer.train import fast
 from veneer.train.run import Run
 
 Runs = Callable[..., tuple[Run, Heard, nn.Module]]
@@ -138,6 +140,28 @@ def test_memory_that_runs_out_takes_one_level_after_the_other(run_tiny: Runs, mo
     assert "ran out of memory" in run.config().origins["recompute"].note
     assert heard.losses == pytest.approx(plain.losses, rel=1e-5)
     assert all(torch.allclose(value, trained(two)[name], atol=1e-4) for name, value in trained(one).items())
+
+
+def test_both_layouts_of_an_8_bit_base_are_kept_where_they_fit_and_given_up_first(
+    run_tiny: Runs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fast, "TURNING", ("cpu",))
+    kept: list[int] = []
+    inner = CausalLM.loss
+
+    def loss(self: CausalLM, model: nn.Module, batch: Any) -> Any:
+        kept.append(sum(codes in eight._kept for codes in fuse_module.in_eight_bits(model)))
+        if len(kept) > 2 and kept[-1]:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return inner(self, model, batch)
+
+    _, plain, _ = run_tiny(**SHORT, quant="int8")
+    monkeypatch.setattr(CausalLM, "loss", loss)
+    run, heard, model = run_tiny(**SHORT, quant="int8")
+    assert "both layouts of the 8-bit base are kept" in said(heard, "note")
+    assert kept[:3] == [14, 14, 14] and not any(kept[3:]) and len(heard.of("oom")) == 1
+    assert run.config().settings.recompute == "none" and heard.losses == plain.losses
+    assert not any(codes in eight._kept for codes in fuse_module.in_eight_bits(model))
 
 
 def test_when_no_level_is_left_the_micro_batch_is_halved(run_tiny: Runs, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,7 +17,7 @@ import inspect
 import math
 import warnings
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
@@ -42,7 +42,17 @@ from veneer.quant.eight import keep_turned
 from veneer.quant.layer import Packed, unrounded
 from veneer.quant.storage import EIGHT
 
-__all__ = ["FAMILIES", "Family", "Fused", "fuse", "is_fused", "set_recompute", "unfuse"]
+__all__ = [
+    "FAMILIES",
+    "Family",
+    "Fused",
+    "fuse",
+    "in_eight_bits",
+    "is_fused",
+    "keep_layouts",
+    "set_recompute",
+    "unfuse",
+]
 
 TOKENS = 7  # that a block is tried on
 
@@ -303,7 +313,7 @@ def fuse(
         if _looks_like_norm(module) and (id(module) not in taken or name.endswith(("q_norm", "k_norm"))):
             _take(module, name, FusedNorm, norm_parts(module), recompute, report)
     if turned:
-        report.turned = sum(_keeps_turned(module) for module in modules.values())
+        report.turned = keep_layouts(model)
     if graphs:
         report.ungraphed = _ungraphed(model)
         report.graphs = report.ungraphed is None
@@ -314,12 +324,19 @@ def fuse(
     return report
 
 
-def _keeps_turned(module: nn.Module, keep: bool = True) -> bool:
-    """Of a layer that multiplies in 8 bits; whether it is one."""
-    if not isinstance(module, Packed) or module.recipe.kind not in EIGHT or not module.recipe.dynamic:
-        return False
-    keep_turned(module.parts[0], keep)
-    return True
+def in_eight_bits(model: nn.Module) -> Iterator[Tensor]:
+    """The codes of all layers that multiply in 8 bits."""
+    for module in model.modules():
+        if isinstance(module, Packed) and module.recipe.kind in EIGHT and module.recipe.dynamic:
+            yield module.parts[0]
+
+
+def keep_layouts(model: nn.Module, keep: bool = True) -> int:
+    """Whether transposes of a base in 8 bits are kept from now on; of how many layers."""
+    found = list(in_eight_bits(model))
+    for codes in found:
+        keep_turned(codes, keep)
+    return len(found)
 
 
 def _ungraphed(model: nn.Module) -> str | None:
@@ -382,8 +399,8 @@ def _restore(module: nn.Module) -> None:
 
 def unfuse(model: nn.Module) -> nn.Module:
     """Give every fused module its own class back."""
+    keep_layouts(model, keep=False)
     for module in model.modules():
-        _keeps_turned(module, keep=False)
         if isinstance(module, FusedModule):
             _restore(module)
     return model

@@ -4,7 +4,8 @@
     recompute   auto: the first level that fits by the memory model (advise/keep.py), then tried on the longest batch
 
 Two things can turn out otherwise, and both are said: memory that runs out although the estimate said it would not, then
-the next level is taken; and a fused block that fails where it was tried for the first time, then blocks run plainly.
+the second layout of an 8-bit base is given up, and after that the next level is taken; and a fused block that fails
+where it was tried for the first time, then blocks run plainly.
 What was decided stands in config.yaml as a rule and its reason, what was replaced in run.json.
 """
 
@@ -12,7 +13,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import replace
 from typing import Any
 
@@ -21,6 +22,7 @@ from torch import nn
 
 from veneer.advise.device import free_memory
 from veneer.advise.keep import choose, levels_of, stays
+from veneer.advise.memory import gib
 from veneer.advise.plan import Plan
 from veneer.advise.shapes import shapes_of
 from veneer.data.types import Encoded
@@ -32,7 +34,9 @@ from veneer.kernels.fuse import (
     FusedModule,
     FusedNorm,
     fuse,
+    in_eight_bits,
     is_fused,
+    keep_layouts,
     set_recompute,
     unfuse,
 )
@@ -49,6 +53,7 @@ SAME = (
     "quant", "batch_size", "optimizer",
 )  # fmt: skip
 AWAY = ("offload", "tiled")  # levels that put inputs of blocks on the host
+TURNING = ("cuda",)  # where a transpose lies in memory of its own
 FAILURES = (RuntimeError, TypeError, ValueError, AttributeError, KeyError, IndexError, AssertionError)
 
 
@@ -69,6 +74,7 @@ class Way:
         self.job, self.run, self.tell, self.stack = job, run, tell, stack
         self.settings, self.model = job.settings, job.model
         self.level = "none"
+        self.has_both = False  # layouts of a base in 8 bits
         self.is_ours = self.is_checkpointed = False
         self.room = 0  # bytes of what would go to the host and stays, as there is no room for it
         self.may_go_on = self.settings.recompute == "auto" or self._origin("recompute") == "rule"
@@ -144,6 +150,21 @@ class Way:
             self._record(level, reason)
             self.tell("note", text=f"recompute {level}: {reason}")
         self._apply(self.settings.recompute)
+        self._keep_both()
+
+    def _keep_both(self) -> None:
+        """Of a base in 8 bits also the layout that the backward pass multiplies by, where it fits beside all else."""
+        size = sum(codes.numel() for codes in in_eight_bits(self.model))
+        if not size or not self.is_ours or self.level != "none" or self.job.device.type not in TURNING:
+            return
+        device = self.job.device
+        with suppress(UserError, *FAILURES):  # an estimate that fails has been told
+            plan = self.plan()
+            more = replace(plan, weights=(plan.weights or 0) + size)
+            shapes = shapes_of(getattr(self.model, "config", None), self.settings.task, self._labels())
+            if choose(shapes, more, available(self.model, device), host_memory(device)).level == "none":
+                self.has_both = keep_layouts(self.model) > 0
+                self.tell("note", text=f"both layouts of the 8-bit base are kept, for speed: {gib(size)} more fit")
 
     def _planned(self) -> tuple[str, str]:
         device = self.job.device
@@ -206,6 +227,13 @@ class Way:
 
     def further(self, message: str) -> bool:
         """After memory ran out: keep less, where that was left to the run and something is left to give up."""
+        if self.has_both:
+            self.has_both = False
+            keep_layouts(self.model, keep=False)
+            self.tell(
+                "oom", text=f"out of memory ({message}): going on with one layout of the base", recompute=self.level
+            )
+            return True
         rest = self.levels[self.levels.index(self.level) + 1 :] if self.level in self.levels else ()
         if not self.may_go_on or not rest:
             return False
