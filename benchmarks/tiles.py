@@ -132,7 +132,8 @@ def beside(data: Data) -> None:
 
 
 def products(data: Data) -> None:
-    """TFLOP/s, and ms, of an 8-bit product; `bare`: by one scale, which leaves rows and columns to what reads it."""
+    """TFLOP/s of an 8-bit product, and of one in bf16 in both layouts of W; `bare`: by one scale, which leaves rows and
+    columns to what reads it."""
     from veneer.quant.eight import quantize_rows
 
     one = torch.ones((), device="cuda")
@@ -145,6 +146,7 @@ def products(data: Data) -> None:
             "rows": partial(eight, scale_a=sa[:, None], scale_b=sb[None]),
             "bare": partial(eight, scale_a=one, scale_b=one),
             "bf16": partial(torch.mm, x, w.T),
+            "bf16, the other layout": partial(torch.mm, x, w.T.contiguous()),
         }
         for way, run in ways.items():
             ms = median_ms(run)
