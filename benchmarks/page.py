@@ -172,7 +172,21 @@ def train_gpu(runs: list[dict[str, Any]]) -> str:
     return "\n\n".join(lines)
 
 
-def sdxl_gpu(found: dict[str, Any]) -> str:
+WHAT_WAS_STEPPED = {
+    "sdxl": (
+        "SDXL's UNet",
+        "the true shape in bf16 (2.6 B parameters), random weights and latents, r = 16 on q, k, v and out of all "
+        "attention, noise prediction, AdamW",
+    ),
+    "flux": (
+        "FLUX-shaped blocks",
+        "4 blocks of two streams and 8 of one, of FLUX.1's true width in bf16 (it has 19 and 38), random weights, 4,096 "
+        "places and 512 words, r = 16 on the layers that diffusers' script adapts, AdamW",
+    ),
+}
+
+
+def diffusion_gpu(found: dict[str, Any]) -> str:
     done = {r["variant"]: r for r in found["rows"] if "failed" not in r}
     peer = done.get("peft-compiled", {}).get("images_per_second", float("nan"))
     rows = [
@@ -189,15 +203,17 @@ def sdxl_gpu(found: dict[str, Any]) -> str:
         for name, r in sorted(done.items(), key=lambda pair: -pair[1]["images_per_second"])
     ]
     before, after = found["ceiling_tflops"]
+    what, shape = WHAT_WAS_STEPPED[found["shape"]]
+    command = found["command"].partition(" --profile")[0]
     head = ["", "images/s", "of peft-compiled", "peak GiB", "reserved", "host ms", "warm-up s"]
     lines = [
-        f"## A training step of SDXL's UNet, {found['batch']} images of 1024 x 1024: {found['device']}",
-        f"`python benchmarks/{found['command']}`, torch {found['torch']}: the true shape in bf16 (2.6 B parameters), "
-        "random weights and latents, r = 16 on q, k, v and out of all attention, noise prediction, AdamW; nothing is "
+        f"## A training step of {what}, {found['batch']} images of 1024 x 1024: {found['device']}",
+        f"`python benchmarks/{command}`, torch {found['torch']}: {shape}; nothing is "
         "computed twice but in `fused-gate_up`. `peft` is what diffusers' training script does (fp32 adapters under "
-        "autocast), `peft-compiled` PEFT with bf16 adapters and compiled transformer blocks, `peft-compiled+` with "
-        "compiled residual blocks, too; `plain` is `veneer.attach`, `fused` `veneer.fuse(unet)`, `fused-step` the same "
-        "step captured whole as one CUDA graph by the script. Host: the time in which Python hands out a step; where "
+        "autocast), `peft-bf16` PEFT with bf16 adapters, `peft-compiled` the same with compiled transformer blocks; "
+        "`plain` is `veneer.attach`, `fused` `veneer.fuse(model)`, `fused-graphs` `veneer.fuse(model, graphs=True)`, "
+        "`fused-step` the same step captured whole as one CUDA graph by the script, after three steps that its losses "
+        "do not show. Host: the time in which Python hands out a step; where "
         "it is as long as the step, the card waits for Python. The card's own matrix product ran at "
         f"{before:.0f} TFLOP/s before and {after:.0f} after.",
         table([*head, "loss", "step 3", "step 6", "step 9"], rows),
@@ -411,8 +427,8 @@ SECTIONS: dict[str, Callable[[Any], str]] = {
     "memory_cuda": memory,
     "merge_stream": merge_stream,
     "train_gpu_*": train_gpu,
-    "sdxl_gpu": sdxl_gpu,
-    "sdxl_gpu_step": sdxl_gpu,
+    "sdxl_gpu": diffusion_gpu,
+    "flux_gpu": diffusion_gpu,
     "first_steps": first_steps,
     "packed_2048": packed,
     "packed_16384": packed,

@@ -156,6 +156,10 @@ class Task(ABC):
         """Layers of this model of which nothing that an adapter learns could be seen; they are left alone."""
         return ()
 
+    def unlike(self, samples: Sequence[Encoded]) -> str | None:
+        """Why steps on these samples are not all of one kind, so that blocks cannot be recorded once for all of them."""
+        return "rows are of different lengths"
+
     # ---------------------------------------------------------------- loss and metrics
 
     @abstractmethod

@@ -131,6 +131,16 @@ class Diffusion(Task):
         pipeline = self.pipeline
         return tuple(pipeline.prefix(model) + name for name in pipeline.family.idle(pipeline.denoiser))
 
+    def unlike(self, samples: Sequence[Encoded]) -> str | None:
+        if self.pipeline.family.is_transformer:
+            return f"blocks of {self.pipeline.family.name} cannot be recorded"
+        if self.settings.text_encoders:
+            return "the text encoders learn, and recorded blocks have no gradient of the text"
+        if self.settings.convolutions:
+            return "adapters on convolutions run plainly"
+        sizes = {cast(Canvas, sample.pixels).size for sample in samples}
+        return f"pictures come in {len(sizes)} sizes (buckets: no makes them one)" if len(sizes) > 1 else None
+
     def aim(self, model: nn.Module, spec: LoRA) -> LoRA:
         asked = spec.targets if isinstance(spec.targets, str) else tuple(spec.targets)
         found = self.pipeline.targets(model, asked, self.settings.convolutions)

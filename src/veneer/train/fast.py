@@ -91,19 +91,35 @@ class Way:
 
     def _wants_fused(self) -> bool:
         if self.settings.fuse == "auto":
-            wanted = self.settings.method == "lora" and self.settings.task != "diffusion"
-            why = "an adapter is trained, its base is frozen" if wanted else "not tried out for this method and task"
-            if self.settings.method != "lora":
-                why = "fused blocks do not train their weights"
+            wanted, why = self._best()
             self.settings.settle("fuse", "on" if wanted else "off", why)
             self.run.write_config(self.settings.resolved)
+            if self.job.task.paints:
+                self.tell("note", text=f"fuse {self.settings.fuse}: {why}")
         return self.settings.fuse == "on"
+
+    def _best(self) -> tuple[bool, str]:
+        """By what was measured: a denoiser's many small blocks are no faster for being fused unless they are recorded,
+        too (benchmarks/sdxl_gpu.py)."""
+        if self.settings.method != "lora":
+            return False, "fused blocks do not train their weights"
+        if not self.job.task.paints:
+            return True, "an adapter is trained, its base is frozen"
+        if (why := self._unrecordable()) is not None:
+            return False, f"fused blocks of a denoiser are faster only as CUDA graphs, and {why}"
+        return True, "pictures of one size: blocks are recorded as CUDA graphs"
+
+    def _unrecordable(self) -> str | None:
+        """Why blocks are not recorded as CUDA graphs."""
+        if not self.job.task.paints:
+            return "that is for denoisers"
+        return "there is no GPU" if self.job.device.type != "cuda" else self.job.task.unlike(self.job.train)
 
     def _fuse(self) -> None:
         try:
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", message=".*run plainly")  # it is told below, once
-                report = fuse(self.model, "none", verbose=False)
+                report = fuse(self.model, "none", graphs=self._unrecordable() is None, verbose=False)
             leave_idle(self.model, report)
         except FAILURES as error:
             unfuse(self.model)
@@ -112,7 +128,7 @@ class Way:
         self.is_ours = True
         self.stack.callback(unfuse, self.model)
         for line in str(report).splitlines():
-            self.tell("note", text=line.removesuffix(" (recompute none)"))
+            self.tell("note", text=line.replace("(recompute none)", "").replace("(recompute none, as", "(as").rstrip())
         self.run.update(fused={"replaced": dict(report.replaced), "plain": dict(list(report.skipped.items())[:20])})
 
     @property
