@@ -180,8 +180,8 @@ WHAT_WAS_STEPPED = {
     ),
     "flux": (
         "FLUX-shaped blocks",
-        "4 blocks of two streams and 8 of one, of FLUX.1's true width in bf16 (it has 19 and 38), random weights, 4,096 "
-        "places and 512 words, r = 16 on the layers that diffusers' script adapts, AdamW",
+        "4 blocks of two streams and 8 of one, of FLUX.1's true width in bf16 (it has 19 and 38), random weights, "
+        "4,096 places and 512 words, r = 16 on the layers that diffusers' script adapts, AdamW",
     ),
 }
 

@@ -6,6 +6,7 @@ import json
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,7 @@ from veneer.tasks.diffusion import Diffusion
 from veneer.tasks.pipelines import FAMILIES as KNOWN
 from veneer.tasks.pipelines import Flux, Pipeline
 from veneer.train.ema import Average, decay_at
+from veneer.train.fast import Way
 from veneer.train.run import Run
 from veneer.train.settings import KEYS, Reads, resolve
 
@@ -443,3 +445,37 @@ def test_a_canvas_tells_sdxl_where_it_was_cut(pipelines: Path, photos: str) -> N
     told = task.asked(batch)["added_cond_kwargs"]["time_ids"]
     left, top = canvas.crop
     assert told.tolist() == [[16, 30, top, left, canvas.size[1], canvas.size[0]]]
+
+
+@pytest.mark.parametrize(
+    "family,settings,said",
+    [
+        ("sd", {"buckets": False}, None),
+        ("sd", {}, "pictures come in 2 sizes"),
+        ("sdxl", {"buckets": False, "text_encoders": True}, "recorded blocks have no gradient of the text"),
+        ("sd", {"buckets": False, "convolutions": True}, "adapters on convolutions run plainly"),
+        ("flux", {"buckets": False}, "blocks of FLUX cannot be recorded"),
+    ],
+)
+def test_a_denoiser_is_fused_where_its_blocks_can_be_recorded(
+    pipelines: Path, photos: str, family: str, settings: dict[str, Any], said: str | None
+) -> None:
+    task = task_of(family, pipelines, **settings)
+    samples = task.encode(load(photos, kinds=(Captioned,)).examples).samples
+    for device in ("cuda", "cpu"):
+        way = Way.__new__(Way)
+        way.settings = task.settings
+        way.job = SimpleNamespace(task=task, train=samples, device=torch.device(device))  # type: ignore[assignment]
+        wanted, why = way._best()
+        reason = "there is no GPU" if device == "cpu" else said
+        assert wanted == (reason is None)
+        assert (reason or "recorded as CUDA graphs") in why
+
+
+def test_what_was_chosen_is_said(run_of: Callable[..., Run]) -> None:
+    heard: list[Any] = []
+    run = run_of(report=lambda event: heard.append(event))
+    assert run.config().settings.fuse == "off"
+    assert any(
+        "fuse off: fused blocks of a denoiser are faster only as CUDA graphs" in e.get("text", "") for e in heard
+    )

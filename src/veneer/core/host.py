@@ -256,7 +256,8 @@ class Adapted(Hosted):
 
     def _is_quick(self, adapter: Adapter, x: Tensor) -> bool:
         """One plain LoRA on one plain dense Linear: the whole layer is one function."""
-        weight = self.__dict__["_parameters"]["weight"] if self.plain else None
+        own = self.__dict__["_parameters"]
+        weight = own.get("weight") if self.plain and "bias" in own else None  # a parametrized one stands elsewhere
         return (
             weight is not None
             and is_plain(weight)

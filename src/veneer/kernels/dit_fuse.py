@@ -19,11 +19,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from veneer.core.host import plain_modules
 from veneer.kernels.block import Norm, Unit, norm, rotated
 from veneer.kernels.dit_blocks import Attend, Gate, Modulated, Single, Stream, StreamEnd, run_single, run_streams
 from veneer.kernels.fuse import FAMILIES, Family, FusedModule, _argument_names, _is_resting
-from veneer.kernels.group import all_bare, factors_of, untouched
+from veneer.kernels.group import Inside, all_bare, factors_of
 from veneer.kernels.image_fuse import SIDE, WORDS, _differs, _waves
 from veneer.kernels.image_parts import either
 from veneer.kernels.parts import NormParts, norm_parts, quickest
@@ -99,7 +98,7 @@ class StreamsParts:
     module: Any
     build: Build
     streams: tuple[StreamParts, ...]
-    inside: tuple[nn.Module, ...]
+    inside: Inside
 
     def now(self, xs: Sequence[Tensor], time: Tensor) -> list[Stream] | str:
         """The block as it is at this call: adapters, dropout and hooks may have changed since the last."""
@@ -124,7 +123,7 @@ class SingleParts:
     module: Any
     head_norms: HeadNorms
     act: str
-    inside: tuple[nn.Module, ...]
+    inside: Inside
 
     def now(self, x: Tensor, time: Tensor) -> Single | str:
         block, attention = self.module, self.module.attn
@@ -147,14 +146,9 @@ class SingleParts:
         return norms if isinstance(norms, str) else _attend(self.module.attn, [norms], turn, None, True)
 
 
-def _touched(inside: Sequence[nn.Module]) -> str | None:
-    """A fused block calls none of its modules but the time's, so it has to look at all of them."""
-    for each in inside:
-        if (why := untouched(each)) is not None:
-            return why
-        if isinstance(each, nn.Dropout) and each.p and each.training:
-            return "it drops out"
-    return None
+def _touched(inside: Inside) -> str | None:
+    drops = any(isinstance(m, nn.Dropout) and m.p and m.training for _, _, m in inside.places)
+    return "it drops out" if drops else inside.touched()
 
 
 def _other_attention(attention: Any, processor: str) -> str | None:
@@ -264,7 +258,7 @@ def streams_parts(build: Build) -> Callable[[Any], StreamsParts | str]:
         if getattr(block, "attn2", None) is not None:
             return "it has a second attention"
         found = [_stream_parts(block, build, which) for which in (0, 1)]
-        return either(*found) or StreamsParts(block, build, tuple(found), _inside(block))  # type: ignore[arg-type]
+        return either(*found) or StreamsParts(block, build, tuple(found), Inside.of(block))  # type: ignore[arg-type]
 
     return parts
 
@@ -324,11 +318,7 @@ def single_parts(block: Any) -> SingleParts | str:
         return "it is not built as its kind is"
     if isinstance(heads, str):
         return heads
-    return SingleParts(block, heads, "gelu_tanh" if act.approximate == "tanh" else "gelu", _inside(block))
-
-
-def _inside(block: nn.Module) -> tuple[nn.Module, ...]:
-    return tuple(module for module in plain_modules(block).values() if module is not block)
+    return SingleParts(block, heads, "gelu_tanh" if act.approximate == "tanh" else "gelu", Inside.of(block))
 
 
 # ------------------------------------------------------------------ the experiment

@@ -31,6 +31,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.nn.modules.module import _has_any_global_hook
 
 from veneer.errors import StateError
 from veneer.quant.eight import forget
@@ -541,7 +542,7 @@ def _name(module: nn.Module) -> str:
 def state_of(module: nn.Module) -> tuple[Any, ...] | None:
     """All that a recorded block takes for granted about its modules; None where rows are routed, each on its own way,
     which a graph would go again whatever the next batch asks for."""
-    found: list[Any] = []
+    found: list[Any] = [bool(_has_any_global_hook())]
     for each in module.modules():
         found.append(type(each))
         found.append(each.training)
@@ -556,6 +557,8 @@ def state_of(module: nn.Module) -> tuple[Any, ...] | None:
             found.append("forward on the instance")
         if "scale" in own or "dropout" in own:
             found.append((own.get("scale"), own.get("dropout")))
+        if "p" in own:
+            found.append(own["p"])
         if (active := own.get("active")) is not None:
             if active.routed:
                 return None

@@ -32,10 +32,11 @@ from typing import NamedTuple, Protocol, runtime_checkable
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from veneer.core.combine import Add, Dora
 from veneer.core.delta import Delta
-from veneer.core.host import Adapted, Adapter, Hosted, original_class
+from veneer.core.host import Adapted, Adapter, Hosted, original_class, plain_modules
 from veneer.core.op import TransposedLinearOp, op_for, op_of
 from veneer.core.weight import is_plain
 from veneer.kernels.image_pieces import image_kernels_for
@@ -47,6 +48,7 @@ __all__ = [
     "Bare",
     "Factors",
     "Group",
+    "Inside",
     "Thin",
     "Unformed",
     "all_bare",
@@ -175,9 +177,34 @@ def untouched(layer: nn.Module) -> str | None:
     """None where calling the layer means its forward and nothing else; otherwise what hangs on it."""
     if layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks:
         return "a hook hangs on it"
+    if "parametrizations" in layer._modules:
+        return "a parametrization is on it"
+    if _has_any_global_hook():
+        return "a hook hangs on every module"
     if "forward" in layer.__dict__ or "inner_forward" in layer.__dict__:
         return "something put a forward on the instance"
     return None
+
+
+class Inside(NamedTuple):
+    """Every module of a block as it was when the block was taken: who holds it, and under which name. A fused block
+    calls few of them or none, so it has to look at all of them."""
+
+    places: tuple[tuple[nn.Module, str, nn.Module], ...]
+
+    @classmethod
+    def of(cls, block: nn.Module) -> Inside:
+        modules = plain_modules(block)
+        names = [(name, *name.rpartition(".")) for name in modules if name]
+        return cls(tuple((modules[holder], key, modules[name]) for name, holder, _, key in names))
+
+    def touched(self) -> str | None:
+        for holder, key, module in self.places:
+            if holder._modules.get(key) is not module:
+                return f"its {key} was replaced"
+            if (why := untouched(module)) is not None:
+                return why
+        return None
 
 
 def _weight_of(layer: nn.Module, dtype: torch.dtype) -> Tensor | Store | str:

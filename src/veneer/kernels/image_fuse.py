@@ -27,7 +27,6 @@ from veneer.kernels.graphs import Unfit, replayed
 from veneer.kernels.group import untouched
 from veneer.kernels.image_blocks import frozen_convolution, group_normed, run_image, run_residual
 from veneer.kernels.image_parts import (
-    conv_now,
     image_parts,
     residual_parts,
     sampler_parts,
@@ -157,7 +156,7 @@ class FusedSampler(FusedModule):
         if len(args) > 1 or kwargs.keys() - {"output_size"} or _is_resting(hidden_states):
             return super().forward(hidden_states, *args, **kwargs)
         parts = self.fused.parts
-        if (why := conv_now(parts.conv, hidden_states.dtype)) is not None:
+        if (why := parts.now(hidden_states.dtype)) is not None:
             return self.plain(why, hidden_states, *args, **kwargs)
         size = args[0] if args else kwargs.get("output_size")
         if parts.doubles:

@@ -20,12 +20,12 @@ from veneer.core.host import Active, Hosted
 from veneer.core.weight import is_plain
 from veneer.kernels.block import Unit
 from veneer.kernels.graphs import state_of
-from veneer.kernels.group import Group, all_bare, factors_of, untouched
+from veneer.kernels.group import Group, Inside, all_bare, factors_of, untouched
 from veneer.kernels.image_blocks import End, GroupNorm, Image, LayerNorm, Residual
 from veneer.kernels.parts import layer_norm_now, norm_now, quickest
 
 __all__ = ["AttentionParts", "ImageParts", "ResidualParts", "SamplerParts", "StageParts"]
-__all__ += ["conv_now", "image_parts", "residual_parts", "sampler_parts", "stage_parts"]
+__all__ += ["image_parts", "residual_parts", "sampler_parts", "stage_parts"]
 
 GATES = {"GEGLU": "gelu", "SwiGLU": "silu"}
 PROCESSORS = ("AttnProcessor2_0", "AttnProcessor", "FusedAttnProcessor2_0")
@@ -83,7 +83,7 @@ class AttentionParts:
             return "its q, k and v are joined into one layer"
         if module.to_out[1].p and module.training:
             return "its attention drops out"
-        return untouched(module) or untouched(module.to_out[1])
+        return None
 
 
 def attention_parts(attention: Any) -> AttentionParts | str:
@@ -140,6 +140,7 @@ class ImageParts:
     entry: nn.Linear
     down: nn.Linear
     act: str
+    inside: Inside
     held: dict[Any, Laid] = field(default_factory=dict, compare=False)  # the last answer of `_laid`, by what it is for
 
     def now(self, dtype: torch.dtype) -> Image | str:
@@ -167,6 +168,8 @@ class ImageParts:
 
     def _laid(self, dtype: torch.dtype) -> Laid | str:
         block, own, cross = self.module, self.self_attention.module, self.cross_attention.module
+        if (why := self.inside.touched()) is not None:
+            return why
         if block._chunk_size is not None:
             return "its feed-forward is cut into chunks"
         if any(drop.p and drop.training for drop in block.ff.modules() if isinstance(drop, nn.Dropout)):
@@ -174,8 +177,7 @@ class ImageParts:
         norms = [layer_norm_now(norm, dtype) for norm in (block.norm1, block.norm2, block.norm3)]
         siblings = [own.to_q, own.to_k, own.to_v], [own.to_out[0]], [cross.to_q], [cross.to_k, cross.to_v]
         groups = [all_bare(group, dtype) for group in (*siblings, [cross.to_out[0]], [self.entry], [self.down])]
-        hooked = [untouched(m) for m in (block.ff, *block.ff.net)]
-        if (why := either(*norms, *groups, self.self_attention.now(), self.cross_attention.now(), *hooked)) is not None:
+        if (why := either(*norms, *groups, self.self_attention.now(), self.cross_attention.now())) is not None:
             return why
         hosts = {id(m.active): m.active for m in self.module.modules() if isinstance(m, Hosted)}
         parameters = [(m._parameters, n, p) for m in self.module.modules() for n, p in m._parameters.items()]
@@ -201,7 +203,7 @@ def image_parts(block: Any) -> ImageParts | str:
     unit = unit_parts(block.ff)
     if isinstance(own, str) or isinstance(cross, str) or isinstance(unit, str):
         return str(either(own, cross, unit))
-    return ImageParts(block, own, cross, *unit)
+    return ImageParts(block, own, cross, *unit, Inside.of(block))
 
 
 def unit_parts(ff: Any) -> tuple[nn.Linear, nn.Linear, str] | str:
@@ -242,16 +244,17 @@ def stage_parts(stage: Any) -> StageParts | str:
 @dataclass(frozen=True)
 class ResidualParts:
     module: Any
+    inside: Inside
 
     def now(self, dtype: torch.dtype) -> Residual | str:
         block = self.module
+        if (why := self.inside.touched()) is not None:
+            return why
         first, second = (group_norm_now(norm, dtype, act=True) for norm in (block.norm1, block.norm2))
         if block.dropout.p and block.dropout.training:
             return "it drops out"
         convs = [conv for conv in (block.conv1, block.conv2, block.conv_shortcut) if conv is not None]
-        hooked = [untouched(m) for m in (block.nonlinearity, block.dropout)]
-        why = either(first, second, *(conv_now(conv, dtype) for conv in convs), *hooked)
-        if why is not None:
+        if (why := either(first, second, *(conv_now(conv, dtype) for conv in convs))) is not None:
             return why
         return Residual(first, block.conv1, second, block.conv2, block.conv_shortcut)  # type: ignore[arg-type]
 
@@ -274,7 +277,7 @@ def residual_parts(block: Any) -> ResidualParts | str:
     norms = (block.norm1, block.norm2)
     if not all(map(_is_plain_conv, convs)) or not all(isinstance(norm, nn.GroupNorm) for norm in norms):
         return "its layers are no plain convolutions and group norms"
-    return ResidualParts(block)
+    return ResidualParts(block, Inside.of(block))
 
 
 @dataclass(frozen=True)
@@ -284,6 +287,10 @@ class SamplerParts:
     module: Any
     conv: nn.Conv2d
     doubles: bool
+    inside: Inside
+
+    def now(self, dtype: torch.dtype) -> str | None:
+        return self.inside.touched() or conv_now(self.conv, dtype)
 
 
 def sampler_parts(sampler: Any) -> SamplerParts | str:
@@ -294,4 +301,4 @@ def sampler_parts(sampler: Any) -> SamplerParts | str:
         return "it pads one side only"
     if getattr(sampler, "use_conv_transpose", False) or not getattr(sampler, "interpolate", True):
         return "it doubles the image otherwise"
-    return SamplerParts(sampler, conv, hasattr(sampler, "interpolate"))
+    return SamplerParts(sampler, conv, hasattr(sampler, "interpolate"), Inside.of(sampler))

@@ -22,10 +22,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from veneer.core.host import Hosted, original_class, plain_modules
+from veneer.core.host import Hosted, original_class
 from veneer.core.op import LinearOp, op_for
 from veneer.kernels.block import Norm, Unit, rotated
-from veneer.kernels.group import Group, all_bare, untouched
+from veneer.kernels.group import Group, Inside, all_bare, untouched
 from veneer.kernels.image_blocks import LayerNorm
 from veneer.kernels.pieces import ACTIVATIONS, glu
 
@@ -176,7 +176,7 @@ class BlockParts:
     posts: tuple[AnyNorm | None, AnyNorm | None]
     parallel: bool
     drops: tuple[nn.Dropout, ...]
-    inside: tuple[nn.Module, ...]  # all modules but the block itself; a fused block calls none of them
+    inside: Inside
 
     def dropping(self) -> str | None:
         """Why it will run plainly as soon as it trains."""
@@ -187,7 +187,7 @@ class BlockParts:
         return f"{what}; with resid_pdrop 0 in the model's config it would be"
 
     def touched(self) -> str | None:
-        return next((why for each in self.inside if (why := untouched(each)) is not None), None)
+        return self.inside.touched()
 
 
 def interface(module: nn.Module) -> Callable[..., Any]:
@@ -237,8 +237,7 @@ def block_parts(block: nn.Module) -> BlockParts | str:
         return why
     inside = [named(module, name) for module in (block, attention) for name in DROPS]
     drops = tuple(drop for drop in inside if isinstance(drop, nn.Dropout))
-    within = tuple(module for module in plain_modules(block).values() if module is not block)
-    return BlockParts(*found, posts, second is None, drops, within)  # type: ignore[arg-type]
+    return BlockParts(*found, posts, second is None, drops, Inside.of(block))  # type: ignore[arg-type]
 
 
 @torch.no_grad()

@@ -157,7 +157,7 @@ class Task(ABC):
         return ()
 
     def unlike(self, samples: Sequence[Encoded]) -> str | None:
-        """Why steps on these samples are not all of one kind, so that blocks cannot be recorded once for all of them."""
+        """Why steps on these samples are not all alike, so that blocks cannot be recorded once for all of them."""
         return "rows are of different lengths"
 
     # ---------------------------------------------------------------- loss and metrics
