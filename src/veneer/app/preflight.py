@@ -122,7 +122,8 @@ def _told_mask(train: Encodings, tokenizer: Any, tell: Tell) -> list[dict[str, A
     found = runs(sample, tokenizer) if sample.layout == "token" else []
     if found:
         tell("mask", sample=[tuple(run) for run in found], where=sample.where)
-    tell("lengths", text=f"{train.lengths.sketch()}, {train.lengths}")
+    if train.has_tokens:
+        tell("lengths", text=f"{train.lengths.sketch()}, {train.lengths}")
     return [run._asdict() for run in found]
 
 

@@ -100,9 +100,8 @@ def _total_memory(event: Event) -> int:
 def _memory(event: Event) -> str:
     of = f" of {bytes_(_total_memory(event))}"
     rows, longest = int(event.get("micro_batch", 0)), int(event.get("longest_tokens", 0))
-    return (
-        f"{bytes_(float(event['memory_bytes']))}{of} in use with the longest batch ({rows} rows, to {longest} tokens)"
-    )
+    batch = f"the longest batch ({rows} rows, to {longest} tokens)" if longest > 1 else f"a batch of {rows} rows"
+    return f"{bytes_(float(event['memory_bytes']))}{of} in use with {batch}"
 
 
 @dataclass
@@ -118,6 +117,7 @@ class Progress:
     latest: dict[str, Any] = field(default_factory=dict)
     recent: deque[tuple[float, int, int]] = field(default_factory=lambda: deque(maxlen=RECENT_STEPS))
     total_memory: int | None = None
+    in_rows: bool = False  # a row is no tokens, but one whole, like a picture
     doing: str = "starting"
     ended: bool = False
     since: float = field(default_factory=time.monotonic)
@@ -133,7 +133,7 @@ class Progress:
             self.val, self.is_best = float(event["val_loss"]), bool(event.get("best"))
             self.first_val = self.val if self.first_val is None else self.first_val
         elif kind == "probe":
-            self.total_memory = _total_memory(event)
+            self.total_memory, self.in_rows = _total_memory(event), event.get("longest_tokens") == 1
         self.ended = self.ended or kind in ENDINGS
         self._now(self._next(kind, event))
 
@@ -191,6 +191,8 @@ class Progress:
         if not seconds:
             return ""
         rate, trained = (sum(row[i] for row in self.recent) / seconds for i in (1, 2))
+        if self.in_rows:
+            return f"{rate:.3g} rows/s"
         return f"{count(rate)} tok/s ({count(trained)} trained)".replace(" k", "k")
 
     def memory(self) -> str:

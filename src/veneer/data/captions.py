@@ -30,11 +30,13 @@ from array import array
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from veneer.data.encode import Encodings, finished
 from veneer.data.images import in_colours, looked_at, name_of, open_picture
 from veneer.data.lengths import Lengths
+from veneer.data.read import CAPTIONS
 from veneer.data.types import Captioned, Encoded
 from veneer.errors import ConfigError, DataError
 from veneer.extras import need
@@ -192,6 +194,8 @@ def _canvas(
     original = looked_at(example, counts)
     if caption is None:
         beside = "no text file of its name beside it" if isinstance(example.image, str) else "no column with its text"
+        if (empty := _text_beside(example)) is not None:
+            beside = f"{empty} is empty"
         fix = "write one; or captions=folders takes the folder's name, captions=none trains it without words"
         raise DataError(f"it has no caption: {beside} ({fix})", name_of(example))
     size = nearest(original, sizes)
@@ -200,6 +204,14 @@ def _canvas(
     counts["wordless"] += not caption
     counts["foldernames"] += not example.caption and caption == _folder_of(example)[1]
     return canvas
+
+
+def _text_beside(example: Captioned) -> str | None:
+    """The name of the text file that lies beside a picture."""
+    if not isinstance(example.image, str):
+        return None
+    files = (Path(example.image).with_suffix(suffix) for suffix in CAPTIONS)
+    return next((file.name for file in files if file.is_file()), None)
 
 
 def _repeated(canvas: Canvas, counts: Counter[str]) -> Iterator[Encoded]:

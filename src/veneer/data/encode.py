@@ -54,6 +54,22 @@ NOTICES = {
 }
 
 
+SINGULAR = (
+    ("pictures have", "picture has"), ("pictures are", "picture is"), ("pictures differ", "picture differs"),
+    ("and were", "and was"), ("and are", "and is"), ("they teach", "it teaches"), ("rows left", "row left"),
+)  # fmt: skip
+
+
+def _of_one(sentence: str, count: int) -> str:
+    """
+    >>> _of_one("{n:,} pictures have no words and are trained without", 1)
+    '{n:,} picture has no words and is trained without'
+    """
+    for many, one in SINGULAR if count == 1 else ():
+        sentence = sentence.replace(many, one)
+    return sentence
+
+
 @dataclass(frozen=True)
 class Encodings:
     """Samples that are ready to be packed or batched, and what became of the rows. `str()` is the sentence to print."""
@@ -89,14 +105,21 @@ class Encodings:
     def notices(self) -> list[str]:
         total = max(len(self.lengths), 1)
         return [
-            sentence.format(n=count, max_len=self.max_len, share=count / total)
+            _of_one(sentence, count).format(n=count, max_len=self.max_len, share=count / total)
             for key, sentence in NOTICES.items()
             if (count := self.counts[key])
         ]
 
+    @property
+    def has_tokens(self) -> bool:
+        """Whether samples are made of tokens; a picture is one whole."""
+        return self.tokens > len(self)
+
     def __str__(self) -> str:
-        head = f"{self.rows:,} rows, {len(self):,} samples, {self.tokens:,} tokens"
-        return "; ".join([head, f"{self.trained_share:.1%} of them trained", *self.notices])
+        head = f"{self.rows:,} rows, {len(self):,} samples"
+        if self.has_tokens:
+            head += f", {self.tokens:,} tokens; {self.trained_share:.1%} of them trained"
+        return "; ".join([head, *self.notices])
 
     def facts(self) -> dict[str, Any]:
         """What data.json records."""

@@ -145,7 +145,15 @@ def finish(done: Run, out: Output) -> int:
 def saved_line(done: Run, out: Output) -> str:
     before, after = done.result.get("val_before"), done.result.get("val_after")
     fell = f"   val {number(before)} {out.signs.arrow} {number(after)}" if after is not None else ""
-    verb = "chat" if done.config().settings.task in ("causal_lm", "seq2seq") else "eval"
-    against = " --vs base" if verb == "chat" and done.config().settings.method == "lora" else ""
     report = f" {out.signs.dot} open {done.path('report.html')}"
-    return f"saved {done.folder}{fell}   next:  veneer {verb} {done.folder}{against}{report}"
+    return f"saved {done.folder}{fell}   next:  veneer {next_step(done)}{report}"
+
+
+def next_step(done: Run) -> str:
+    """What people do with a run of this task."""
+    settings, folder = done.config().settings, done.folder
+    if settings.task == "diffusion":  # no picture is held out, so there is nothing to evaluate
+        return f"export {folder} --to kohya --out {folder.name}.safetensors"
+    if settings.task in ("causal_lm", "seq2seq"):
+        return f"chat {folder}{' --vs base' if settings.method == 'lora' else ''}"
+    return f"eval {folder}"
