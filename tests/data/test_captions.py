@@ -147,7 +147,7 @@ def test_odd_pictures_are_told_and_broken_ones_listed(tmp_path: Path) -> None:
     data = load(str(tmp_path), kinds=(Captioned,))
     found = encode_captioned(data.examples, SIZES)  # type: ignore[arg-type]
     said = str(found)
-    assert "1 pictures have no colours" in said and "1 pictures are smaller" in said and "trained in 2 shapes" in said
+    assert "1 picture has no colours" in said and "1 picture is smaller" in said and "trained in 2 shapes" in said
     assert len({sample.shape for sample in found.samples}) == 2
     (tmp_path / "1_a" / "cut.png").write_bytes((tmp_path / "1_a" / "wide.png").read_bytes()[:60])
     (tmp_path / "1_a" / "cut.txt").write_text("c")

@@ -105,9 +105,7 @@ def test_odd_pictures_are_told_and_broken_ones_refused(folder: Path) -> None:
     data = load(folder, kinds=(Pictured,))
     found = encode_pictures(data.examples, processor(), data.labels)  # type: ignore[arg-type]
     said = str(found)
-    assert (
-        "1 pictures have no colours" in said and "2 pictures differ in size" in said and "1 pictures are partly" in said
-    )
+    assert "1 picture has no colours" in said and "2 pictures differ in size" in said and "1 picture is partly" in said
     (folder / "blue" / "broken.png").write_bytes((folder / "blue" / "1.png").read_bytes()[:90])
     (folder / "blue" / "words.jpg").write_text("no picture")
     data = load(folder, kinds=(Pictured,))

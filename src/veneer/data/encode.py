@@ -56,7 +56,8 @@ NOTICES = {
 
 SINGULAR = (
     ("pictures have", "picture has"), ("pictures are", "picture is"), ("pictures differ", "picture differs"),
-    ("and were", "and was"), ("and are", "and is"), ("they teach", "it teaches"), ("rows left", "row left"),
+    ("and were", "and was"), ("they are", "it is"), ("and are", "and is"), ("they teach", "it teaches"),
+    ("rows left", "row left"),
 )  # fmt: skip
 
 
