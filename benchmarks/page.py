@@ -172,6 +172,35 @@ def train_gpu(runs: list[dict[str, Any]]) -> str:
     return "\n\n".join(lines)
 
 
+def longest(runs: list[dict[str, Any]]) -> str:
+    rows = sorted(
+        ({**run["about"], **row} for run in runs for row in run["rows"] if "failed" not in row),
+        key=lambda row: (row["base"], row["tokens"], row["layers"]),
+    )
+    body = [
+        (
+            f"{row['base']}, {row['tokens']:,}", f"{row['layers']}", f"{row['peak_bytes'] / GIB:.2f}",
+            f"{row['estimated_bytes'] / row['peak_bytes']:.3f}", f"{row['host_bytes'] / GIB:.1f}", str(row["stay"]),
+            f"{row['seconds']:.1f}", row["device"].removeprefix("NVIDIA "),
+        )
+        for row in rows
+    ]  # fmt: skip
+    about = rows[0]
+    head = ["base, tokens", "layers there", "peak GiB", "estimate / peak", "host GiB", "stay", "s", "card"]
+    return "\n\n".join(
+        [
+            "## The longest row on one card",
+            f"`python benchmarks/longest.py`: true steps on one row, Llama-3.1-8B's shape, r = {about['rank']} on all "
+            "seven linears, AdamW, `recompute tiled`; random weights, of nf4 the embedding and the head, too; "
+            f"torch {about['torch']}. Peak and estimate are those of all 32 layers: where fewer are there, a block of "
+            "memory holds what the others would. The host holds the inputs of all blocks and of the last norm, but for "
+            "those that stay on the card for want of room there. The longest published elsewhere is 342,733 tokens on "
+            "80 GB (QLoRA, r = 32, batches of one; unsloth.ai/blog/llama3-3).",
+            table(head, body),
+        ]
+    )
+
+
 WHAT_WAS_STEPPED = {
     "sdxl": (
         "SDXL's UNet",
@@ -427,6 +456,7 @@ SECTIONS: dict[str, Callable[[Any], str]] = {
     "memory_cuda": memory,
     "merge_stream": merge_stream,
     "train_gpu_*": train_gpu,
+    "longest*": longest,
     "sdxl_gpu": diffusion_gpu,
     "flux_gpu": diffusion_gpu,
     "first_steps": first_steps,
