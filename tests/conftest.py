@@ -16,7 +16,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import random
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -276,3 +278,56 @@ def same_threads() -> Iterator[None]:
     """A test that changes the number of threads changes it for itself."""
     yield
     torch.set_num_threads(1)
+
+
+# ------------------------------------------------------------------ CUDA graphs without CUDA
+
+
+class Forward:
+    """A record's forward graph: the work itself, its result put where the first one lies."""
+
+    def __init__(self, record: Any, run: Any) -> None:
+        self.record, self.run = record, run
+
+    def replay(self) -> None:
+        record = self.record
+        with torch.enable_grad():
+            self.fresh = self.run(record.x, **{name: shared.static for name, shared in record.shared.items()})
+        record.y.detach().copy_(self.fresh.detach())
+
+
+class Backward:
+    def __init__(self, record: Any) -> None:
+        self.record = record
+
+    def replay(self) -> None:
+        record = self.record
+        wanted = [record.x, *record.leaves] if record.x.requires_grad else record.leaves
+        grads = list(torch.autograd.grad(record.forward_graph.fresh, wanted, record.g.clone()))
+        if record.x.requires_grad:
+            record.dx.copy_(grads.pop(0))
+        record.rooms.put(grads)
+
+
+@pytest.fixture
+def graphs_on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks are recorded and replayed, by a stand-in that does the work anew."""
+    from veneer.kernels import graphs
+
+    make = graphs.Record.make
+
+    def made(self: Any, module: Any, x: Any, tensors: Any, run: Any) -> None:
+        make(self, module, x, tensors, run)
+        self.forward_graph, self.backward_graph = Forward(self, run), Backward(self)
+
+    def worked(self: Any, work: Any) -> Any:
+        with torch.enable_grad():
+            return object(), work()
+
+    monkeypatch.setattr(graphs.Record, "make", made)
+    monkeypatch.setattr(graphs.Recorder, "record", worked)
+    monkeypatch.setattr(graphs, "_can_record", lambda x: True)
+    monkeypatch.setattr(graphs, "_beside", lambda stream: nullcontext())
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", object)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: object())
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)

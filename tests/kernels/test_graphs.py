@@ -1,14 +1,13 @@
 """Blocks recorded as CUDA graphs: replayed = run as ever, to the last bit, whatever happens in between.
 
-A CPU has no graphs; there a stand-in does the work anew at each replay and puts what it gives where a graph would, so
-that everything but the card is tested: what is recorded when, what is replayed, what is compared.
+A CPU has no graphs; there a stand-in (`graphs_on_cpu` in conftest.py) does the work anew at each replay and puts what
+it gives where a graph would, so that everything but the card is tested: what is recorded when, replayed, compared.
 """
 
 from __future__ import annotations
 
 import copy
 import pickle
-from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -19,62 +18,17 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 import veneer
 from veneer import LoRA
 from veneer.core.model import parameters
-from veneer.kernels import graphs
 from veneer.kernels.fuse import FusedBlock, fuse, set_recompute, unfuse
-from veneer.kernels.graphs import Record, Recorder, state_of
+from veneer.kernels.graphs import Recorder, state_of
 
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 
-class Forward:
-    """A record's forward graph: the work itself, its result put where the first one lies."""
-
-    def __init__(self, record: Record, run: Any) -> None:
-        self.record, self.run = record, run
-
-    def replay(self) -> None:
-        record = self.record
-        with torch.enable_grad():
-            self.fresh = self.run(record.x, **{name: shared.static for name, shared in record.shared.items()})
-        record.y.detach().copy_(self.fresh.detach())
-
-
-class Backward:
-    def __init__(self, record: Record) -> None:
-        self.record = record
-
-    def replay(self) -> None:
-        record = self.record
-        wanted = [record.x, *record.leaves] if record.x.requires_grad else record.leaves
-        grads = list(torch.autograd.grad(record.forward_graph.fresh, wanted, record.g.clone()))
-        if record.x.requires_grad:
-            record.dx.copy_(grads.pop(0))
-        record.rooms.put(grads)
-
-
 @pytest.fixture(params=[pytest.param("cuda", marks=[gpu, pytest.mark.gpu]), "cpu"])
-def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    if request.param == "cuda":
-        return "cuda"
-    make = Record.make
-
-    def made(self: Record, module: nn.Module, x: Tensor, tensors: dict[str, Tensor], run: Any) -> None:
-        make(self, module, x, tensors, run)
-        self.forward_graph, self.backward_graph = Forward(self, run), Backward(self)
-
-    monkeypatch.setattr(Record, "make", made)
-    monkeypatch.setattr(Recorder, "record", lambda self, work: (object(), _enabled(work)))
-    monkeypatch.setattr(graphs, "_can_record", lambda x: True)
-    monkeypatch.setattr(graphs, "_beside", lambda stream: nullcontext())
-    monkeypatch.setattr(torch.cuda, "graph_pool_handle", object)
-    monkeypatch.setattr(torch.cuda, "Stream", lambda device: object())
-    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
-    return "cpu"
-
-
-@torch.enable_grad()
-def _enabled(work: Any) -> Any:
-    return work()
+def device(request: pytest.FixtureRequest) -> str:
+    if request.param == "cpu":
+        request.getfixturevalue("graphs_on_cpu")
+    return request.param
 
 
 def llama(device: str = "cpu", dtype: torch.dtype = torch.float32, storage: str | None = None) -> nn.Module:

@@ -19,7 +19,7 @@ from transformers.models.gpt_oss.configuration_gpt_oss import GptOssConfig
 import veneer
 from veneer import LoRA
 from veneer.core.model import parameters
-from veneer.data.batch import Batch, batches, collate
+from veneer.data.batch import Batch, batches, collate, mould_of
 from veneer.data.isolation import check
 from veneer.data.pack import pack
 from veneer.data.types import IGNORE, Encoded
@@ -97,6 +97,49 @@ def test_a_row_is_its_samples_one_by_one(name: str, lengths: list[int]) -> None:
         agree(outcome(model, [collate(samples, by_samples=True)]), alone)
         agree(outcome(model, list(batches(samples, 2, by_samples=True))), alone)
         agree(outcome(model, list(batches(pack(samples, 20), 2, by_samples=True))), alone)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_what_fills_a_batch_up_counts_for_nothing(name: str) -> None:
+    """All batches in one shape: some of the last samples are of nothing that counts, some of no token at all."""
+    model, samples = model_of(name), samples_of([9, 4, 17, 2, 5, 5])
+    mould = mould_of(samples, 2)
+    made = list(batches(samples, 2, by_samples=True, mould=mould))
+    assert {tuple(batch.inputs["input_ids"].shape) for batch in made} == {(1, mould.tokens)}
+    assert {len(batch.inputs["cu_seq_lens_q"]) for batch in made} == {mould.samples + 1}
+    assert {batch.inputs["max_length_q"] for batch in made} == {17}
+    assert [batch.tokens for batch in made] == [13, 19, 10] and made[1].inputs["cu_seq_lens_q"].diff().min() == 0
+    with within(model):
+        agree(outcome(model, made), outcome(model, list(batches(samples, 2, by_samples=True))))
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3])
+def test_a_mould_takes_any_rows_and_leaves_alone_what_does_not_fit(rows: int) -> None:
+    dice = random.Random(1)
+    packed = pack(samples_of([dice.randrange(1, 30) for _ in range(40)]), 40)
+    mould = mould_of(packed, rows)
+    for _ in range(50):
+        lengths = [n for row in dice.sample(packed, rows) for n in row.segments]
+        filling = mould.filling(lengths)
+        assert filling is not None and sum(lengths) + sum(filling) == mould.tokens
+        assert len(lengths) + len(filling) == mould.samples and max(filling, default=0) <= mould.longest
+    assert mould.filling([mould.tokens + 1]) is None and mould.filling([1] * (mould.samples + 1)) is None
+    assert mould.filling([mould.longest + 1]) is None
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_the_kernel_takes_samples_of_no_token() -> None:
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(300, heads, 64, device="cuda", dtype=torch.bfloat16) for heads in (14, 2, 2))
+    found = []
+    for ends, longest in (([0, 100, 170, 300], 130), ([0, 100, 170, 300, 300, 300, 300], 256)):
+        inputs = [t.clone().requires_grad_() for t in (q, k, v)]
+        o = attend_each(*inputs, torch.tensor(ends, dtype=torch.int32, device="cuda"), longest)
+        found.append([o, *torch.autograd.grad(o, inputs, torch.cos(o.detach()))])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=2e-2)
+        assert torch.isfinite(other).all()
 
 
 @pytest.mark.parametrize("level", ["none", "gate_up", "middle", "input"])

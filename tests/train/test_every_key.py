@@ -87,7 +87,7 @@ CASES: dict[str, tuple[Any, dict[str, Any], list[dict[str, Any]]]] = {
     "yes": (True, {"max_len": 40}, ROWS),
 }
 ELSEWHERE = {"model": "test_loop.py", "data": "test_tasks.py and below", "resume": "test_resume.py"}
-ELSEWHERE["augment"] = "test_images.py"
+ELSEWHERE |= {"augment": "test_images.py", "graphs": "test_fast.py"}
 ELSEWHERE |= dict.fromkeys((name for name, key in KEYS.items() if key.group == "pictures"), "test_diffusion.py")
 
 

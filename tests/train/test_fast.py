@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,10 +13,13 @@ from train_runs import Heard, same, trained
 from transformers import GPT2Config, GPT2LMHeadModel, OPTConfig, OPTForCausalLM
 
 import veneer.kernels.fuse as fuse_module
-from veneer.kernels.fuse import FusedBlock, is_fused
+from veneer.data.types import Encoded
+from veneer.kernels import graphs
+from veneer.kernels.fuse import FusedBlock, is_fused, set_graphs
 from veneer.quant import eight
 from veneer.tasks.causal_lm import CausalLM
 from veneer.train import fast
+from veneer.train.fast import Way
 from veneer.train.run import Run
 
 Runs = Callable[..., tuple[Run, Heard, nn.Module]]
@@ -213,6 +217,67 @@ def test_an_error_of_another_kind_is_raised_as_it_is(run_tiny: Runs, monkeypatch
     monkeypatch.setattr(CausalLM, "loss", loss)
     with pytest.raises(RuntimeError, match="cannot be multiplied"):
         run_tiny(**SHORT)
+
+
+# ------------------------------------------------------------------ graphs
+
+
+def shapes_of_replays(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
+    seen: list[tuple[int, ...]] = []
+    inner = graphs.Record.forward
+
+    def forward(self: Any, x: Any, token: Any) -> Any:
+        seen.append(tuple(x.shape[:2]))
+        return inner(self, x, token)
+
+    monkeypatch.setattr(graphs.Record, "forward", forward)
+    return seen
+
+
+@pytest.mark.parametrize("packed", [{"packing": "on", "max_len": 90}, {}], ids=["packed", "by samples"])
+def test_batches_in_one_shape_are_replayed_and_teach_the_same(
+    run_tiny: Runs, graphs_on_cpu: None, monkeypatch: pytest.MonkeyPatch, packed: dict[str, Any]
+) -> None:
+    monkeypatch.setattr("veneer.train.fast.set_graphs", lambda model, tell: set_graphs(model, tell) and None)
+    settings = {**SHORT, "steps": 8, "batch_size": 2, "global_batch": 4, **packed}
+    _, plain, one = run_tiny(**settings)
+    seen = shapes_of_replays(monkeypatch)
+    run, heard, two = run_tiny(**settings, graphs="on")
+    assert len(set(seen)) == 1 and len(seen) >= 16  # both blocks, half of the micro-batches and more
+    assert "blocks are recorded as CUDA graphs, batches filled up to one shape" in said(heard, "note")
+    assert heard.losses == pytest.approx(plain.losses, rel=1e-5)
+    assert [event["tokens"] for event in heard.of("step")] == [event["tokens"] for event in plain.of("step")]
+    assert all(torch.allclose(value, trained(two)[name], atol=1e-4) for name, value in trained(one).items())
+    assert run.proof["passed"] and run.config().settings.graphs == "on"
+
+
+def test_on_a_cpu_there_are_no_graphs_and_it_is_said_to_who_asked(run_tiny: Runs) -> None:
+    run, heard, _ = run_tiny(**SHORT)
+    assert run.config().settings.graphs == "off" and run.config().origins["graphs"].note == "they need a GPU"
+    assert "graphs" not in said(heard, "note")
+    _, heard, _ = run_tiny(**SHORT, graphs="on")
+    assert "no CUDA graphs: they need a GPU, and the model is on the cpu" in said(heard, "note")
+
+
+@pytest.mark.parametrize(
+    "lengths, level, wanted, why",
+    [
+        ([40, 40, 39, 40], "none", "on", "filled up by 0.6%"),
+        ([40, 20, 10, 40], "none", "off", "filled up by 31.2%"),
+        ([40, 40, 40, 40], "offload", "off", "kept on the host"),
+    ],
+)
+def test_graphs_are_taken_unasked_where_rows_are_of_one_length(
+    lengths: list[int], level: str, wanted: str, why: str
+) -> None:
+    rows = [Encoded([5] * n, [5] * n) for n in lengths]
+    way = Way.__new__(Way)
+    way.job = SimpleNamespace(device=torch.device("cuda"), by_samples=True, train=rows)  # type: ignore[assignment]
+    way.settings = SimpleNamespace(batch_size=2)  # type: ignore[assignment]
+    way.is_ours, way.level = True, level
+    way.model = nn.ModuleList([FusedBlock()])
+    choice, reason = way._graphs_rule()
+    assert choice == wanted and why in reason
 
 
 # ------------------------------------------------------------------ without padding

@@ -5,6 +5,7 @@
 | one sample each | input_ids, attention_mask (padding on the right) |
 | packed | input_ids, position_ids that start again with each sample; no mask, no cache |
 | flat, for attention by samples | one row of all samples without padding, position_ids, where each sample begins |
+| the same, in a mould | as many tokens and bounds in every batch: samples of nothing, that no loss counts, fill it up |
 | pictures | pixel_values; with boxes the labels are (rows, boxes, 5), filled up with rows of IGNORE |
 
 From positions that start again transformers builds the block-diagonal causal mask itself, in the form that each layer
@@ -19,7 +20,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -29,7 +30,7 @@ from veneer.data.types import IGNORE, Encoded
 from veneer.errors import DataError, StateError
 from veneer.kernels.varlen import MARK
 
-__all__ = ["Batch", "batches", "collate", "pad_id_of"]
+__all__ = ["Batch", "Mould", "batches", "collate", "mould_of", "pad_id_of"]
 
 
 @dataclass(frozen=True)
@@ -91,6 +92,32 @@ class Batch:
         return replace(self, inputs=moved, labels=_moved(self.labels, device))
 
 
+class Mould(NamedTuple):
+    """One shape for all batches by samples, so that a GPU can replay what it did for another."""
+
+    tokens: int
+    samples: int
+    longest: int  # of them, in tokens
+
+    def filling(self, lengths: Sequence[int]) -> list[int] | None:
+        """The lengths of the samples that fill up a batch of these; None where it does not fit the mould."""
+        missing = self.tokens - sum(lengths)
+        if missing < 0:
+            return None
+        whole, rest = divmod(missing, self.longest)
+        found = [self.longest] * whole + [rest] * (rest > 0)
+        left = self.samples - len(lengths) - len(found)
+        return None if left < 0 or max(lengths) > self.longest else found + [0] * left
+
+
+def mould_of(samples: Sequence[Encoded], rows: int) -> Mould:
+    """The smallest that takes any `rows` of these samples."""
+    sizes, counts = sorted(map(len, samples)), sorted(len(sample.segments) for sample in samples)
+    longest, tokens = max(max(sample.segments) for sample in samples), sum(sizes[-rows:])
+    fillers = -(-(tokens - sum(sizes[:rows])) // longest)
+    return Mould(tokens, sum(counts[-rows:]) + fillers, longest)
+
+
 def _moved(value: Any, device: torch.device | str) -> Any:
     if not isinstance(value, Tensor) or value.device == torch.device(device):
         return value
@@ -98,16 +125,22 @@ def _moved(value: Any, device: torch.device | str) -> Any:
     return pinned.to(device, non_blocking=True)
 
 
-def collate(samples: Sequence[Encoded], pad_id: int = 0, *, flat: bool = False, by_samples: bool = False) -> Batch:
+def collate(
+    samples: Sequence[Encoded], pad_id: int = 0, *, flat: bool = False, by_samples: bool = False,
+    mould: Mould | None = None,
+) -> Batch:  # fmt: skip
     """One batch of these samples. `flat`: all of them in one row, without padding, kept apart as packed samples are.
-    `by_samples`: the same for a model whose attention takes the bounds, which stand in for a mask."""
+    `by_samples`: the same for a model whose attention takes the bounds, which stand in for a mask; in the `mould`'s
+    shape, where they fit it."""
     if not samples:
         raise StateError("a batch of no samples", fix="give collate at least one")
     if samples[0].pixels is not None:
         return _pictures(samples)
     if by_samples:
         row = collate(samples, pad_id, flat=True)
-        return replace(row, inputs={**row.inputs, **row.varlen(), "attention_mask": torch.ones(MARK).bool()})
+        bounded = replace(row, inputs={**row.inputs, **row.varlen(), "attention_mask": torch.ones(MARK).bool()})
+        filling = None if mould is None else mould.filling(row.segments[0])
+        return bounded if mould is None or filling is None else _filled(bounded, filling, mould, pad_id)
     rows = [_joined(samples)] if flat else list(samples)
     width = max(map(len, rows))
     inputs: dict[str, Any] = {"input_ids": _padded([row.input_ids for row in rows], pad_id, width)}
@@ -122,6 +155,20 @@ def collate(samples: Sequence[Encoded], pad_id: int = 0, *, flat: bool = False, 
     trained = sum(sample.trained_tokens for sample in samples)
     places = tuple(sample.where for sample in samples)
     return Batch(inputs, _labels(rows, width), trained, tuple(row.segments for row in rows), places)
+
+
+def _filled(row: Batch, filling: Sequence[int], mould: Mould, pad_id: int) -> Batch:
+    """With samples that count for nothing behind the others. `segments` stay those of the real ones."""
+    ids, positions = row.inputs["input_ids"], row.inputs["position_ids"]
+    missing = ids.new_full((1, mould.tokens - ids.shape[1]), pad_id)
+    places = torch.tensor([place for length in filling for place in range(length)], dtype=positions.dtype)[None]
+    ends = torch.tensor([0, *accumulate([*row.segments[0], *filling])], dtype=torch.int32)
+    inputs = {
+        **row.inputs,
+        "input_ids": torch.cat([ids, missing], 1), "position_ids": torch.cat([positions, places], 1),
+        "cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": mould.longest, "max_length_k": mould.longest,
+    }  # fmt: skip
+    return replace(row, inputs=inputs, labels=torch.cat([row.labels, torch.full_like(missing, IGNORE)], 1))
 
 
 def _pictures(samples: Sequence[Encoded]) -> Batch:
@@ -148,12 +195,9 @@ def _beside(rows: Sequence[Encoded], width: int) -> dict[str, Any]:
     return found
 
 
-def batches(
-    samples: Sequence[Encoded], rows: int, pad_id: int = 0, *, flat: bool = False, by_samples: bool = False
-) -> Iterator[Batch]:
-    """The samples in micro-batches of `rows`, in their order."""
-    starts = range(0, len(samples), rows)
-    return (collate(samples[start : start + rows], pad_id, flat=flat, by_samples=by_samples) for start in starts)
+def batches(samples: Sequence[Encoded], rows: int, pad_id: int = 0, **how: Any) -> Iterator[Batch]:
+    """The samples in micro-batches of `rows`, in their order; the rest goes to `collate`."""
+    return (collate(samples[start : start + rows], pad_id, **how) for start in range(0, len(samples), rows))
 
 
 def pad_id_of(tokenizer: Any) -> int:

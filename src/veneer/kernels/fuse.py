@@ -50,6 +50,7 @@ __all__ = [
     "in_eight_bits",
     "is_fused",
     "keep_layouts",
+    "set_graphs",
     "set_recompute",
     "unfuse",
 ]
@@ -295,17 +296,14 @@ def fuse(
     if is_fused(model):
         raise StateError("this model is fused already", fix="veneer.unfuse(model) first, or set_recompute(model, ...)")
     report = Fused(recompute=recompute)
-    recorder = Recorder() if graphs else None
     modules = plain_modules(model)
     taken: set[int] = set()
     for name, family in _families(modules).items():
         if _take_family(modules[name], name, family, recompute, report):
             taken |= {id(inside) for inside in modules[name].modules()}
-            modules[name].__dict__["fused"].recorder = recorder
     for name, module in modules.items():
         if _looks_like_block(module) and _take(module, name, FusedBlock, block_parts(module), recompute, report):
             taken |= {id(inside) for inside in module.modules()}
-            module.__dict__["fused"].recorder = recorder
     for name, module in modules.items():
         if id(module) not in taken and _looks_like_unit(module):
             _take(module, name, FusedMlp, mlp_parts(module), recompute, report)
@@ -315,7 +313,7 @@ def fuse(
     if turned:
         report.turned = keep_layouts(model)
     if graphs:
-        report.ungraphed = _ungraphed(model)
+        report.ungraphed = set_graphs(model)
         report.graphs = report.ungraphed is None
     if not report.replaced and not report.skipped:
         report.skipped[type(model).__name__] = "no part of it is of a build that is known"
@@ -339,9 +337,13 @@ def keep_layouts(model: nn.Module, keep: bool = True) -> int:
     return len(found)
 
 
-def _ungraphed(model: nn.Module) -> str | None:
-    """Why nothing will be recorded, as far as that can be told before the first call."""
+def set_graphs(model: nn.Module, tell: Callable[[str], Any] | None = None) -> str | None:
+    """Let fused blocks be recorded as CUDA graphs from now on. Why nothing will be, as far as that can be told before
+    the first call; `tell` is told what turns out later."""
     blocks = [m for m in model.modules() if isinstance(m, FusedModule) and m.records]
+    recorder = Recorder(tell=tell)
+    for block in blocks:
+        block.fused.recorder = recorder
     if not blocks:
         return "none of what is fused is recorded"
     device = next((p.device.type for p in blocks[0].parameters()), "cpu")

@@ -121,7 +121,7 @@ def _one_by_one(
     q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, scale: float | None, window: int | None, causal: bool,
     dropout: float,
 ) -> Tensor:  # fmt: skip
-    lengths = bounds.diff().tolist()
+    lengths = [length for length in bounds.diff().tolist() if length]  # a batch may be filled up with empty samples
     found = []
     for parts in zip(*(t.split(lengths) for t in (q, k, v)), strict=True):
         one, two, three = (part.transpose(0, 1)[None] for part in parts)

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from veneer.core.registry import Registry
 from veneer.core.spec import LoRA
-from veneer.data.batch import Batch, collate, pad_id_of
+from veneer.data.batch import Batch, Mould, collate, pad_id_of
 from veneer.data.encode import Encodings
 from veneer.data.labels import LabelSet
 from veneer.data.template import Renderer
@@ -99,13 +99,15 @@ class Task(ABC):
     def configure(self, settings: Any, tell: Callable[..., Any]) -> None:  # noqa: B027 - most tasks need nothing
         """Take in what of the settings only this task knows, before any row is encoded."""
 
-    def collate(self, samples: Sequence[Encoded], *, by_samples: bool = False) -> Batch:
-        return collate(samples, pad_id_of(self.tokenizer), by_samples=by_samples)
+    def collate(self, samples: Sequence[Encoded], *, by_samples: bool = False, mould: Mould | None = None) -> Batch:
+        return collate(samples, pad_id_of(self.tokenizer), by_samples=by_samples, mould=mould)
 
-    def batches(self, samples: Sequence[Encoded], rows: int, by_samples: bool = False) -> Iterator[Batch]:
-        """The samples in micro-batches of `rows`, in their order; `by_samples`: see `veneer.data.batch.collate`."""
+    def batches(
+        self, samples: Sequence[Encoded], rows: int, by_samples: bool = False, mould: Mould | None = None
+    ) -> Iterator[Batch]:
+        """The samples in micro-batches of `rows`, in their order; the rest: see `veneer.data.batch.collate`."""
         starts = range(0, len(samples), rows)
-        return (self.collate(samples[start : start + rows], by_samples=by_samples) for start in starts)
+        return (self.collate(samples[start : start + rows], by_samples=by_samples, mould=mould) for start in starts)
 
     @property
     def ends(self) -> tuple[int, ...]:

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from veneer.core.model import disabled
 from veneer.core.spec import LoRA
-from veneer.data.batch import Batch
+from veneer.data.batch import Batch, Mould
 from veneer.data.captions import Canvas, buckets, encode_captioned, place_trigger
 from veneer.data.dataset import load
 from veneer.data.encode import Encodings
@@ -113,7 +113,7 @@ class Diffusion(Task):
         words = {"captions": self.settings.captions, "trigger": self.settings.trigger}
         return encode_captioned(examples, self.sizes, skip_bad=skip_bad, report=report, **words)
 
-    def collate(self, samples: Sequence[Encoded], *, by_samples: bool = False) -> Batch:
+    def collate(self, samples: Sequence[Encoded], *, by_samples: bool = False, mould: Mould | None = None) -> Batch:
         """Pictures may differ in size, so they become tensors only where the model is asked, shape by shape."""
         canvases = tuple(cast(Canvas, sample.pixels) for sample in samples)
         weights = torch.tensor([canvas.weight for canvas in canvases])

@@ -2,6 +2,8 @@
 
     fuse        auto: on where an adapter is trained on blocks that are known; what runs plainly is named, and why
     recompute   auto: the first level that fits by the memory model (advise/keep.py), then tried on the longest batch
+    graphs      auto: blocks are recorded as CUDA graphs where rows are packed to nearly one length. All batches are
+                filled up to one shape for it, by samples that count for nothing (`Mould` in data/batch.py)
 
 Two things can turn out otherwise, and both are said: memory that runs out although the estimate said it would not, then
 the second layout of an 8-bit base is given up, and after that the next level is taken; and a fused block that fails
@@ -25,6 +27,7 @@ from veneer.advise.keep import choose, levels_of, stays
 from veneer.advise.memory import gib
 from veneer.advise.plan import Plan
 from veneer.advise.shapes import shapes_of
+from veneer.data.batch import Mould, mould_of
 from veneer.data.types import Encoded
 from veneer.errors import UserError
 from veneer.kernels.fuse import (
@@ -37,6 +40,7 @@ from veneer.kernels.fuse import (
     in_eight_bits,
     is_fused,
     keep_layouts,
+    set_graphs,
     set_recompute,
     unfuse,
 )
@@ -54,6 +58,7 @@ SAME = (
 )  # fmt: skip
 AWAY = ("offload", "tiled")  # levels that put inputs of blocks on the host
 TURNING = ("cuda",)  # where a transpose lies in memory of its own
+FILLED = 0.03  # share of fillers up to which graphs are taken unasked
 FAILURES = (RuntimeError, TypeError, ValueError, AttributeError, KeyError, IndexError, AssertionError)
 
 
@@ -64,6 +69,7 @@ def way_of(job: Job, run: Run, tell: Callable[..., Any]) -> Iterator[Way]:
         way = Way(job, run, tell, stack)
         way.settle_blocks()
         way.settle_level()
+        way.settle_graphs()
         yield way
 
 
@@ -75,8 +81,9 @@ class Way:
         self.settings, self.model = job.settings, job.model
         self.level = "none"
         self.has_both = False  # layouts of a base in 8 bits
-        self.is_ours = self.is_checkpointed = False
+        self.is_ours = self.is_checkpointed = self.is_graphed = False
         self.room = 0  # bytes of what would go to the host and stays, as there is no room for it
+        self.moulds: dict[int, Mould] = {}  # by rows at a time
         self.may_go_on = self.settings.recompute == "auto" or self._origin("recompute") == "rule"
 
     # ---------------------------------------------------------------- blocks
@@ -142,7 +149,7 @@ class Way:
         """After an error in the first pass: once, run plainly instead. False where that was not it."""
         if not self.is_ours or isinstance(error, UserError) or not isinstance(error, FAILURES):
             return False
-        self.is_ours = False
+        self.is_ours = self.is_graphed = False
         unfuse(self.model)
         self._give_up(f"the first pass failed ({_line(error)}): once more, without fused blocks")
         self._apply(self.level)
@@ -266,6 +273,50 @@ class Way:
         if self.level not in AWAY:
             return nullcontext()
         return offloaded(self.job.device, room=self.room, fetches_ahead=self.level == "offload")
+
+    # ---------------------------------------------------------------- graphs
+
+    def settle_graphs(self) -> None:
+        """Whether blocks are recorded, which makes of all batches one shape."""
+        if self.settings.graphs == "auto":
+            self.settings.settle("graphs", *self._graphs_rule())
+            self.run.write_config(self.settings.resolved)
+        if self.settings.graphs == "off":
+            return
+        why = set_graphs(self.model, lambda text: self.tell("note", text=text))
+        self.is_graphed = why is None
+        self.tell("note", text=f"no CUDA graphs: {why}" if why else self._graphed())
+
+    def _graphs_rule(self) -> tuple[str, str]:
+        if self.job.device.type != "cuda":
+            return "off", "they need a GPU"
+        if not (self.is_ours and self.is_whole and self.job.by_samples):
+            return "off", "only fused blocks are recorded, on batches without padding"
+        if self.level in AWAY:
+            return "off", "inputs of blocks are kept on the host"
+        share = self._filling()
+        why = f"to be of one shape, batches are filled up by {share:.1%}"
+        return ("on" if share <= FILLED else "off"), why
+
+    def _graphed(self) -> str:
+        what = "blocks are recorded as CUDA graphs"
+        return f"{what}, batches filled up to one shape ({self._filling():.1%})" if self.job.by_samples else what
+
+    def _filling(self) -> float:
+        """The share of all tokens that would be there for the shape alone."""
+        rows = self.settings.batch_size
+        mean = sum(map(len, self.job.train)) / len(self.job.train)
+        return 1 - mean * rows / mould_of(self.job.train, rows).tokens
+
+    def mould(self, rows: int) -> Mould | None:
+        """The shape of batches of so many rows, where they have to be of one."""
+        if not (self.is_graphed and self.job.by_samples):
+            return None
+        if rows not in self.moulds:
+            self.moulds[rows] = mould_of(self.job.train, rows)
+        return self.moulds[rows]
+
+    # ---------------------------------------------------------------- what is written down
 
     def _record(self, level: str, reason: str) -> None:
         self.settings.settle("recompute", level, reason)

@@ -41,7 +41,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from veneer.core.model import check_alive
-from veneer.data.batch import Batch
+from veneer.data.batch import Batch, Mould
 from veneer.data.loader import Loader, Step
 from veneer.data.types import Encoded
 from veneer.errors import Diverged
@@ -222,7 +222,7 @@ class Loop:
     def gradients(self, samples: Sequence[Encoded], rows: int, collect: bool = True) -> float:
         """Add the gradient of the mean loss over all trained tokens of `samples`, `rows` of them at a time."""
         mean, trained_tokens = 0.0, sum(sample.trained_tokens for sample in samples)
-        for batch in self.batches(samples, rows):
+        for batch in self.batches(samples, rows, self.way.mould(rows)):
             with self.way.around():
                 loss = self.job.task.loss(self.job.model, batch) / trained_tokens
                 loss.backward()
@@ -425,8 +425,8 @@ class Loop:
 
     # ---------------------------------------------------------------- means
 
-    def batches(self, samples: Sequence[Encoded], rows: int) -> Iterator[Batch]:
-        for batch in self.job.task.batches(samples, rows, self.job.by_samples):
+    def batches(self, samples: Sequence[Encoded], rows: int, mould: Mould | None = None) -> Iterator[Batch]:
+        for batch in self.job.task.batches(samples, rows, self.job.by_samples, mould):
             self.run.beat()
             yield batch.to(self.job.device)
 

@@ -369,6 +369,12 @@ class Settings:
     )
 
     # How the run is kept: none of these changes what is learned
+    graphs: str = choice(
+        "auto", "auto off on",
+        "Record fused blocks as CUDA graphs: no waiting for Python. All batches are filled up to one shape for it.",
+        also={True: "on", False: "off"}, rule="on on a GPU where rows are packed to nearly one length",
+        group="run",
+    )  # fmt: skip
     save_every: int | None = of_run(
         None, "whole", optional(whole(1)), "Checkpoint every so many steps.", unit="steps",
         rule="at each evaluation, and at least every 100",
