@@ -29,7 +29,7 @@ from veneer.core.weight import is_packed, read_weight
 from veneer.errors import ConfigError, StateError
 from veneer.quant import eight
 from veneer.quant.inputs import Inputs, summed_up
-from veneer.quant.layer import Packed
+from veneer.quant.layer import Packed, pack_layer
 from veneer.quant.rounding import plan_rounding, round_in_turn
 from veneer.quant.storage import Recipe, storage_of
 
@@ -426,3 +426,14 @@ def test_outliers_are_multiplied_as_they_are(kind: str, monkeypatch: pytest.Monk
         w = read_weight(net.layer)
         off[outliers] = float((net(x) - x @ w.T).norm() / (rest @ w.T).norm())
     assert off[6.0] < 0.1 * off[None] and off[6.0] < {"int8": 0.01, "fp8": 0.04}[kind]
+
+
+@pytest.mark.parametrize("storage", ["nf4", "int8", "fp8"])
+@pytest.mark.parametrize("ids", [1, 3, 4, 7, 12])
+def test_rows_are_looked_up_a_few_at_a_time(storage: str, ids: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = nn.Embedding(20, 128)
+    pack_layer(layer, Recipe(storage), None, None)
+    asked = torch.randint(0, 20, (2, ids))
+    wanted = layer(asked)
+    monkeypatch.setattr("veneer.quant.layer.LOOKED_UP", 4)
+    assert torch.equal(layer(asked), wanted)

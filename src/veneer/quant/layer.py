@@ -43,6 +43,9 @@ __all__ = [
 ]
 
 
+LOOKED_UP = 8192  # rows of an embedding that are unpacked at a time
+
+
 class PackedType(type):
     """The class of packed classes: they are made when needed, so pickle is told how to make them again."""
 
@@ -94,10 +97,19 @@ class Packed(nn.Module, metaclass=PackedType):
 
     def _looked_up(self, ids: Tensor) -> Tensor:
         dtype = self.compute_dtype or self.weight_dtype
-        found = storage_of(self.recipe).rows(self.parts, self.matrix_shape, ids.flatten(), dtype, self.recipe)
-        y = found.view(*ids.shape, -1)
+        y = self._rows(ids.flatten(), dtype).view(*ids.shape, -1)
         scale = getattr(self, "embed_scale", None)  # Gemma and M2M multiply what they look up
         return y if scale is None else y * scale
+
+    def _rows(self, ids: Tensor, dtype: torch.dtype) -> Tensor:
+        """A few at a time: what unpacks them takes ten times their room on a GPU."""
+        storage = storage_of(self.recipe)
+        if len(ids) <= LOOKED_UP:
+            return storage.rows(self.parts, self.matrix_shape, ids, dtype, self.recipe)
+        found = torch.empty(len(ids), self.matrix_shape[1], dtype=dtype, device=ids.device)
+        for few, into in zip(ids.split(LOOKED_UP), found.split(LOOKED_UP), strict=True):
+            into.copy_(storage.rows(self.parts, self.matrix_shape, few, dtype, self.recipe))
+        return found
 
     def _computed_in(self, x: Tensor) -> tuple[Tensor, torch.dtype]:
         """x in the type of the products, and the type to give back."""
