@@ -20,7 +20,10 @@ import argparse
 import gc
 import json
 import os
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -130,7 +133,8 @@ def measure(args: argparse.Namespace, trainer: Trainer, layers: int, tokens: int
         ballast = torch.empty(stands_in, dtype=torch.uint8, device=device)
         restart(device)
         started = time.perf_counter()
-        row["loss"] = trainer.step(tokens, on_card * each)
+        with watched(device, args.watch):
+            row["loss"] = trainer.step(tokens, on_card * each)
         row["seconds"] = time.perf_counter() - started
         del ballast
     except torch.OutOfMemoryError as error:
@@ -144,6 +148,33 @@ def measure(args: argparse.Namespace, trainer: Trainer, layers: int, tokens: int
     row["host_bytes"] = (shape["num_hidden_layers"] + 1 - stay) * each
     row["pinned_bytes"] = pinned_bytes(device)
     return row
+
+
+@contextmanager
+def watched(device: torch.device, every: float) -> Iterator[None]:
+    """Says every so many seconds how far a step is: how many inputs have left the card, and what lies on it."""
+    if not every or device.type != "cuda":
+        yield
+        return
+    from veneer.train.offload import ring_of
+
+    ring, done, started = ring_of(device), threading.Event(), time.perf_counter()
+
+    def say() -> None:
+        while not done.wait(every):
+            away = [item for item in ring.away if item.left is not None and item.left.query()]
+            held = torch.cuda.memory_allocated(device) / GIB
+            back = sum(item.arrived is not None for item in ring.away)
+            seconds = time.perf_counter() - started
+            print(f"  {seconds:5.0f} s: {len(away)} inputs are away, {back} were fetched, {held:.1f} GiB", flush=True)
+
+    thread = threading.Thread(target=say, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
 
 
 def restart(device: torch.device) -> None:
@@ -276,6 +307,7 @@ def main() -> None:
     parser.add_argument("--card-gib", type=float, default=78.0, help="of the card, for this process")
     parser.add_argument("--shape", default="8b", choices=SHAPES)
     parser.add_argument("--check", action="store_true", help="compare gradients, and measure nothing")
+    parser.add_argument("--watch", type=float, default=0, help="seconds after which to say how far a step is")
     parser.add_argument("--json", type=Path, help="write what was found here")
     args = parser.parse_args()
     args.weights = {}
