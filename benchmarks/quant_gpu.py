@@ -2,12 +2,12 @@
 
     python benchmarks/quant_gpu.py [--json FILE] [--only NAME ...] [--tiny]
 
-Random weights of the true shapes, packed layer by layer as they are made; random tokens; r = 16 on all seven linears of
-every layer; fused blocks (veneer.fuse), eager. A step is forward, backward and the optimiser. Tokens a second are the
-median of the steps after the warm-up, the peak is the allocator's. A capped case runs with the allocator held to the
-cap less 0.5 GiB for the CUDA context, and fails where it needs more. The allocator's segments may grow
-(PYTORCH_ALLOC_CONF=expandable_segments:True, unless something else is said): under a cap, pieces that are free but
-too small are what runs out first.
+Random weights of the true shapes, packed layer by layer as they are made; random tokens; r = 16 (8 where the case says
+so) on all seven linears of every layer; fused blocks (veneer.fuse), eager. A step is forward, backward and the
+optimiser. Tokens a second are the median of the steps after the warm-up, the peak is the allocator's. A capped case
+runs with the allocator held to the cap less 0.5 GiB for the CUDA context, and fails where it needs more. The
+allocator's segments may grow (PYTORCH_ALLOC_CONF=expandable_segments:True, unless something else is said): under a cap,
+pieces that are free but too small are what runs out first.
 """
 
 from __future__ import annotations
@@ -52,6 +52,7 @@ class Case:
     head: bool = False  # packed, too
     optimizer: str = "adamw"
     offload: bool = False  # what blocks keep lies in host memory
+    rank: int = 16
     cap_gib: float | None = None
     steps: int = 4
 
@@ -62,6 +63,7 @@ class Case:
     @property
     def name(self) -> str:
         more = "".join(f" {word}" for word, on in self._extras if on)
+        more += "" if self.rank == 16 else f" r{self.rank}"
         optimizer = "" if self.optimizer == "adamw" else f" {self.optimizer}"
         return f"{self.shape} {self.storage} {self.batch}x{self.length} {self.recompute}{more}{optimizer}"
 
@@ -78,8 +80,8 @@ CASES = [
     Case("8b", "int8", 4, 2048, "input"),
     Case("7b", "none", 1, 2048, "input", cap_gib=16, steps=3),
     Case("7b", "nf4", 1, 2048, "input", embedding=True, cap_gib=8, steps=3),
-    Case("13b", "nf4", 1, 1024, "input", True, True, "adamw_host", offload=True, cap_gib=8, steps=3),
-    Case("13b", "nf4", 1, 1024, "input", True, True, "adamw8bit", offload=True, cap_gib=8, steps=3),
+    Case("13b", "nf4", 1, 1024, "input", True, True, "adamw_host", offload=True, rank=8, cap_gib=8, steps=3),
+    Case("13b", "nf4", 1, 1024, "input", True, True, "adamw8bit", offload=True, rank=8, cap_gib=8, steps=3),
     Case("13b", "nf4", 1, 512, "input", True, True, "adamw_host", offload=True, cap_gib=8, steps=3),
     Case("33b", "nf4", 1, 2048, "input", embedding=True, optimizer="adamw8bit", cap_gib=24, steps=3),
     Case("70b", "nf4", 1, 2048, "input", embedding=True, optimizer="adamw8bit", offload=True, cap_gib=48, steps=3),
@@ -135,7 +137,7 @@ def measure(case: Case, device: torch.device) -> dict[str, Any]:
     weights = weight_bytes(model)
     if device.type == "cuda":
         torch.cuda.empty_cache()  # what building left in pieces
-    attached = veneer.attach(model, LoRA(rank=16, alpha=32, targets=TARGETS))
+    attached = veneer.attach(model, LoRA(rank=case.rank, alpha=2 * case.rank, targets=TARGETS))
     fused = fuse(model, case.recompute, verbose=False)
     optimizer = adamw({n: p for n, p in model.named_parameters() if p.requires_grad}, kind=case.optimizer)
     for group in optimizer.param_groups:
@@ -324,9 +326,10 @@ def table() -> str:
         ends = " + head" if c.get("head") else ""
         ends = base + ends if c["embedding"] else "bf16"
         cap = f"{c['cap_gib']:g}" if c["cap_gib"] else "-"
+        rank = f", r = {c['rank']}" if c.get("rank", 16) != 16 else ""
         kept = {"none": "all", "input": "inputs of blocks"}[c["recompute"]]
         lines.append(
-            f"| {c['shape']} | {base} | {c['batch']} x {c['length']} | {kept} | {ends} | {c['optimizer']} | "
+            f"| {c['shape']}{rank} | {base} | {c['batch']} x {c['length']} | {kept} | {ends} | {c['optimizer']} | "
             f"{'yes' if c['offload'] else 'no'} | {cap} | {c['tokens_per_second']:,.0f} | {c['peak_gib']:.2f} | "
             f"{c['weights_gib']:.2f} |"
         )

@@ -131,6 +131,18 @@ def test_the_full_model_is_never_held(tmp_path: Path) -> None:
     assert grown < allowed, f"{grown:.0f} MiB for a model of {whole:.0f}"
 
 
+@pytest.mark.parametrize("double", [True, False])
+@pytest.mark.parametrize("kind", ["nf4", "int8", "fp8"])
+def test_a_layer_without_values_takes_the_parts_of_one_with_values(kind: str, double: bool) -> None:
+    for shape in ((5, 7), (1, 1), (3, 64), (600, 512)):
+        found = []
+        for device in ("meta", "cpu"):
+            layer = nn.Linear(shape[1], shape[0], bias=False, device=device, dtype=torch.bfloat16)
+            pack_layer(layer, Recipe(kind, double=double), None, None)
+            found.append([(part.shape, part.dtype) for part in layer.parts])
+        assert found[0] == found[1]
+
+
 class Counting(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()

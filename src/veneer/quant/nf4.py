@@ -33,7 +33,7 @@ QUANTILES = (
     0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
 )  # fmt: skip
 NESTED_BLOCK = 256
-PIECE = {"cpu": 1 << 19, "cuda": 1 << 24, "meta": 1 << 62}  # weights packed at a time: 20 bytes of scratch for each
+PIECE = {"cpu": 1 << 19, "cuda": 1 << 22}  # weights packed at a time: about 20 bytes of scratch for each
 SHARES = (0.76, 0.86, 0.96, 1.04)  # of the largest size that are tried as scales
 CACHED = 1 << 17  # bytes unpacked at a time on a CPU
 PAIR = {2: torch.int32, 4: torch.int64}  # an integer that holds two weights
@@ -152,6 +152,16 @@ def _in_turn(w: Tensor, recipe: Recipe, inputs: Inputs) -> tuple[Tensor, Parts]:
     return in_pairs(round_in_turn(w, scales, recipe.block, quantiles(w.device), plan).flatten()), kept
 
 
+def _without_values(w: Tensor, recipe: Recipe) -> Parts:
+    """The parts' shapes alone. Computed on the meta device, they took longer than packing the values on a GPU."""
+    columns, blocks = w.shape[-1], -(-w.numel() // recipe.block)
+    codes = w.new_empty((len(w), columns // 2) if columns % 2 == 0 else (-(-w.numel() // 2), 1), dtype=torch.uint8)
+    if not recipe.double:
+        return codes, w.new_empty(blocks, dtype=torch.float32)
+    scales = w.new_empty(blocks, dtype=torch.uint8), w.new_empty(-(-blocks // NESTED_BLOCK), dtype=torch.float32)
+    return codes, *scales, w.new_empty((), dtype=torch.float32)
+
+
 class Nf4(Storage):
     names = ("weight_absmax", "weight_nested", "weight_offset")
     weighs = True
@@ -160,6 +170,8 @@ class Nf4(Storage):
         return self.names if recipe.double else self.names[:1]
 
     def pack(self, w: Tensor, recipe: Recipe, inputs: Inputs | None = None) -> Parts:
+        if w.is_meta:
+            return _without_values(w, recipe)
         codes, scales = _nearest(w, recipe) if inputs is None else _in_turn(w, recipe, inputs)
         codes = codes.view(len(w), -1) if w.shape[-1] % 2 == 0 else codes[:, None]
         return codes, *scales
