@@ -132,3 +132,26 @@ def test_the_quick_way_finds_nearly_what_the_exact_one_does(monkeypatch: pytest.
         veneer.attach(model, LoRA(rank=8, init="loftq", targets=["0"]), originals=lambda name, w=w: w)
         near.append(float((adapter_of(model[0]).weight(read_weight(model[0])) - w).detach().norm()))
     assert near[1] < 1.02 * near[0]
+
+
+def test_what_is_known_of_the_inputs_says_what_was_lost() -> None:
+    """On inputs with a few strong directions the same rank brings the outputs far nearer; a dead column does no harm,
+    and where packing loses nothing the adapter still learns."""
+    torch.manual_seed(1)
+    x = torch.randn(300, 6) @ torch.randn(6, 128) * 3 + torch.randn(300, 128)
+    x[:, 7] = 0
+    known = x[:200].square().mean(0), torch.linalg.svd(x[:200], full_matrices=False)
+    v = known[1].S[:16, None] * known[1].Vh[:16] / 200**0.5
+    near = {}
+    for inputs in (None, lambda name: (known[0], v) if name == "0" else None):
+        model = net()
+        with torch.no_grad():
+            model[2].weight.zero_()
+        y, w = model[0](x[200:]).detach(), {name: model[int(name)].weight.detach().clone() for name in ("0", "2")}
+        veneer.quantize(model, "nf4", targets=["0", "2"])
+        spec = LoRA(rank=8, init="loftq", targets=["0", "2"])
+        veneer.attach(model, spec, originals=w.__getitem__, inputs=inputs)
+        near[inputs is not None] = float((model[0](x[200:]) - y).detach().norm())
+        (model[0](x).square().sum() + model[2](x[:, :64]).square().sum()).backward()
+        veneer.check_alive(model)
+    assert near[True] < 0.5 * near[False]

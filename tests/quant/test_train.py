@@ -69,10 +69,11 @@ def test_a_run_that_starts_with_what_packing_lost(tiny_folder: Path, tmp_path: P
     """Its base is the packed one, bit for bit; the adapter starts nearer to the whole one, and the proofs hold."""
     common = {"quant": "nf4", "r": 8, "val": 4, "batch_size": 2, "lr": 1e-2, "steps": 1, "eval_every": 1, "seed": 0}
     started: dict[str, float] = {}
-    for init in ("kaiming", "loftq"):
-        run = train(str(tiny_folder), ROWS, init=init, out=str(tmp_path / init), **common)
+    for name, own in {"kaiming": {}, "loftq": {"init": "loftq"}, "seen": {"init": "loftq", "quant_rows": 4}}.items():
+        run = train(str(tiny_folder), ROWS, out=str(tmp_path / name), **{**common, "quant_rows": 0, **own})
         assert run.proof["passed"]
-        started[init] = next(iter(run.metrics("val_loss")))["val_loss"]
+        started[name] = next(iter(run.metrics("val_loss")))["val_loss"]
     whole = train(str(tiny_folder), ROWS, out=str(tmp_path / "whole"), **{**common, "quant": "none"})
     full = next(iter(whole.metrics("val_loss")))["val_loss"]
-    assert abs(started["loftq"] - full) < abs(started["kaiming"] - full)
+    for name in ("loftq", "seen"):
+        assert abs(started[name] - full) < abs(started["kaiming"] - full)

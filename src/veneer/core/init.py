@@ -22,7 +22,9 @@ for a base that is about to be quantised (`attach(..., round_trip=function)`, Q(
 
 or for one that is quantised already (`attach(..., originals=function)`, W by the name of its layer):
 
-    loftq        s B A <- the top r singular directions of W - Q, once: the base stays what it is
+    loftq        s B A <- the top r singular directions of W - Q, once: the base stays what it is. Where the inputs x
+                 are known (`inputs=function`, too) the ones that bring Q x + s B A x nearest to W x: with the mean of
+                 x x^T = L L^T and U the top left singular vectors of (W - Q) L, s B A = U U^T (W - Q)
 
 The layer starts as the base: B A = 0, or, where A and B were taken out of W, `shifted` says that the same product is
 to be subtracted for good. The base weight itself is only ever read; LoftQ alone writes it, once, to what its storage
@@ -49,12 +51,15 @@ from veneer.core.registry import Registry
 from veneer.core.weight import read_weight
 from veneer.errors import ConfigError
 
-__all__ = ["CHANGES_BASE", "INITS", "NEEDS", "Originals", "RoundTrip", "Site", "Start", "share_ranks"]
+__all__ = ["CHANGES_BASE", "INITS", "NEEDS", "Known", "Originals", "RoundTrip", "Site", "Start", "share_ranks"]
 
 RoundTrip = Callable[[Tensor], Tensor]
 """A matrix (out, in) in fp32 -> the same as its storage will give it back."""
 Originals = Callable[[str], Tensor]
 """The name of a layer -> its weight as it was before it was packed, in the layer's own shape."""
+Known = Callable[[str], tuple[Tensor, Tensor | None] | None]
+"""The name of a layer -> the mean of x^2 in each column of its inputs, and directions V (k, in) whose squares are part
+of it: the mean of x x^T is V^T V and a diagonal. None where nothing is known."""
 
 
 class Start(NamedTuple):
@@ -82,6 +87,7 @@ class Site:
     round_trip: RoundTrip | None = None  # for inits in CHANGES_BASE
     base: Tensor | None = None  # what such an init makes of W
     originals: Originals | None = None  # for loftq where W is packed already
+    known: Known | None = None  # for the same, its inputs
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -168,6 +174,7 @@ def olora(site: Site) -> Start:
 
 
 WIDE = 8  # times the rank
+UNSEEN = 0.1  # of the inputs' mean energy is added to every column: training moves inputs
 LOFTQ_STEPS = 5  # after which the paper's own errors hardly fall any more; the best step is taken
 CHANGES_BASE = ("loftq",)
 
@@ -176,7 +183,8 @@ CHANGES_BASE = ("loftq",)
 def loftq(site: Site) -> Start:
     if site.originals is not None:
         w = site.op.to_matrix(site.host, site.originals(site.name)).to(site.device, torch.float32)
-        return Start(*(t.to(site.dtype).contiguous() for t in _of_what_is_lost(site, w, w - site.matrix())))
+        root = _root(site, site.known(site.name)) if site.known else None
+        return Start(*(t.to(site.dtype).contiguous() for t in _of_what_is_lost(site, w, w - site.matrix(), root)))
     assert site.round_trip is not None
     w, best = site.matrix(), float("inf")
     product, kept = torch.zeros_like(w), None
@@ -193,17 +201,33 @@ def loftq(site: Site) -> Start:
     return Start(*(t.to(site.dtype).contiguous() for t in kept[1:]))
 
 
-def _of_what_is_lost(site: Site, w: Tensor, lost: Tensor) -> tuple[Tensor, Tensor]:
-    """A and B whose scaled product is the nearest to what is lost of w."""
+def _of_what_is_lost(site: Site, w: Tensor, lost: Tensor, root: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """A and B whose scaled product is the nearest to what is lost of w; a row of A is as large as its column of B."""
+    felt = lost if root is None else lost @ root
     if min(site.shape) > WIDE * site.rank:  # a random projection finds the top of a wide matrix far sooner
-        u, s, v = torch.svd_lowrank(lost, q=2 * site.rank, niter=4)
-        vh = v.mT
+        u = torch.svd_lowrank(felt, q=2 * site.rank, niter=4)[0]
     else:
-        u, s, vh = torch.linalg.svd(lost, full_matrices=False)
-    is_lost = s[..., : site.rank] > torch.finfo(w.dtype).eps * w.norm()
-    root = torch.where(is_lost, s[..., : site.rank] / site.scale, 0).sqrt()
-    size = root.where(is_lost, site.shape[1] ** -0.5)  # where nothing is lost A is not 0 as well, or it stays dead
-    return size[..., None] * vh[..., : site.rank, :], u[..., : site.rank] * root[..., None, :]
+        u = torch.linalg.svd(felt, full_matrices=False)[0]
+    u = u[..., : site.rank]
+    a = u.mT @ lost
+    size = a.norm(dim=-1)
+    is_lost = size > torch.finfo(w.dtype).eps * w.norm()
+    balance = torch.where(is_lost, size * site.scale, 1).sqrt()
+    drawn = torch.randn_like(a) / site.shape[1]  # where nothing is lost A is not 0 as well, or it stays dead
+    a = torch.where(is_lost[..., None], a / balance[..., None], drawn)
+    return a, u * torch.where(is_lost, balance / site.scale, 0)[..., None, :]
+
+
+def _root(site: Site, known: tuple[Tensor, Tensor | None] | None) -> Tensor | None:
+    """L, (in, in + k), with L L^T the mean of x x^T; columns without inputs count a little."""
+    if known is None:
+        return None
+    energy, v = (None if t is None else t.to(site.device, torch.float32) for t in known)
+    assert energy is not None
+    v = energy.new_zeros(0, len(energy)) if v is None else v
+    mean = energy.mean().clamp_min(1e-30)
+    rest = (energy - v.square().sum(0)).clamp_min(0) + UNSEEN * mean
+    return torch.cat([torch.diag(rest.sqrt()), v.T], dim=1) / mean.sqrt()
 
 
 # --- inits that look at data ----------------------------------------------------------------------------------------

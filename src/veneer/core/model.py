@@ -34,7 +34,18 @@ from veneer.core.host import (
     refuse_sharded,
     release,
 )
-from veneer.core.init import CHANGES_BASE, INITS, NEEDS, SHARES_RANKS, Originals, RoundTrip, Site, share_ranks, unset
+from veneer.core.init import (
+    CHANGES_BASE,
+    INITS,
+    NEEDS,
+    SHARES_RANKS,
+    Known,
+    Originals,
+    RoundTrip,
+    Site,
+    share_ranks,
+    unset,
+)
 from veneer.core.leaf import Leaf, own_parameters
 from veneer.core.observe import Loss, loss_of, observe
 from veneer.core.op import Op, op_for, op_of
@@ -239,6 +250,7 @@ def attach(
     loss: Loss = loss_of,
     round_trip: RoundTrip | None = None,
     originals: Originals | None = None,
+    inputs: Known | None = None,
 ) -> Attached:
     """Put an adapter on `model`, in place, freeze everything else, and make the new adapter the active one.
 
@@ -247,7 +259,8 @@ def attach(
     loads them next. data: a few batches, for inits that look at them (eva, corda, lora_ga): mappings are passed to the
     model by keyword; loss(model, batch) gives lora_ga its gradient. round_trip: what quantising will make of a matrix,
     for loftq, which writes the base; quantise it afterwards. originals: for loftq on a base that is packed already, and
-    is then not written. Raises ConfigError, TargetError or StateError before anything has changed.
+    is then not written; inputs: for the same, what is known of the layers' inputs.
+    Raises ConfigError, TargetError or StateError before anything has changed.
     """
     state = vars(unwrapped(model)).get("_veneer")
     model = unwrapped(model)
@@ -260,7 +273,7 @@ def attach(
     plan = _plan({n: layer for n, layer in layers.items() if n not in tied}, specs, dtype, init)
     if init:
         spec = _look_at_data(model, plan, specs, spec, data, loss)
-        _ready_to_change_the_base(model, plan, specs, state, round_trip, originals)
+        _ready_to_change_the_base(model, plan, specs, state, round_trip, originals, inputs)
     layers |= {site: follower.layer for site, follower in tied.items()}
     refuse_sharded({**layers, **whole, **biased})
     new = {site: _adapter(place, init, specs[site]) for site, place in plan.items()}
@@ -374,13 +387,14 @@ def _ready_to_change_the_base(
     state: State | None,
     round_trip: RoundTrip | None,
     originals: Originals | None,
+    inputs: Known | None,
 ) -> None:
     """An init that writes the base needs one that nobody else has built upon, and that can be written; where it is
     packed already, what it was before."""
     changed = [n for n in plan if specs[n].init in CHANGES_BASE]
     if originals is not None:
         for name in [n for n in changed if is_packed(plan[n].host) is not None]:
-            plan[name].originals = originals
+            plan[name].originals, plan[name].known = originals, inputs
             changed.remove(name)
     if not changed:
         return

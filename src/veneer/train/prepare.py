@@ -105,7 +105,7 @@ def prepare(run: Run, settings: Reads, model: Any, data: Any, tokenizer: Any, te
     base.fit_head(model, task)
     if idle := task.idle(model):
         tell("note", text=f"left alone, for nothing they learn could be seen: {', '.join(idle)}")
-    seen = to_look_at(settings, task, train.samples, device, tell) | what_was_lost(settings, source, model)
+    seen = to_look_at(settings, task, train.samples, device, tell) | what_was_lost(run, settings, source, model)
     trained = place(model, settings, task.heads(model), idle, task.aim, **seen)
     if not trained:
         raise ConfigError("nothing would be trained", fix="choose other targets or layers")
@@ -315,8 +315,8 @@ def to_look_at(
     return {"data": [task.asked(batch) for batch in rows]}
 
 
-def what_was_lost(settings: Reads, source: Any, model: nn.Module) -> dict[str, Any]:
-    """For an init that starts from what packing lost: the base's own files, which still have it."""
+def what_was_lost(run: Run, settings: Reads, source: Any, model: nn.Module) -> dict[str, Any]:
+    """For an init that starts from what packing lost: the base's own files, which still have it, and what was seen."""
     if settings.method != "lora" or settings.init not in CHANGES_BASE:
         return {}
     if isinstance(source, nn.Module):
@@ -324,7 +324,8 @@ def what_was_lost(settings: Reads, source: Any, model: nn.Module) -> dict[str, A
             f"init {settings.init} starts from what packing loses, and a model that is packed in place has lost it",
             fix="name the model by its folder or id instead",
         )
-    return {"originals": originals(source, model)}
+    known = {"inputs": load_inputs(path).get} if (path := run.folder / ENERGIES).exists() else {}
+    return {"originals": originals(source, model), **known}
 
 
 def numbers_of(model: nn.Module, trained: Mapping[str, nn.Parameter]) -> dict[str, int]:
