@@ -16,6 +16,7 @@ import veneer.kernels.fuse as fuse_module
 from veneer.data.types import Encoded
 from veneer.kernels import graphs
 from veneer.kernels.fuse import FusedBlock, is_fused, set_graphs
+from veneer.kernels.tiled import Tiled
 from veneer.quant import eight
 from veneer.tasks.causal_lm import CausalLM
 from veneer.train import fast
@@ -84,6 +85,18 @@ def test_no_choice_changes_what_is_learned(run_tiny: Runs, settings: dict[str, A
     assert other.losses == pytest.approx(heard.losses, rel=1e-4)
     for name, value in trained(one).items():
         assert torch.allclose(value, trained(two)[name], atol=1e-3), name
+
+
+def test_blocks_in_tiles_learn_the_same(run_tiny: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, heard, one = run_tiny(**SHORT)
+    monkeypatch.setattr("veneer.kernels.tiled.TILE", 50)
+    seen, inner = [], Tiled.apply
+    monkeypatch.setattr(Tiled, "apply", lambda *given: seen.append(len(given[4])) or inner(*given))
+    run, other, two = run_tiny(**SHORT, recompute="tiled")
+    assert seen and min(seen) > 1 and run.config().settings.recompute == "tiled" and run.proof["passed"]
+    assert other.losses == pytest.approx(heard.losses, rel=1e-5)
+    for name, value in trained(one).items():
+        assert torch.allclose(value, trained(two)[name], atol=1e-4), name
 
 
 def test_weights_that_are_trained_run_plainly(run_tiny: Runs) -> None:
