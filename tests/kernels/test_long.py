@@ -89,9 +89,9 @@ def random(*shape: int) -> Tensor:
     return torch.randn(*shape, device="cuda", dtype=torch.bfloat16)
 
 
-def near(got: Tensor, wanted: Tensor) -> None:
+def near(got: Tensor, wanted: Tensor, bound: float = 1e-2) -> None:
     off = (got.float() - wanted.float()).norm() / wanted.float().norm()
-    assert off < 1e-2, f"off by {float(off):.2%}"
+    assert off < bound, f"off by {float(off):.2%}"
 
 
 def norms(cuda: Any) -> None:
@@ -166,8 +166,8 @@ def attention(cuda: Any) -> None:
     scores = last @ k.detach().float().transpose(-1, -2) / 128**0.5
     scores = scores + torch.full_like(scores, -torch.inf).triu(t - 7)
     own = scores.softmax(-1) @ v.detach().float()
-    near(o[:, :, -8:], own)
-    near(found[0][:, :, -8:], torch.autograd.grad(own, last, g[:, :, -8:].float())[0])
+    near(o[:, :, -8:], own, 3e-2)
+    near(found[0][:, :, -8:], torch.autograd.grad(own, last, g[:, :, -8:].float())[0], 5e-2)
     assert all(torch.isfinite(d).all() for d in found)
 
 
