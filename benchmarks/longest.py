@@ -324,10 +324,11 @@ def main() -> None:
         print(f"\nat {longest:,} tokens, GiB, besides weights and what is learned:")
         for name, size in account(args, longest).items():
             print(f"  {size / GIB:7.2f}  {name}")
+    told = {"tokens": longest, "bytes": account(args, longest)} if longest else {}
     if args.json:
         name = torch.cuda.get_device_name() if device == "cuda" else f"{os.cpu_count()} cores"
         about = {"device": name, "torch": torch.__version__, "card_gib": args.card_gib, "rank": RANK}
-        args.json.write_text(json.dumps({"about": about, "rows": rows}, indent=1) + "\n")
+        args.json.write_text(json.dumps({"about": about, "rows": rows, "account": told}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -197,8 +197,19 @@ def longest(runs: list[dict[str, Any]]) -> str:
             "those that stay on the card for want of room there. The longest published elsewhere is 342,733 tokens on "
             "80 GB (QLoRA, r = 32, batches of one; unsloth.ai/blog/llama3-3).",
             table(head, body),
+            *_account(runs),
         ]
     )
+
+
+def _account(runs: list[dict[str, Any]]) -> list[str]:
+    """Where the memory goes, in the run with the longest row."""
+    told = max((run["account"] for run in runs if run.get("account")), key=lambda each: each["tokens"], default=None)
+    if told is None:
+        return []
+    rows = [(name, f"{size / GIB:.2f}") for name, size in told["bytes"].items() if size]
+    what = "What is there at the highest moment, the backward pass of a block's attention, besides weights and what is "
+    return [f"{what}learned, at {told['tokens']:,} tokens:", table(["", "GiB"], rows)]
 
 
 WHAT_WAS_STEPPED = {
