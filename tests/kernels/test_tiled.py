@@ -153,6 +153,20 @@ def test_with_dropout_gradients_are_those_of_what_was_computed(
     assert ran
 
 
+def test_without_gradients_long_rows_run_in_tiles_and_generation_as_ever(ran: list[int]) -> None:
+    model = model_of("llama").eval()
+    ids = torch.randint(3, 97, (1, 11))
+    with torch.no_grad():
+        wanted = model(input_ids=ids, use_cache=False).logits
+        written = model.generate(ids, max_new_tokens=4, do_sample=False)  # type: ignore[operator]
+        fuse(model, "tiled", verbose=False)
+        ran.clear()
+        assert torch.equal(model.generate(ids, max_new_tokens=4, do_sample=False), written)  # type: ignore[operator]
+        assert not ran
+        torch.testing.assert_close(model(input_ids=ids, use_cache=False).logits, wanted, rtol=1e-9, atol=1e-9)
+        assert ran == [3, 3]
+
+
 def test_a_batch_of_one_tile_is_computed_whole(ran: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tiled, "TILE", 22)
     model = model_of("llama", dropout=0.3)

@@ -37,7 +37,7 @@ from veneer.kernels.parts import (
     mlp_parts,
     norm_parts,
 )
-from veneer.kernels.tiled import run_block
+from veneer.kernels.tiled import is_tiled, run_block
 from veneer.quant.eight import keep_turned
 from veneer.quant.layer import Packed, unrounded
 from veneer.quant.storage import EIGHT
@@ -131,17 +131,26 @@ class FusedBlock(FusedModule):
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         kwargs |= zip(_argument_names(type(self).__bases__[1]), args, strict=False)
-        if _is_resting(hidden_states) or kwargs.get("encoder_hidden_states") is not None:
+        rests = _is_resting(hidden_states)
+        if (rests and not self._is_tiled_anyway(hidden_states, kwargs)) or kwargs.get(
+            "encoder_hidden_states"
+        ) is not None:
             return super().forward(hidden_states, **kwargs)
         if (cache := kwargs.get("past_key_values")) is not None and (why := self._against(cache)) is not None:
             return self.plain(why, hidden_states, **kwargs)
-        if (y := _by_replay(self, hidden_states, kwargs)) is not None:
+        if not rests and (y := _by_replay(self, hidden_states, kwargs)) is not None:
             return y
         block = _block_now(self.fused.parts, hidden_states, kwargs)
         if isinstance(block, str):
             return self.plain(block, hidden_states, **kwargs)
         cos, sin = kwargs.get("position_embeddings") or (None, None)
         return run_block(hidden_states, cos, sin, block, self.fused.recompute)
+
+    def _is_tiled_anyway(self, x: Tensor, kwargs: dict[str, Any]) -> bool:
+        """A row that is trained in tiles has no room to be evaluated whole."""
+        usual = not torch.compiler.is_compiling() and not torch.is_autocast_enabled(x.device.type)
+        is_long = self.fused.recompute == "tiled" and is_tiled(x)
+        return usual and is_long and kwargs.get("past_key_values") is None
 
     def _against(self, cache: Any) -> str | None:
         """Models fill a cache in training too unless told not to; an empty one is filled here as well."""

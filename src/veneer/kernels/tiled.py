@@ -38,7 +38,7 @@ from veneer.kernels.block import (
 )
 from veneer.kernels.group import Bare, Group, unpacked
 
-__all__ = ["HEAD_GROUPS", "TILE", "run_block"]
+__all__ = ["HEAD_GROUPS", "TILE", "is_tiled", "run_block"]
 
 TILE = 4096  # tokens: a GPU's products are as quick as with more
 HEAD_GROUPS = 8  # attention's heads are taken in so many parts, or as many as k and v have heads
@@ -48,10 +48,15 @@ def run_block(x: Tensor, cos: Tensor | None, sin: Tensor | None, block: Block, l
     """The block's output, keeping what `level` says."""
     if level != "tiled":
         return home.run_block(x, cos, sin, block, level)
-    tiles = list(_tiles(*x.shape[:2]))
-    if len(tiles) < 2:
+    if not is_tiled(x):
         return home.run_block(x, cos, sin, block, "input")
+    tiles = list(_tiles(*x.shape[:2]))
     return Tiled.apply(x, cos, sin, block, tiles, *block.qkv.tensors(), *tail_tensors(block))  # type: ignore[return-value]
+
+
+def is_tiled(x: Tensor) -> bool:
+    """Whether the level does anything to (batch, tokens, n)."""
+    return x.shape[0] * x.shape[1] > TILE
 
 
 class Tile(NamedTuple):
