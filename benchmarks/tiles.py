@@ -20,8 +20,11 @@ import torch
 
 FORWARD = [*itertools.product((16, 32, 64), (64, 128, 256), (4, 8))]
 BACK = [*itertools.product((32, 64, 128), (32, 64, 128), (4, 8), (1, 2, 3))]
-BACK_ROUNDED = [(64, 64, 4, 2), (64, 64, 8, 2), (128, 64, 8, 2), (64, 128, 8, 2), (32, 64, 4, 2), (64, 64, 4, 1)]
-ROUND = [*itertools.product((32, 64), (128, 256), (4, 8), (2, 4))]
+BACK_ROUNDED = [
+    (64, 64, 4, 2), (64, 64, 8, 2), (64, 32, 4, 2), (64, 32, 4, 3), (32, 64, 4, 2), (32, 64, 4, 3), (128, 32, 8, 2),
+    (32, 32, 4, 3), (64, 64, 4, 1), (128, 32, 4, 2),
+]  # fmt: skip
+ROUND = [(64, 128, 4, 3), (64, 128, 4, 2), (32, 256, 4, 2), (32, 128, 4, 3), (64, 256, 8, 2), (128, 128, 8, 2)]
 AHEAD = 2_000_000  # cycles for which the card waits, so that it does not wait for Python later
 NAMES = ("unit", "rounded", "beside", "products")
 
@@ -89,26 +92,24 @@ def unit(data: Data) -> None:
 
 
 def rounded(data: Data) -> None:
-    """What rounding in passing adds to both, and the pass that does it."""
+    """What rounding in passing adds to going back and forth, and the pass that does it."""
     from veneer.kernels import cuda
     from veneer.kernels.pieces import Rounding
 
     whole, dtype = data.t * data.m * 2, torch.float8_e4m3fn
-    most = data.g.abs().amax(1).float()
     back = data.g, data.gate, data.up, "silu", *data.into, *data.pairs, (data.d, data.a)
     rounding = Rounding(dtype, data.columns, data.bs)
-    forward = data.gate, data.up, "silu", *data.pairs, dtype, data.a
-    tuned("ROUND_TILE", ROUND, whole * 3 // 2, lambda: cuda.round_thin([data.g], most, dtype, None, [data.a.T]))
-    two = [data.g, data.up]
-    tuned("ROUND_TILE", ROUND[::4], 3 * whole, lambda: cuda.round_thin(two, most, dtype, data.columns, data.bs))
+    said("back, not rounded", median_ms(lambda: cuda.thin_glu_back(*back)), 5 * whole)
+    tuned("BACK_TILE_ROUNDED", BACK_ROUNDED, 8 * whole, lambda: cuda.thin_glu_back(*back, rounding))
+    forward = data.gate, data.up, "silu", *data.pairs
+    said("forward, not rounded", median_ms(lambda: cuda.thin_glu(*forward)), 3 * whole)
+    said("forward, rounded", median_ms(lambda: cuda.thin_glu(*forward, dtype, data.a)), whole * 9 // 2)
+    most, two = data.g.abs().amax(1).float(), [data.g, data.up]
+    tuned("ROUND_TILE", ROUND, 3 * whole, lambda: cuda.round_thin(two, most, dtype, data.columns, data.bs))
     for programs in (264, 528, 1056, 2112):
         cuda.ROUND_PROGRAMS = programs
         ms = median_ms(lambda: cuda.round_thin(two, most, dtype, data.columns, data.bs))
         said(f"    {programs} programs", ms, 3 * whole)
-    cuda.ROUND_PROGRAMS = 1056
-    said("forward, rounded", median_ms(lambda: cuda.thin_glu(*forward)), whole * 9 // 2)
-    said("back, rounded", median_ms(lambda: cuda.thin_glu_back(*back, rounding)), 8 * whole)
-    tuned("BACK_TILE", BACK_ROUNDED, 8 * whole, lambda: cuda.thin_glu_back(*back, rounding))
 
 
 def beside(data: Data) -> None:

@@ -9,8 +9,8 @@
 Random weights of the true shape, random tokens, r = 16 on all seven linears of every layer, fused AdamW. Every variant
 runs in a process of its own: the median of `--steps` steps that follow each other without a wait, the seconds of the
 warm-up (compilation among them) apart, peaks allocated and reserved, and the loss of every step, so that the curves can
-be laid over each other. The card's own matrix product is measured before and after; a card that is limited by its power
-is slower when it is warm.
+be laid over each other. The allocator's segments may grow, unless PYTORCH_ALLOC_CONF says something else. The card's
+own matrix product is measured before and after; a card that is limited by its power is slower when it is warm.
 """
 
 from __future__ import annotations
@@ -41,6 +41,7 @@ SHAPES = {
     "tiny": {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
              "num_key_value_heads": 2, "vocab_size": 512},
 }  # fmt: skip
+ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")  # new name, old name
 ORIGIN: Any = None  # the event from which moments are counted
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
@@ -159,6 +160,7 @@ VARIANTS: dict[str, Variant] = {
     "plain": (plain, chunked_loss),
     "plain-compiled": (compiled(plain), chunked_loss),
     "fused": (fused(), chunked_loss),
+    "fused-turned": (fused(turned=True), chunked_loss),
     "fused-asked": (fused(graphs=False), chunked_loss),
     **{f"fused-{level}": (fused(level), chunked_loss) for level in ("gate_up", "middle", "input")},
     "fused-input-away": (fused("input", graphs=False), away),
@@ -175,13 +177,21 @@ VARIANTS: dict[str, Variant] = {
 }
 TABLES: dict[str, tuple[int, int, tuple[str, ...]]] = {
     "2x2048": (2, 2048, ("peft", "peft-compiled", "plain", "plain-compiled", "fused", "fp8", "fp8-turned")),
-    "4x2048": (4, 2048, ("peft-recompute", "fused", "fused-gate_up", "fused-middle", "fused-input", "fp8-input")),
+    "4x2048": (
+        4,
+        2048,
+        ("peft-recompute", "fused", "fused-turned", "fused-gate_up", "fused-middle", "fused-input", "fp8-input"),
+    ),
     "tiny": (2, 16, tuple(VARIANTS)),
 }
 
 
 def measure(args: argparse.Namespace, name: str) -> dict[str, Any]:
     global ORIGIN
+    if args.back_tile:
+        from veneer.kernels import cuda
+
+        cuda.BACK_TILE_ROUNDED = tuple(map(int, args.back_tile.split(","))) if args.back_tile != "0" else None
     device = "cuda" if torch.cuda.is_available() else "cpu"
     build, loss_of = VARIANTS[name]
     if device == "cuda":
@@ -315,6 +325,7 @@ def apart(args: argparse.Namespace, name: str) -> dict[str, Any]:
     """One variant in a process of its own, of the script that runs; what went wrong, where something did."""
     same = [f"--{k}={getattr(args, k)}" for k in ("shape", "batch", "length", "steps", "warmup")]
     same += ["--profile"] if args.profile else []
+    same += [f"--back-tile={args.back_tile}"] if args.back_tile else []
     command = [sys.executable, sys.argv[0], name, "--one", *same]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=args.limit, errors="replace")
@@ -339,6 +350,8 @@ def shown(row: dict[str, Any]) -> str:
 
 
 def main(about: str = __doc__) -> None:
+    if not any(name in os.environ for name in ALLOCATOR):  # read as torch is loaded, so it must be there before
+        os.environ.update(dict.fromkeys(ALLOCATOR, "expandable_segments:True"))
     parser = argparse.ArgumentParser(description=about.split("\n")[0])
     parser.add_argument("variants", nargs="*", choices=[[], *VARIANTS])
     parser.add_argument("--table", choices=TABLES, default="2x2048")
@@ -350,6 +363,7 @@ def main(about: str = __doc__) -> None:
     parser.add_argument("--limit", type=float, help="seconds that one variant may take")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--profile", action="store_true", help="print where the device's time goes")
+    parser.add_argument("--back-tile", help="of the kernel that rounds gradients in a gated unit; 0: rounded apart")
     parser.add_argument("--one", action="store_true", help="measure in this process and print JSON")
     args = parser.parse_args()
     batch, length, names = TABLES[args.table]

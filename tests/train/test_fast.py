@@ -167,7 +167,7 @@ def test_both_layouts_of_an_8_bit_base_are_kept_where_they_fit_and_given_up_firs
     inner = CausalLM.loss
 
     def loss(self: CausalLM, model: nn.Module, batch: Any) -> Any:
-        kept.append(sum(codes in eight._kept for codes in fuse_module.in_eight_bits(model)))
+        kept.append(sum(codes in eight._kept for codes in fuse_module.turnable(model)))
         if len(kept) > 2 and kept[-1]:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return inner(self, model, batch)
@@ -178,7 +178,7 @@ def test_both_layouts_of_an_8_bit_base_are_kept_where_they_fit_and_given_up_firs
     assert "both layouts of the 8-bit base are kept" in said(heard, "note")
     assert kept[:3] == [14, 14, 14] and not any(kept[3:]) and len(heard.of("oom")) == 1
     assert run.config().settings.recompute == "none" and heard.losses == plain.losses
-    assert not any(codes in eight._kept for codes in fuse_module.in_eight_bits(model))
+    assert not any(codes in eight._kept for codes in fuse_module.turnable(model))
 
 
 def test_when_no_level_is_left_the_micro_batch_is_halved(run_tiny: Runs, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -36,6 +36,7 @@ ACTS = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3}
 WIDE = 1024  # columns of a gated unit that one program does
 GLU_TILE = (32, 256, 4)  # rows, columns and warps of a program that adds adapters and multiplies
 BACK_TILE = (64, 64, 4, 2)  # rows, columns, warps and loads ahead of a program that goes back through a gated unit
+BACK_TILE_ROUNDED: tuple[int, int, int, int] | None = (64, 32, 4, 3)  # of one that finds each row's size as well
 ROUND_TILE = (64, 128, 4, 3)  # rows, columns, warps and loads ahead of a program that rounds what a unit gave
 ROUND_PROGRAMS = 1056  # of them for one matrix: eight for each multiprocessor
 CHUNK = 8192  # logits that one program holds at a time
@@ -322,9 +323,6 @@ def _thin_glu_back(
     sum_a = tl.zeros((RD if RD else 16, COLUMNS), tl.float32)
     sum_g = tl.zeros((RG if RG else 16, COLUMNS), tl.float32)
     sum_u = tl.zeros((RU if RU else 16, COLUMNS), tl.float32)
-    if MOST:
-        fold_g = tl.load(cg + columns, mask=columns < n, other=0.0)[None, :]
-        fold_u = tl.load(cu + columns, mask=columns < n, other=0.0)[None, :]
     for step in tl.range(0, steps, num_stages=STAGES):
         rows = ((part * steps + step) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
         inside = (rows[:, None] < t) & (columns[None, :] < n)
@@ -347,8 +345,11 @@ def _thin_glu_back(
         tl.store(d_gate + rows[:, None] * d_gate_row + columns[None, :], dg, mask=inside)
         tl.store(d_up + rows[:, None] * d_up_row + columns[None, :], du, mask=inside)
         if MOST:
-            size = tl.maximum(tl.abs(dg.to(tl.float32) * fold_g), tl.abs(du.to(tl.float32) * fold_u))
-            tl.atomic_max(most + rows, tl.max(size, 1), mask=rows < t)
+            fold = tl.load(cg + columns, mask=columns < n, other=0.0)[None, :]
+            size = tl.max(tl.abs(dg.to(tl.float32)) * fold, 1)
+            fold = tl.load(cu + columns, mask=columns < n, other=0.0)[None, :]
+            size = tl.maximum(size, tl.max(tl.abs(du.to(tl.float32)) * fold, 1))
+            tl.atomic_max(most + rows, size, mask=rows < t)
         if RD:
             sum_a = tl.dot(tl.trans(left_d), (active * u).to(raw.dtype), sum_a, input_precision=precision)
         if RG:
@@ -375,7 +376,8 @@ def thin_glu_back(
     gate_thin: Pair, up_thin: Pair, down: Pair, rounding: Rounding | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
     t, n = gate.shape
-    rows, columns, warps, stages = BACK_TILE
+    rounding = rounding if BACK_TILE_ROUNDED is not None else None
+    rows, columns, warps, stages = BACK_TILE_ROUNDED if rounding is not None and BACK_TILE_ROUNDED else BACK_TILE
     parts = max(1, min(triton.cdiv(t, rows), 1056 // triton.cdiv(n, columns)))  # eight programs for each multiprocessor
     steps = triton.cdiv(triton.cdiv(t, rows), parts)
     (hg, bg, rg, wide_g), (hu, bu, ru, wide_u), (d, a, rd, wide_d) = (
@@ -475,7 +477,7 @@ def round_thin(
                 )  # fmt: skip
             if t and r and h is not None:
                 out = h[:, into:]
-                _add_parts[(triton.cdiv(t * r, 1024),)](sums, out, t * r, r, parts, out.stride(0), 1024, num_warps=4)
+                _add_parts[(triton.cdiv(t * r, 256),)](sums, out, t * r, r, parts, out.stride(0), 256, num_warps=2)
         at, into = at + n, into + r
     return codes, scale, h
 
@@ -487,10 +489,9 @@ def round_thin(
 def _rotate(
     x, cos, sin, y, h, b, x_batch, x_row, x_head, y_batch, y_row, y_head, h_row, b_row, t, rows, positions, n, half,
     apart, r, STEP: tl.constexpr, BACK: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, R: tl.constexpr,
-    EXACT: tl.constexpr,
+    EXACT: tl.constexpr, HEADS: tl.constexpr,
 ):  # fmt: skip
     places = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
-    head = tl.program_id(1).to(tl.int64)
     at = tl.arange(0, BLOCK)
     inside = (places[:, None] < t) & (at[None, :] < half)
     first_of = at[None, :] * STEP  # where the first of two lies in its head; the second is `apart` further
@@ -500,24 +501,26 @@ def _rotate(
     s1 = tl.load(sin + angle, mask=inside, other=0.0).to(tl.float32)
     s2 = tl.load(sin + angle + apart, mask=inside, other=0.0).to(tl.float32)
     batch, row = (places // rows)[:, None], (places % rows)[:, None]
-    here = x + batch * x_batch + row * x_row + head * x_head + first_of
-    there = y + batch * y_batch + row * y_row + head * y_head + first_of
-    raw = tl.load(here, mask=inside, other=0.0)
-    first = raw.to(tl.float32)
-    second = tl.load(here + apart, mask=inside, other=0.0).to(tl.float32)
-    if R:
-        channel = head * 2 * half + at
-        end = head * 2 * half + half
-        own, _ = _thin(h, b, places, channel, t, end, r, h_row, b_row, 1, R, EXACT)
-        first += own
-        own, _ = _thin(h, b, places, channel + half, t, end + half, r, h_row, b_row, 1, R, EXACT)
-        second += own
-    if BACK:
-        tl.store(there, (first * c1 + second * s2).to(raw.dtype), mask=inside)
-        tl.store(there + apart, (second * c2 - first * s1).to(raw.dtype), mask=inside)
-    else:
-        tl.store(there, (first * c1 - second * s1).to(raw.dtype), mask=inside)
-        tl.store(there + apart, (second * c2 + first * s2).to(raw.dtype), mask=inside)
+    for k in tl.static_range(HEADS):  # which share the angles
+        head = (tl.program_id(1) * HEADS + k).to(tl.int64)
+        here = x + batch * x_batch + row * x_row + head * x_head + first_of
+        there = y + batch * y_batch + row * y_row + head * y_head + first_of
+        raw = tl.load(here, mask=inside, other=0.0)
+        first = raw.to(tl.float32)
+        second = tl.load(here + apart, mask=inside, other=0.0).to(tl.float32)
+        if R:
+            channel = head * 2 * half + at
+            end = head * 2 * half + half
+            own, _ = _thin(h, b, places, channel, t, end, r, h_row, b_row, 1, R, EXACT)
+            first += own
+            own, _ = _thin(h, b, places, channel + half, t, end + half, r, h_row, b_row, 1, R, EXACT)
+            second += own
+        if BACK:
+            tl.store(there, (first * c1 + second * s2).to(raw.dtype), mask=inside)
+            tl.store(there + apart, (second * c2 - first * s1).to(raw.dtype), mask=inside)
+        else:
+            tl.store(there, (first * c1 - second * s1).to(raw.dtype), mask=inside)
+            tl.store(there + apart, (second * c2 + first * s2).to(raw.dtype), mask=inside)
 
 
 def rotate(
@@ -527,12 +530,13 @@ def rotate(
     if x.stride(-1) != 1:
         x = x.contiguous()
     h, b, r, wide = _padded(thin, x)
+    many = next(n for n in (4, 2, 1) if heads % n == 0)
     if batch * rows:
         with _on(x):
-            _rotate[(triton.cdiv(batch * rows, 32), heads)](
+            _rotate[(triton.cdiv(batch * rows, 32), heads // many)](
                 x, cos, sin, out, h, b, *x.stride()[:3], *out.stride()[:3], h.stride(0), b.stride(0), batch * rows,
                 rows, cos.shape[0], heads * d, d // 2, 1 if pairs else d // 2, r, 2 if pairs else 1, back, 32,
-                max(16, triton.next_power_of_2(d // 2)), wide, x.dtype == torch.float32, num_warps=4,
+                max(16, triton.next_power_of_2(d // 2)), wide, x.dtype == torch.float32, many, num_warps=4,
             )  # fmt: skip
     return out
 
