@@ -218,8 +218,7 @@ def measure(args: argparse.Namespace, name: str) -> dict[str, Any]:
     times = [each() for each in marks]
     seconds = [after - before for before, after in pairwise(times)]
     peaks = peak_memory() if device == "cuda" else (0, 0)
-    if args.profile and device == "cuda":
-        profile(lambda: step(model, loss_of, ids, optimizer))
+    spent = profile(lambda: step(model, loss_of, ids, optimizer)) if args.profile and device == "cuda" else None
     return {
         "variant": name,
         "trained": sum(p.numel() for p in trained),
@@ -229,6 +228,7 @@ def measure(args: argparse.Namespace, name: str) -> dict[str, Any]:
         "warmup_seconds": warm - started,
         "losses": [float(loss) for loss in losses],
         "seconds": seconds,
+        **({} if spent is None else {"profile": spent}),
     }
 
 
@@ -247,8 +247,8 @@ def peak_memory() -> tuple[int, int]:
     return torch.cuda.max_memory_allocated() + unused, torch.cuda.max_memory_reserved()
 
 
-def profile(run: Callable[[], Any]) -> None:
-    """Prints where the device's time goes in one step."""
+def profile(run: Callable[[], Any]) -> dict[str, Any]:
+    """Prints where the device's time goes in one step, and gives it: ms and number of each kernel, ms between them."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as seen:
         run()
         synchronize()
@@ -256,13 +256,15 @@ def profile(run: Callable[[], Any]) -> None:
     print(f"device time {sum(row.self_device_time_total for row in rows) / 1e3:.1f} ms", file=sys.stderr)
     for row in rows[:48]:
         print(f"{row.self_device_time_total / 1e3:8.2f} ms {row.count:5} x {row.key[:110]}", file=sys.stderr)
-    waits(seen)
+    idle = waits(seen)
     for pool, (total, used) in pools().items():
         print(f"memory of {pool}: {total / 2**30:.2f} GiB reserved, {used / 2**30:.2f} in use", file=sys.stderr)
+    return {"kernels": [[row.key, row.self_device_time_total / 1e3, row.count] for row in rows], "idle_ms": idle}
 
 
-def waits(seen: Any) -> None:
-    """Prints for how long the device did nothing, and what it did next."""
+def waits(seen: Any) -> float:
+    """Prints for how long the device did nothing, and what it did next. Gives the ms of a step that Python is ahead of:
+    each kernel's median wait as often as it came."""
     events = [e for e in seen.events() if e.device_type == torch.autograd.DeviceType.CUDA]
     events.sort(key=lambda e: e.time_range.start)
     end, found = events[0].time_range.end, {}
@@ -280,6 +282,7 @@ def waits(seen: Any) -> None:
             f"{sum(gaps) / 1e3:8.2f} ms {len(gaps):5} x, median {middle:.1f} us, most {most:.0f} us: {name[:80]}",
             file=sys.stderr,
         )
+    return sum(statistics.median(gaps) * len(gaps) for gaps in found.values()) / 1e3
 
 
 def pools() -> dict[str, tuple[int, int]]:

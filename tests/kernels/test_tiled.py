@@ -163,7 +163,7 @@ def test_without_gradients_long_rows_run_in_tiles_and_generation_as_ever(ran: li
         ran.clear()
         assert torch.equal(model.generate(ids, max_new_tokens=4, do_sample=False), written)  # type: ignore[operator]
         assert not ran
-        torch.testing.assert_close(model(input_ids=ids, use_cache=False).logits, wanted, rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(model(input_ids=ids, use_cache=False).logits, wanted, rtol=1e-5, atol=1e-6)
         assert ran == [3, 3]
 
 

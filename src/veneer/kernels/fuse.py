@@ -133,9 +133,8 @@ class FusedBlock(FusedModule):
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         kwargs |= zip(_argument_names(type(self).__bases__[1]), args, strict=False)
         rests = _is_resting(hidden_states)
-        if (rests and not self._is_tiled_anyway(hidden_states, kwargs)) or kwargs.get(
-            "encoder_hidden_states"
-        ) is not None:
+        runs_plainly = rests and not self._is_tiled_anyway(hidden_states, kwargs)
+        if runs_plainly or kwargs.get("encoder_hidden_states") is not None:
             return super().forward(hidden_states, **kwargs)
         if (cache := kwargs.get("past_key_values")) is not None and (why := self._against(cache)) is not None:
             return self.plain(why, hidden_states, **kwargs)
