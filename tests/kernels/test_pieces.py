@@ -160,6 +160,10 @@ def test_the_kernels_do_what_the_pieces_say(dtype: torch.dtype) -> None:
     assert close(*(k.rotate(q, cos, sin, rand(2, 70, 5, 24), thin=thin) for k in (cuda, pieces)), dtype)
     c, h, b = rand(70, 300), rand(70, 6), rand(300, 6)
     assert close(*(k.add_product(c, h, b) for k in (cuda, pieces)), dtype)
+    for wide in {dtype, torch.float32}:
+        y = rand(70, 300).to(wide)
+        sums = [k.add_product(c, h, b, y.clone()) for k in (cuda, pieces)]
+        assert close(*sums, dtype) and all(each.dtype == dtype for each in sums)
     logits, labels = rand(9, 9001) * 3, torch.randint(0, 9001, (9,), device="cuda")
     mine, plain = logits.clone(), logits.clone()
     assert close(cuda.token_losses_(mine, labels), pieces.token_losses_(plain, labels), torch.float32)

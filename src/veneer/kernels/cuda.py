@@ -550,6 +550,7 @@ def _add_product(
     h,
     b,
     y,
+    out,
     t,
     n,
     r,
@@ -572,25 +573,24 @@ def _add_product(
     inside = (rows[:, None] < t) & (columns[None, :] < n)
     old = tl.load(c + rows[:, None] * c_row + columns[None, :], mask=inside, other=0.0)
     product = tl.dot(left, right, input_precision="ieee" if EXACT else "tf32")
-    there = y + rows[:, None] * n + columns[None, :]
+    there = rows[:, None] * n + columns[None, :]
     if PLUS:
-        product += tl.load(there, mask=inside, other=0.0).to(tl.float32)
-    tl.store(there, (old.to(tl.float32) + product).to(old.dtype), mask=inside)
+        product += tl.load(y + there, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out + there, (old.to(tl.float32) + product).to(old.dtype), mask=inside)
 
 
 def add_product(c: Tensor, h: Tensor, b: Tensor, y: Tensor | None = None) -> Tensor:
     (t, n), r = c.shape, h.shape[1]
     if r > 128:
-        return torch.addmm(c, h, b.T) if y is None else y.add_(c).addmm_(h, b.T)
-    plus = y is not None
-    y = y if y is not None else torch.empty((t, n), dtype=c.dtype, device=c.device)
+        return torch.addmm(c, h, b.T) if y is None else y.to(c.dtype).add_(c).addmm_(h, b.T)
+    out = y if y is not None and y.dtype == c.dtype else torch.empty((t, n), dtype=c.dtype, device=c.device)
     if t:
         with _on(c):
             _add_product[(triton.cdiv(t, 64), triton.cdiv(n, 128))](
-                c, h, b, y, t, n, r, c.stride(0), h.stride(0), b.stride(0), plus, 64, 128,
-                max(16, triton.next_power_of_2(r)), c.dtype == torch.float32, num_warps=4,
+                c, h, b, out if y is None else y, out, t, n, r, c.stride(0), h.stride(0), b.stride(0), y is not None,
+                64, 128, max(16, triton.next_power_of_2(r)), c.dtype == torch.float32, num_warps=4,
             )  # fmt: skip
-    return y
+    return out
 
 
 # ------------------------------------------------------------------ the loss

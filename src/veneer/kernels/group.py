@@ -61,6 +61,7 @@ __all__ = [
 
 
 THINNEST = 128  # ranks up to this are added by kernels of their own
+WIDE = True  # see Bare.onto
 
 # ------------------------------------------------------------------ one layer
 
@@ -126,13 +127,14 @@ class Bare:
         """c + x W^T + bias + h B^T in fresh memory: a layer that writes into the residual stream.
 
         c and the bias come last for the same reason, in one pass. Where a kernel sums in fp32 what is left, and after
-        an 8-bit product, which has rounded already, h B^T is added in the same pass.
+        an 8-bit product, which has rounded already, h B^T is added in the same pass. On a GPU x W^T is wide until
+        then: cuBLAS rounds it before it adds, and h B^T, which at first is below half of its last place, goes.
         """
         weight = unpacked(self.weight, x.dtype)
         at_once = isinstance(weight, Store) or (c.is_cuda and self.rank <= THINNEST)
         if at_once and h is not None and b is not None and self.bias is None and self.gain is None:
             stored = isinstance(weight, Store)
-            y = storage_of(weight.recipe).product(x, *weight) if stored else x @ weight.T
+            y = storage_of(weight.recipe).product(x, *weight) if stored else wide_product(x, weight)
             return kernels_for(c).add_product(c, h, b, y)
         y = self._unbiased(weight, x, h, b)
         return y.add_(c) if self.bias is None else image_kernels_for(y).add_channels(y, c, self.bias)
@@ -142,8 +144,12 @@ class Bare:
         if isinstance(weight, Store):
             y = storage_of(weight.recipe).product(x, *weight)
             y = y if h is None else y.addmm_(h, b.T)
+        elif h is None or b is None:
+            y = x @ weight.T
+        elif sums_wide(x):
+            y = wide_product(x, weight).addmm_(h.float(), b.float().T).to(x.dtype)
         else:
-            y = x @ weight.T if h is None else (h @ b.T).addmm_(x, weight.T)
+            y = (h @ b.T).addmm_(x, weight.T)
         return y if self.gain is None else y.mul_(self.gain)
 
     def _adds_bias_itself(self, dtype: torch.dtype) -> bool:
@@ -555,6 +561,16 @@ def _joined(bs: list[Tensor]) -> Tensor | None:
 
 def _dropped(x: Tensor, mask: Tensor | None, p: float) -> Tensor:
     return x if mask is None else (x * mask).mul_(1 / (1 - p)) if p < 1 else torch.zeros_like(x)
+
+
+def sums_wide(x: Tensor) -> bool:
+    """Whether a product of x can be had as it was summed, in fp32: half-precision numbers on a GPU."""
+    return WIDE and x.is_cuda and x.dtype.itemsize == 2
+
+
+def wide_product(x: Tensor, weight: Tensor) -> Tensor:
+    """x W^T, in fp32 where it can be had."""
+    return torch.mm(x, weight.T, out_dtype=torch.float32) if sums_wide(x) else x @ weight.T
 
 
 def token_sum(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:

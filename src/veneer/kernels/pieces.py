@@ -244,7 +244,9 @@ def _halved(t: Tensor) -> Tensor:
 def add_product(
     c: Float[Tensor, "t out"], h: Float[Tensor, "t r"], b: Float[Tensor, "out r"], y: Tensor | None = None
 ) -> Float[Tensor, "t out"]:
-    """c + h B^T in fresh memory, or y + c + h B^T in y's."""
+    """c + h B^T in fresh memory; or y + c + h B^T, in y's unless y is wider than c."""
+    if y is not None and y.dtype != c.dtype:
+        return y.add_(c).addmm_(h.to(y.dtype), b.to(y.dtype).T).to(c.dtype)
     return torch.addmm(c, h, b.T) if y is None else y.add_(c).addmm_(h, b.T)
 
 
