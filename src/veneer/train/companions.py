@@ -4,7 +4,7 @@ tokenizer.json ...        with the chat template that was used, whatever the bas
 chat_template.jinja       the same, for tools that look for it there
 generation_config.json    the tokens that end an answer
 task.json                 the task and, for classifiers, what each class is called
-inputs.safetensors        how large the inputs of a packed base's layers are, so that it is packed in the same way
+inputs.safetensors        what the inputs of a packed base's layers are like, so that it is packed in the same way
 """
 
 from __future__ import annotations
