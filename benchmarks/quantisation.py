@@ -37,6 +37,7 @@ VARIANTS: dict[
     "int8, not rotated": {"quant": "int8", "pack": {"rotate": False}},
     "fp8": {"quant": "fp8"},
     "fp8, rotated": {"quant": "fp8", "pack": {"rotate": True}},
+    "fp8, head too": {"quant": "fp8", "pack": {"head": True}},
 }
 BEGIN, END = "<!-- table: python benchmarks/quantisation.py --write -->", "<!-- end of table -->"
 

@@ -67,6 +67,18 @@ def test_adapters_inside_a_gated_unit_are_adapters_before_it(act: str, ranks: tu
     assert du is None if own_up is None else torch.allclose(du, got[1].T @ own_up[0])
 
 
+@pytest.mark.parametrize("onto", [True, False])
+def test_a_thin_product_on_top(onto: bool) -> None:
+    c, h, b, y = rand(6, 20) if onto else None, rand(6, 3), rand(20, 3), rand(6, 20)
+    wanted = y + h @ b.T + (c if c is not None else 0)
+    got = pieces.add_product(c, h.float(), b.float(), y.clone())
+    assert got.dtype == torch.float32
+    torch.testing.assert_close(got, wanted.float())
+    here = y.clone()
+    assert pieces.add_product(c, h, b, here) is here
+    torch.testing.assert_close(here, wanted)
+
+
 @pytest.mark.parametrize("rows", [7, 14])
 def test_turning_back_is_the_transpose_of_turning(rows: int) -> None:
     x, g, cos, sin = rand(2, 7, 3, 8).requires_grad_(), rand(2, 7, 3, 8), rand(rows, 8), rand(rows, 8)
@@ -160,10 +172,10 @@ def test_the_kernels_do_what_the_pieces_say(dtype: torch.dtype) -> None:
     assert close(*(k.rotate(q, cos, sin, rand(2, 70, 5, 24), thin=thin) for k in (cuda, pieces)), dtype)
     c, h, b = rand(70, 300), rand(70, 6), rand(300, 6)
     assert close(*(k.add_product(c, h, b) for k in (cuda, pieces)), dtype)
-    for wide in {dtype, torch.float32}:
-        y = rand(70, 300).to(wide)
-        sums = [k.add_product(c, h, b, y.clone()) for k in (cuda, pieces)]
-        assert close(*sums, dtype) and all(each.dtype == dtype for each in sums)
+    wide = torch.randn(70, 300, device="cuda")
+    for old in (c, None):
+        for y in (wide, wide.to(dtype)):
+            assert close(*(k.add_product(old, h, b, y.clone()) for k in (cuda, pieces)), dtype)
     logits, labels = rand(9, 9001) * 3, torch.randint(0, 9001, (9,), device="cuda")
     mine, plain = logits.clone(), logits.clone()
     assert close(cuda.token_losses_(mine, labels), pieces.token_losses_(plain, labels), torch.float32)

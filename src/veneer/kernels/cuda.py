@@ -16,6 +16,7 @@ import triton.language as tl  # pyright: ignore[reportMissingImports]
 from torch import Tensor
 from triton.language.extra import libdevice  # pyright: ignore[reportMissingImports]
 
+from veneer.kernels import pieces
 from veneer.kernels.pieces import Pair, Rounding
 from veneer.quant.eight import LARGEST, TINY, remember
 
@@ -546,49 +547,31 @@ def rotate(
 
 @triton.jit
 def _add_product(
-    c,
-    h,
-    b,
-    y,
-    out,
-    t,
-    n,
-    r,
-    c_row,
-    h_row,
-    b_row,
-    PLUS: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    R: tl.constexpr,
-    EXACT: tl.constexpr,
-):
+    c, h, b, y, out, t, n, r, c_row, h_row, b_row, PLUS: tl.constexpr, OLD: tl.constexpr, ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr, R: tl.constexpr, EXACT: tl.constexpr,
+):  # fmt: skip
     rows = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
     columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    thin = tl.arange(0, R)
-    left = tl.load(h + rows[:, None] * h_row + thin[None, :], mask=(rows[:, None] < t) & (thin[None, :] < r), other=0.0)
-    right = tl.load(
-        b + columns[None, :] * b_row + thin[:, None], mask=(columns[None, :] < n) & (thin[:, None] < r), other=0.0
-    )
     inside = (rows[:, None] < t) & (columns[None, :] < n)
-    old = tl.load(c + rows[:, None] * c_row + columns[None, :], mask=inside, other=0.0)
-    product = tl.dot(left, right, input_precision="ieee" if EXACT else "tf32")
-    there = rows[:, None] * n + columns[None, :]
+    total, _ = _thin(h, b, rows, columns, t, n, r, h_row, b_row, 1, R, EXACT)
     if PLUS:
-        product += tl.load(y + there, mask=inside, other=0.0).to(tl.float32)
-    tl.store(out + there, (old.to(tl.float32) + product).to(old.dtype), mask=inside)
+        total += tl.load(y + rows[:, None] * n + columns[None, :], mask=inside, other=0.0).to(tl.float32)
+    if OLD:
+        total += tl.load(c + rows[:, None] * c_row + columns[None, :], mask=inside, other=0.0).to(tl.float32)
+    tl.store(out + rows[:, None] * n + columns[None, :], total.to(out.dtype.element_ty), mask=inside)
 
 
-def add_product(c: Tensor, h: Tensor, b: Tensor, y: Tensor | None = None) -> Tensor:
-    (t, n), r = c.shape, h.shape[1]
+def add_product(c: Tensor | None, h: Tensor, b: Tensor, y: Tensor | None = None) -> Tensor:
+    (t, r), n = h.shape, b.shape[0]
     if r > 128:
-        return torch.addmm(c, h, b.T) if y is None else y.to(c.dtype).add_(c).addmm_(h, b.T)
-    out = y if y is not None and y.dtype == c.dtype else torch.empty((t, n), dtype=c.dtype, device=c.device)
+        return pieces.add_product(c, h, b, y)
+    out = y if y is not None and y.dtype == h.dtype else torch.empty((t, n), dtype=h.dtype, device=h.device)
     if t:
-        with _on(c):
+        old, more = (h if given is None else given for given in (c, y))
+        with _on(h):
             _add_product[(triton.cdiv(t, 64), triton.cdiv(n, 128))](
-                c, h, b, out if y is None else y, out, t, n, r, c.stride(0), h.stride(0), b.stride(0), y is not None,
-                64, 128, max(16, triton.next_power_of_2(r)), c.dtype == torch.float32, num_warps=4,
+                old, h, b, more, out, t, n, r, old.stride(0), h.stride(0), b.stride(0), y is not None, c is not None,
+                64, 128, max(16, triton.next_power_of_2(r)), h.dtype == torch.float32, num_warps=4,
             )  # fmt: skip
     return out
 

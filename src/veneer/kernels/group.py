@@ -16,7 +16,8 @@
 Beginning with the thin product is what makes the adapters cheap: a large product that adds to what is there costs a
 few per cent more than one that does not, while adding a thin one afterwards reads and writes the whole result again.
 And it is what lets them learn in half precision: the share of a young adapter is smaller than the spacing of numbers
-around x W^T, so added to a rounded x W^T most of it is lost (benchmarks/first_steps.py).
+around x W^T, so added to a rounded x W^T most of it is lost (benchmarks/first_steps.py). cuBLAS, though, rounds before
+it adds: there x W^T stays in fp32 until a kernel has added the rest.
 
 `lay_bare` says what a layer amounts to right now - its adapters, weights and storage may change between calls - or in
 words why it must run by its own forward. Any delta that is two thin factors is taken by them, and autograd carries
@@ -60,6 +61,7 @@ __all__ = [
 ]
 
 
+WIDEST = 32768  # more columns than this (a vocabulary) are not held in fp32
 THINNEST = 128  # ranks up to this are added by kernels of their own
 WIDE = True  # see Bare.onto
 
@@ -146,8 +148,8 @@ class Bare:
             y = y if h is None else y.addmm_(h, b.T)
         elif h is None or b is None:
             y = x @ weight.T
-        elif sums_wide(x):
-            y = wide_product(x, weight).addmm_(h.float(), b.float().T).to(x.dtype)
+        elif sums_wide(x, weight):
+            y = kernels_for(x).add_product(None, h, b, wide_product(x, weight))
         else:
             y = (h @ b.T).addmm_(x, weight.T)
         return y if self.gain is None else y.mul_(self.gain)
@@ -563,14 +565,14 @@ def _dropped(x: Tensor, mask: Tensor | None, p: float) -> Tensor:
     return x if mask is None else (x * mask).mul_(1 / (1 - p)) if p < 1 else torch.zeros_like(x)
 
 
-def sums_wide(x: Tensor) -> bool:
+def sums_wide(x: Tensor, weight: Tensor) -> bool:
     """Whether a product of x can be had as it was summed, in fp32: half-precision numbers on a GPU."""
-    return WIDE and x.is_cuda and x.dtype.itemsize == 2
+    return WIDE and x.is_cuda and x.dtype.itemsize == 2 and len(weight) <= WIDEST
 
 
 def wide_product(x: Tensor, weight: Tensor) -> Tensor:
     """x W^T, in fp32 where it can be had."""
-    return torch.mm(x, weight.T, out_dtype=torch.float32) if sums_wide(x) else x @ weight.T
+    return torch.mm(x, weight.T, out_dtype=torch.float32) if sums_wide(x, weight) else x @ weight.T
 
 
 def token_sum(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:

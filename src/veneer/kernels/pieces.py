@@ -242,12 +242,17 @@ def _halved(t: Tensor) -> Tensor:
 
 
 def add_product(
-    c: Float[Tensor, "t out"], h: Float[Tensor, "t r"], b: Float[Tensor, "out r"], y: Tensor | None = None
+    c: Float[Tensor, "t out"] | None, h: Float[Tensor, "t r"], b: Float[Tensor, "out r"], y: Tensor | None = None
 ) -> Float[Tensor, "t out"]:
-    """c + h B^T in fresh memory; or y + c + h B^T, in y's unless y is wider than c."""
-    if y is not None and y.dtype != c.dtype:
-        return y.add_(c).addmm_(h.to(y.dtype), b.to(y.dtype).T).to(c.dtype)
-    return torch.addmm(c, h, b.T) if y is None else y.add_(c).addmm_(h, b.T)
+    """c + h B^T in fresh memory, or y + c + h B^T in y's; a y of another type is one that has not been rounded yet, and
+    the sum is, in memory of its own."""
+    if y is not None and y.dtype != h.dtype:
+        total = torch.addmm(y, h.to(y.dtype), b.T.to(y.dtype))
+        return (total if c is None else total.add_(c)).to(h.dtype)
+    if y is None:
+        assert c is not None
+        return torch.addmm(c, h, b.T)
+    return (y if c is None else y.add_(c)).addmm_(h, b.T)
 
 
 def column_products(
