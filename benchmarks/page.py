@@ -127,10 +127,89 @@ TRAIN = """\
 `benchmarks/peers_gpu.py` for `peft-nf4`; random weights and tokens, r = 16 on all seven linears, fused AdamW, median of
 8 steps that follow each other. `fused` is `veneer.fuse(model, graphs=True)`, `asked` the same without CUDA graphs; fp8,
 nf4 and int8 are the stored base (of nf4 the embedding too), otherwise bf16. gate_up, middle and input say what is
-computed again instead of kept, `away` that what blocks keep waits in the host's memory. The chunked loss is ours in all
-rows but `peft`. Rows of one run, on one card, have one letter; each run says what the card's own product of two 8192 x
-8192 matrices gave before and after. Memory is what is allocated at the highest point, all that graphs hold included.
+computed again instead of kept, `away` that what blocks keep waits in the host's memory, `turned` that the transpose of
+each weight is kept as well (`fuse(..., turned=True)`), and `fp8-head` that besides the head is in fp8
+(`quantize(..., head=True)`). The chunked loss is ours in all rows but `peft`. Rows of one run, on one card, have one
+letter; each run says what the card's own product of two 8192 x 8192 matrices gave before and after. Memory is what is
+allocated at the highest point, all that graphs hold included.
 """
+
+
+AIMS = [  # setting, rows of the batch, variants, tokens/s, GiB
+    ("bf16, 2 x 2048, nothing computed again", 2, ("fused", "fused-turned"), 17500, 28),
+    ("bf16, 4 x 2048, on 80 GB", 4, ("fused", "fused-turned"), 18000, 80),
+    ("bf16, 4 x 2048, at most 18 GiB", 4, ("fused-input-away",), 12500, 18),
+    ("nf4, 4 x 2048, at most 8 GiB", 4, ("nf4-input-away",), 11500, 8),
+    ("fp8, 2 x 2048, nothing computed again", 2, ("fp8", "fp8-turned", "fp8-head"), 24000, 80),
+    ("fp8, 4 x 2048, at most 13 GiB", 4, ("fp8-input", "fp8-input-asked"), 16500, 13),
+]
+
+
+def against_aims(runs: list[dict[str, Any]], letters: dict[int, str]) -> list[str]:
+    """What was aimed at for the 8B on one H100, and what the last run with each variant gave: on that card, if any."""
+    rows = []
+    for setting, batch, variants, speed, memory in AIMS:
+        for variant in variants:
+            found = [
+                (run, r) for run in runs for r in run["rows"]
+                if (run["shape"], run["batch"]) == ("8b", batch) and r["variant"] == variant and "failed" not in r
+            ]  # fmt: skip
+            if found:
+                run, r = max(found, key=lambda each: ("H100" in each[0]["device"], runs.index(each[0])))
+                reached = r["tokens_per_second"] >= speed and r["peak_gib"] <= memory
+                aim = f"{speed:,} in {memory} GiB" if memory < 80 else f"{speed:,}"
+                card = f"{letters[id(run)]}: {run['device'].split()[1]}"
+                got = f"{r['tokens_per_second']:,.0f} in {r['peak_gib']:.1f} GiB"
+                rows.append((setting, aim, variant, card, got, "yes" if reached else "no"))
+    return [
+        "**What was aimed at** on one H100, in tokens/s, and what the last run of each variant gave, on an H100 where "
+        "there was one:",
+        table(["", "aim", "variant", "run", "tokens/s", "reached"], rows),
+    ]
+
+
+KINDS = {  # what a kernel does, by a piece of its name; the first that fits
+    "attention": ("sdpa", "fmha", "cudnn", "flash"),
+    "8-bit products": ("qqtst", "ovscale", "s8"),
+    "the gated unit": ("_glu",),
+    "rounding to 8 bits, with the unit's thin products": ("_round_thin", "_add_parts", "_quantize"),
+    "transposing codes": ("_turn",),
+    "norms and rotation": ("_rms", "_rotate"),
+    "the loss": ("_token_losses",),
+}
+LONG = 0.04  # ms: a product that takes longer is one with a frozen weight
+REST = "16-bit products, long", "16-bit products, short (thin)", "all else"
+
+
+def spent(runs: list[dict[str, Any]]) -> list[str]:
+    """Where the time of a step goes, of the runs that were profiled."""
+    found = [(run, r) for run in runs for r in run["rows"] if "profile" in r]
+    if not found:
+        return []
+    head = ["ms of a step", *(r["variant"] for _, r in found)]
+    sums = [by_kind(r["profile"]["kernels"]) for _, r in found]
+    rows = [[kind, *(f"{s[kind]:.1f}" if s[kind] else "" for s in sums)] for kind in (*KINDS, *REST)]
+    rows = [row for row in rows if any(row[1:])]
+    rows.append(["between kernels", *(f"{r['profile']['idle_ms']:.1f}" for _, r in found)])
+    rows.append(["kernels", *(f"{sum(n for *_, n in r['profile']['kernels']):,}" for _, r in found)])
+    run = found[0][0]
+    return [
+        f"**Where the time of a step goes**, {SHAPES[run['shape']]}'s shape, {run['batch']} x {run['length']} tokens, "
+        "one step of each under the profiler, the same run as above (`--profile`). Products by frozen weights run at "
+        "the rate that the card's power allows, whatever is around them.",
+        table(head, rows),
+    ]
+
+
+def by_kind(kernels: list[tuple[str, float, int]]) -> dict[str, float]:
+    sums = dict.fromkeys((*KINDS, *REST), 0.0)
+    for name, ms, count in kernels:
+        kind = next((kind for kind, pieces in KINDS.items() if any(piece in name for piece in pieces)), None)
+        if kind is None:
+            is_product = any(piece in name for piece in ("nvjet", "gemm", "cutlass", "splitK"))
+            kind = REST[2] if not is_product else REST[0] if ms / count > LONG else REST[1]
+        sums[kind] += ms
+    return sums
 
 
 def train_gpu(runs: list[dict[str, Any]]) -> str:
@@ -162,6 +241,7 @@ def train_gpu(runs: list[dict[str, Any]]) -> str:
             f"**{SHAPES[shape]}'s shape, {batch} x {length} tokens.** TFLOP/s of the card before and after: {cards}.",
             table(["", "run", "tokens/s", "peak GiB", "warm-up s", "loss", "step 8"], rows),
         ]
+    lines += against_aims(runs, letters) + spent(runs)
     if any("note" in r for run in runs for r in run["rows"]):
         lines.append("(1) From a run that waited for the device after each step, which costs a few per cent.")
     lines.append(
