@@ -104,7 +104,7 @@ def run_streams(
     xs: Sequence[Tensor], streams: Sequence[Stream], attend: Attend, level: str
 ) -> tuple[Tensor | None, ...]:
     """What each stream goes on with, keeping what `level` says."""
-    if level not in ("middle", "input"):
+    if level in ("none", "gate_up"):
         return _run_streams(tuple(xs), streams, attend, level == "gate_up")
     draws = _draws(group for stream in streams for group in stream.groups)
     return checkpoint(_run_streams, tuple(xs), streams, attend, True, use_reentrant=False, preserve_rng_state=draws)  # type: ignore[return-value]
@@ -140,7 +140,7 @@ class Single:
 
 def run_single(x: Tensor, block: Single, attend: Attend, level: str) -> Tensor:
     """The block's output. Its unit is not computed again by itself: the levels are none, and the whole block."""
-    if level not in ("middle", "input"):
+    if level in ("none", "gate_up"):
         return _run_single(x, block, attend)
     draws = _draws((block.entry, block.out))
     return checkpoint(_run_single, x, block, attend, use_reentrant=False, preserve_rng_state=draws)  # type: ignore[return-value]
