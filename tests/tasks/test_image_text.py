@@ -289,3 +289,69 @@ def test_a_run_learns_is_proved_and_leaves_the_base(processor: Any, tmp_path: Pa
     assert (run.adapter / "chat_template.jinja").is_file() and (run.adapter / "tokenizer_config.json").is_file()
     again = transformers.LlavaForConditionalGeneration.from_pretrained(tmp_path / "base")
     assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), again.state_dict().values(), strict=True))
+
+
+QWEN = TEMPLATE.replace("<image>", "<|vision_start|><|image_pad|><|vision_end|>")
+MARKS = ["<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
+
+
+class Films:
+    """In the place of the part for films, which needs torchvision."""
+
+    _auto_class = None
+
+    def save_pretrained(self, *_: Any, **__: Any) -> list[str]:
+        return []
+
+
+class Pictures(transformers.Qwen2_5_VLProcessor):
+    def check_argument_for_proper_class(self, name: str, argument: Any) -> Any:
+        return Films if name == "video_processor" else super().check_argument_for_proper_class(name, argument)
+
+    def to_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        return {k: v for k, v in super().to_dict(*args, **kwargs).items() if k != "video_processor"}
+
+
+@pytest.fixture
+def qwen_processor(make_tokenizer: Any) -> Any:
+    """Its pictures have as many places as their size gives: image_grid_thw says how they lie."""
+    tokenizer = make_tokenizer(QWEN)
+    tokenizer.add_special_tokens({"additional_special_tokens": MARKS})
+    kind = getattr(transformers, "Qwen2VLImageProcessorPil", transformers.Qwen2VLImageProcessor)
+    pixels = kind(patch_size=7, merge_size=2, size={"shortest_edge": 14 * 14, "longest_edge": 42 * 42})
+    return Pictures(pixels, tokenizer, Films(), chat_template=QWEN)
+
+
+def test_qwen_through_its_processor(qwen_processor: Any, tmp_path: Path) -> None:
+    """From pictures of two sizes to a proved run: tokens, patches and grids belong together row by row."""
+    tokenizer = qwen_processor.tokenizer
+    ids = {mark: tokenizer.convert_tokens_to_ids(mark) for mark in MARKS}
+    rows = [{"image": np.full((14 + 28 * (k % 2), 28, 3), 20 * k, np.uint8), "question": "What is it?", "answer": "a coat"}
+            for k in range(10)]  # fmt: skip
+    task = task_of(qwen_processor)
+    samples = task.encode(load(rows, kinds=(Illustrated,)).examples).samples
+    for sample in samples:
+        trained = [t for t, label in zip(sample.input_ids, sample.labels, strict=True) if label != IGNORE]
+        assert tokenizer.decode(trained) == "a coat<|im_end|>"
+    inputs = task.collate(samples[:2]).inputs
+    grids, places = inputs["image_grid_thw"], (inputs["input_ids"] == ids["<|image_pad|>"]).sum(1)
+    assert grids.tolist() == [[1, 2, 4], [1, 6, 4]] and places.tolist() == [2, 6]  # four patches to a place
+    assert len(inputs["pixel_values"]) == int(grids.prod(1).sum())
+
+    torch.manual_seed(0)
+    model: Any = qwen()
+    model.config.text_config.eos_token_id = model.generation_config.eos_token_id = ids["<|im_end|>"]
+    model.config.image_token_id = ids["<|image_pad|>"]
+    model.config.vision_start_token_id, model.config.vision_end_token_id = (
+        ids["<|vision_start|>"],
+        ids["<|vision_end|>"],
+    )
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    run = veneer.train(
+        model, rows, tokenizer=qwen_processor, task="image-text", steps=8, lr=0.01, batch_size=4, val=2, r=2,
+        out=str(tmp_path / "run"),
+    )  # fmt: skip
+    assert run.status == "done" and run.proof["passed"]
+    losses = [row["val_loss"] for row in run.metrics("val_loss")]
+    assert losses[-1] < losses[0]
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items() if name in before)

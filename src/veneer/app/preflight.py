@@ -5,7 +5,7 @@
     mask       one sample with its trained tokens marked, and the share of all that is trained
     lengths    how long samples are, and what becomes of those over max_len
     memory     from the model's shapes, against what is free here                            exit 3 when it does not fit
-               (not of pipelines that paint: what they need is measured by the run's first step)
+               (denoisers, detectors and models of pictures and words: a step is rehearsed without numbers)
     plan       steps, learning rate and how long it will take
 
 The first steps are the very functions that training uses, so what passes here passes there.
@@ -14,21 +14,28 @@ The first steps are the very functions that training uses, so what passes here p
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
+
+from torch import nn
 
 from veneer.advise.device import free_memory, usual_device
 from veneer.advise.keep import KNOWN_BLOCKS, choose, levels_of, longest_row
 from veneer.advise.lr import learning_rate
 from veneer.advise.memory import Estimate, estimate_memory
 from veneer.advise.plan import CHOICES, Plan
+from veneer.advise.rehearsal import Rehearsed, Scene, placed, rehearse
 from veneer.advise.shapes import shapes_of
 from veneer.advise.time import Duration, estimate_time
 from veneer.app.text import bytes_, count, number, share
 from veneer.data.encode import Encodings
 from veneer.data.preview import runs
 from veneer.errors import ConfigError, DoesNotFit
-from veneer.train.base import config_of, precision_of
+from veneer.tasks.base import Task
+from veneer.train.base import DTYPES, config_of, precision_of, quiet, recomputing
+from veneer.train.fast import heaviest
+from veneer.train.method import place, to_train
 from veneer.train.prepare import encode_rows, make_task, read_data, settle_length
 from veneer.train.settings import Reads, Resolved
 
@@ -55,7 +62,7 @@ class Checked:
     steps: int
     lr: float
     lr_reason: str
-    memory: Estimate | None  # None where nothing is known before the first step
+    memory: Estimate | Rehearsed | None  # None where nothing is known before the first step
     free_bytes: int
     longest_row: int | None  # tokens of the longest single row that memory has room for
     duration: Duration | None
@@ -77,7 +84,7 @@ class Checked:
             },
         }
 
-    def _memory(self, memory: Estimate) -> dict[str, Any]:
+    def _memory(self, memory: Estimate | Rehearsed) -> dict[str, Any]:
         told = {name: value for name, value in memory.to_json().items() if name != "plan"}
         more = {"free_bytes": self.free_bytes, "longest_row": self.longest_row}
         return {**told, **more, "knobs": [str(knob) for knob in memory.knobs]}
@@ -86,7 +93,7 @@ class Checked:
         if self.memory is not None and self.memory.fits is False:
             raise DoesNotFit(
                 f"this needs {bytes_(self.memory.needed_bytes)} and {bytes_(self.free_bytes)} are free",
-                f"memory of the {self.memory.plan.device}",
+                f"memory of the {usual_device()}",
                 "; ".join(str(knob) for knob in self.memory.knobs) or "take a smaller model",
             )
 
@@ -102,11 +109,15 @@ def preflight(resolved: Resolved, tell: Tell) -> Checked:
     train, _ = encode_rows(task, settings, parts, tell)
     mask = _told_mask(train, task.renderer.tokenizer if task.renderer else task.tokenizer, tell)
     memory, free, longest, duration = None, free_memory(usual_device()), None, None
-    if not task.paints:
+    if settings.task in CHOICES["task"]:
         memory, free, longest = _memory(settings, train, labels=len(task.labels.names) if task.labels else 2)
-        _tell_memory(memory, free, longest, tell)
-    steps, rate, reason = _plan(settings, train, memory, tell)
+        size = memory.parameters
+    else:
+        memory, size = _rehearsed(settings, task, train, free, tell)
     if memory is not None:
+        _tell_memory(memory, free, longest, tell)
+    steps, rate, reason = _plan(settings, train, memory, size, tell)
+    if isinstance(memory, Estimate):
         duration = _duration(settings, train, steps, memory, tell)
     template = task.renderer.decision if task.renderer is not None else ""
     return Checked(
@@ -129,9 +140,6 @@ def _told_mask(train: Encodings, tokenizer: Any, tell: Tell) -> list[dict[str, A
 
 def _memory(settings: Reads, train: Encodings, labels: int) -> tuple[Estimate, int, tuple[int, str] | None]:
     """With the longest sample there is; and how long a single one could be, keeping what."""
-    if settings.task not in CHOICES["task"]:
-        fix = "start it: the heaviest batch is tried before the first step"
-        raise ConfigError(f"the data is in order, but what {settings.task} takes is not estimated", "memory", fix)
     device = usual_device()
     free = free_memory(device)
     precision = settings.precision if settings.precision != "auto" else precision_of(str(settings.model))[0]
@@ -154,6 +162,42 @@ def _memory(settings: Reads, train: Encodings, labels: int) -> tuple[Estimate, i
     return estimate_memory(shapes, memory=free, recompute=level, **known), free, could
 
 
+def _rehearsed(settings: Reads, task: Task, train: Encodings, free: int, tell: Tell) -> tuple[Rehearsed | None, int]:
+    """Of tasks whose models are of too many builds for a formula, and how many parameters there are. None where it
+    cannot be done, and the reason is said."""
+    tell("doing", text="rehearsing a step without numbers")
+    device, source = usual_device(), str(settings.model)
+    precision = settings.precision
+    if precision == "auto":
+        precision = "fp32" if task.exact else precision_of(source)[0]
+    samples = heaviest(train.samples, settings.batch_size)
+    batch = task.collate(samples)
+
+    def scene(model: nn.Module, stack: ExitStack) -> Scene:
+        placed(model)
+        trained = place(model, settings, task.heads(model), task.idle(model), task.aim)
+        to_train(model)
+        if settings.recompute not in ("none", "auto"):
+            stack.enter_context(recomputing(model, True))
+        task.prepare(model, batch)
+        beside = task.beside(device) * DTYPES[precision].itemsize
+        return Scene(model, list(trained.values()), lambda: task.rehearsed(model, batch), beside)
+
+    with ExitStack() as stack, quiet():
+        empty = task.empty(source, DTYPES[precision])
+        size = 0 if isinstance(empty, str) else sum(p.numel() for p in empty.parameters())
+        if settings.quant != "none":
+            empty = f"packing to {settings.quant} looks at numbers"
+        found = empty
+        if not isinstance(empty, str):
+            found = rehearse(lambda: scene(empty, stack), settings.optimizer, device, free)
+    if isinstance(found, str):
+        tell("note", text=f"memory not estimated: {found}; the run tries its heaviest batch before the first step")
+        return None, size
+    tell("note", text=f"memory is that of a step of {len(samples)} rows; how long it takes is told by the run")
+    return found, size
+
+
 def _lengths(settings: Reads, train: Encodings) -> tuple[int, float]:
     """Tokens of the longest row, and of all on the average; a picture has a token for each patch, and one more."""
     if settings.task == "image_classification":
@@ -165,7 +209,7 @@ def _lengths(settings: Reads, train: Encodings) -> tuple[int, float]:
     return longest, train.tokens / max(len(train), 1)
 
 
-def _tell_memory(memory: Estimate, free: int, longest: tuple[int, str] | None, tell: Tell) -> None:
+def _tell_memory(memory: Estimate | Rehearsed, free: int, longest: tuple[int, str] | None, tell: Tell) -> None:
     parts = ", ".join(
         f"{name} {bytes_(size)}" for name, size in memory.parts.items() if size >= memory.total_bytes / 50
     )
@@ -178,13 +222,14 @@ def _tell_memory(memory: Estimate, free: int, longest: tuple[int, str] | None, t
         tell("note", text=str(knob))
 
 
-def _plan(settings: Reads, train: Encodings, memory: Estimate | None, tell: Tell) -> tuple[int, float, str]:
+def _plan(
+    settings: Reads, train: Encodings, memory: Estimate | Rehearsed | None, size: int, tell: Tell
+) -> tuple[int, float, str]:
     per_epoch = -(-len(train) // settings.global_batch)
     steps = settings.steps if settings.steps is not None else max(1, round(settings.epochs * per_epoch))
     if settings.lr == "auto":
         names = ("alpha", "scaling", "combine", "method", "task")
         given = {name: getattr(settings, name) for name in names}
-        size = 1.0 if memory is None else memory.parameters  # of pictures the rule does not ask
         rate, reason = learning_rate(size, rank=settings.r, steps=steps, **given)
     else:
         rate, reason = float(settings.lr), str(settings.resolved.origins["lr"])

@@ -128,6 +128,22 @@ class Task(ABC):
         """What `from_pretrained` needs to know of the task."""
         return {}
 
+    def empty(self, source: str, dtype: torch.dtype) -> nn.Module | str:
+        """The model that learns as its configuration has it, on the meta device: no weight is read. Or why not."""
+        import transformers
+
+        config = transformers.AutoConfig.from_pretrained(source, **class_options(self.labels))
+        with torch.device("meta"):
+            return getattr(transformers, self.auto_class).from_config(config, dtype=dtype)
+
+    def rehearsed(self, model: nn.Module, batch: Batch) -> Float[Tensor, ""]:
+        """The loss of a micro-batch, or something that holds as much, of a model that has no numbers."""
+        return self.loss(model, batch)
+
+    def beside(self, device: str) -> int:
+        """How many numbers lie on the device in models that take no part in a step, where the base is a pipeline."""
+        return 0
+
     def load(self, dtype: torch.dtype, device: torch.device) -> nn.Module:
         """The model that learns, where the base is a pipeline (`paints`)."""
         raise StateError(f"the task {self.name} has one model, which is loaded by its auto_class")

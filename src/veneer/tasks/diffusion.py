@@ -122,6 +122,27 @@ class Diffusion(Task):
 
     # ---------------------------------------------------------------- the model
 
+    def empty(self, source: str, dtype: torch.dtype) -> nn.Module | str:
+        if self.settings.text_encoders:
+            return "text encoders that learn are asked through their pipeline"
+        return self.pipeline.pretend(dtype)
+
+    def rehearsed(self, model: nn.Module, batch: Batch) -> Float[Tensor, ""]:
+        """The loss, of latents and words that are of the right shape."""
+        pipeline, draws = self.pipeline, []
+        for canvas in batch.inputs["canvases"]:
+            width, height = (side // pipeline.factor for side in canvas.size)
+            clean = torch.zeros(pipeline.channels, height, width)
+            draws.append(Draw(canvas, clean, torch.zeros_like(clean), torch.tensor(500.0), canvas.caption))
+            self.said[canvas.caption] = pipeline.unsaid
+        return self.summed(model, draws)
+
+    def beside(self, device: str) -> int:
+        """What was asked all that it will be waits in the CPU's memory."""
+        rests = {"all": ("vae", "text"), "latents": ("vae",), "texts": ("text",), "none": ()}[self.settings.cache]
+        rests = rests if device == "cuda" else ()
+        return sum(count for part, count in self.pipeline.others().items() if not (rests and part.startswith(rests)))
+
     def load(self, dtype: torch.dtype, device: torch.device) -> nn.Module:
         pipeline = self.pipeline
         pipeline.load(dtype, device)

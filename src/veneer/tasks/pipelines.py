@@ -17,14 +17,18 @@ the names that they have in the pipeline: unet.down_blocks..., text_encoder.enco
 from __future__ import annotations
 
 import contextlib
+import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from veneer.ckpt.tensorfile import TensorFile
 from veneer.core.select import ends_with, places
 from veneer.errors import ConfigError
 from veneer.extras import need
@@ -71,6 +75,13 @@ class Family:
         """Layers whose output nobody reads."""
         return ()
 
+    def spoken(self, config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+        """The shapes of what text encoders say of a caption, in most pipelines of this family."""
+        width, pooled = config["joint_attention_dim"], config["pooled_projection_dim"]
+        return {"text": (1, self.places_of_words, width), "pooled": (1, pooled)}
+
+    places_of_words: ClassVar[int] = 77
+
 
 class Unet(Family):
     name, learning, is_transformer = "Stable Diffusion", ("text_encoder",), False
@@ -82,6 +93,9 @@ class Unet(Family):
         found = config.get("sample_size") or 64
         return (found if isinstance(found, int) else max(found)) * factor
 
+    def spoken(self, config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+        return {"text": (1, self.places_of_words, config["cross_attention_dim"])}
+
     def words(self, pipe: Any, prompts: Sequence[str]) -> Words:
         return {"text": pipe.encode_prompt(list(prompts), pipe.unet.device, 1, False)[0]}
 
@@ -91,6 +105,10 @@ class Unet(Family):
 
 class UnetXL(Unet):
     name, learning = "Stable Diffusion XL", ("text_encoder", "text_encoder_2")
+
+    def spoken(self, config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+        pooled = config["projection_class_embeddings_input_dim"] - 6 * config["addition_time_embed_dim"]
+        return {**super().spoken(config), "pooled": (1, pooled)}
 
     def words(self, pipe: Any, prompts: Sequence[str]) -> Words:
         found = pipe.encode_prompt(list(prompts), device=pipe.unet.device, do_classifier_free_guidance=False)
@@ -103,6 +121,7 @@ class UnetXL(Unet):
 
 class Transformer3(Family):
     name, learning = "Stable Diffusion 3", ("text_encoder", "text_encoder_2")
+    places_of_words = 77 + 256  # CLIP's and T5's
 
     def words(self, pipe: Any, prompts: Sequence[str]) -> Words:
         found = pipe.encode_prompt(
@@ -122,6 +141,7 @@ class Transformer3(Family):
 class Flux(Family):
     name, learning = "FLUX", ("text_encoder",)
     GUIDANCE = 1.0  # of the guidance-distilled models, in training: none
+    places_of_words = 512
 
     def side(self, config: Mapping[str, Any], factor: int) -> int:
         return 128 * factor
@@ -176,6 +196,7 @@ class Pipeline:
         is_xl = self.config.get("addition_embed_type") == "text_time"
         self.family = UnetXL() if is_xl else FAMILIES[kinds[self.part]]()
         self.factor = 2 ** (len(vae["block_out_channels"]) - 1)
+        self.channels, self.kind = int(vae["latent_channels"]), kinds[self.part]
         self.step = self.family.step(self.config, self.factor)
         self.side = self.family.side(self.config, self.factor)
         self.scheduler = getattr(diffusers, kinds["scheduler"]).from_config(configs["scheduler"])
@@ -202,6 +223,28 @@ class Pipeline:
         self.pipe.set_progress_bar_config(disable=True)
         for model in self.models.values():
             model.requires_grad_(False).eval()
+
+    def pretend(self, dtype: torch.dtype) -> nn.Module:
+        """The denoiser without weights, on the meta device, in a pipeline that holds nothing else."""
+        diffusers = need("diffusers", extra="diffusion", use="train image models")
+        with torch.device("meta"), _quiet(diffusers):
+            model = getattr(diffusers, self.kind).from_config(self.config).to(dtype)
+        self.pipe = SimpleNamespace(components={self.part: model.requires_grad_(False).eval()})
+        return model
+
+    @property
+    def unsaid(self) -> Words:
+        """Words of the shape that text encoders give, without meaning."""
+        return {name: torch.zeros(shape, dtype=self.dtype) for name, shape in self.family.spoken(self.config).items()}
+
+    def others(self) -> dict[str, int]:
+        """Numbers in each model beside the denoiser, from the heads of their files; none where there are no files."""
+        folder, found = Path(str(self.source)), {}
+        for file in sorted(folder.glob("*/*.safetensors")):
+            part = file.parent.name
+            if part != self.part and ".fp16." not in file.name:
+                found[part] = found.get(part, 0) + sum(math.prod(stored.shape) for stored in TensorFile(file))
+        return found
 
     @property
     def models(self) -> dict[str, nn.Module]:
