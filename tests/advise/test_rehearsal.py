@@ -85,8 +85,9 @@ def denoiser(tmp_path: Path) -> dict[str, Any]:
         up_block_types=("UpDecoderBlock2D",) * 2,
     )  # fmt: skip
     pipe = diffusers.StableDiffusionPipeline(
-        vae=vae, text_encoder=CLIPTextModel(text), tokenizer=words, unet=unet, scheduler=diffusers.DDIMScheduler(steps_offset=1, clip_sample=False),
-        safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+        vae=vae, text_encoder=CLIPTextModel(text), tokenizer=words, unet=unet, safety_checker=None,
+        scheduler=diffusers.DDIMScheduler(steps_offset=1, clip_sample=False), feature_extractor=None,
+        requires_safety_checker=False,
     )  # fmt: skip
     pipe.save_pretrained(tmp_path / "base")
     return {

@@ -14,6 +14,7 @@ import torch
 
 import veneer
 from veneer import LoRA
+from veneer.app.preflight import preflight
 from veneer.data.batch import collate
 from veneer.data.dataset import load
 from veneer.data.illustrated import MARK, carried
@@ -21,6 +22,7 @@ from veneer.data.template import Renderer
 from veneer.data.types import IGNORE, Illustrated
 from veneer.errors import DataError, StateError, TargetError
 from veneer.tasks.image_text import ImageText
+from veneer.train.settings import resolve
 
 transformers = pytest.importorskip("transformers")
 Image = pytest.importorskip("PIL.Image")
@@ -326,8 +328,8 @@ def test_qwen_through_its_processor(qwen_processor: Any, tmp_path: Path) -> None
     """From pictures of two sizes to a proved run: tokens, patches and grids belong together row by row."""
     tokenizer = qwen_processor.tokenizer
     ids = {mark: tokenizer.convert_tokens_to_ids(mark) for mark in MARKS}
-    rows = [{"image": np.full((14 + 28 * (k % 2), 28, 3), 20 * k, np.uint8), "question": "What is it?", "answer": "a coat"}
-            for k in range(10)]  # fmt: skip
+    shown = [np.full((14 + 28 * (k % 2), 28, 3), 20 * k, np.uint8) for k in range(10)]
+    rows = [{"image": picture, "question": "What is it?", "answer": "a coat"} for picture in shown]
     task = task_of(qwen_processor)
     samples = task.encode(load(rows, kinds=(Illustrated,)).examples).samples
     for sample in samples:
@@ -355,3 +357,20 @@ def test_qwen_through_its_processor(qwen_processor: Any, tmp_path: Path) -> None
     losses = [row["val_loss"] for row in run.metrics("val_loss")]
     assert losses[-1] < losses[0]
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items() if name in before)
+
+
+def test_check_says_that_memory_is_not_estimated_and_why(processor: Any, tmp_path: Path) -> None:
+    model = llava(processor.tokenizer.convert_tokens_to_ids("<image>"))
+    model.save_pretrained(tmp_path / "base")
+    processor.save_pretrained(tmp_path / "base")
+    rows = []
+    for k in range(6):
+        Image.fromarray(some_picture(k)).save(tmp_path / f"{k}.png")
+        rows.append(json.dumps({"image": f"{k}.png", "question": "What is it?", "answer": "a coat"}))
+    (tmp_path / "rows.jsonl").write_text("\n".join(rows))
+    said: list[str] = []
+    settings = {"model": str(tmp_path / "base"), "data": str(tmp_path / "rows.jsonl"), "task": "image-text", "r": 2}
+    checked = preflight(resolve(mapping=settings), lambda kind, **facts: said.append(str(facts.get("text", ""))))
+    assert checked.memory is None and checked.to_json()["fits"] is None
+    assert any("memory not estimated" in text and "read off the tokens" in text for text in said)
+    assert 0 < checked.lr < 0.1 and "0.0773 M" in checked.lr_reason  # the rule knows the model's size

@@ -122,7 +122,7 @@ def placed(model: nn.Module) -> nn.Module:
                 if id(t) not in made:
                     new = torch.empty_like(t, device="cpu", requires_grad=False)
                     made[id(t)] = nn.Parameter(new, t.requires_grad) if isinstance(t, nn.Parameter) else new
-                held[name] = made[id(t)]
+                held[name] = made[id(t)]  # type: ignore[assignment]
     return model
 
 
@@ -137,8 +137,8 @@ def rehearse(make: Callable[[], Scene], optimizer: str, device: str, device_byte
     except UserError:
         raise
     except FAILURES as error:
-        line = (str(error).strip().splitlines() or [""])[0][:160]
-        return f"its step cannot be gone through without numbers ({type(error).__name__}: {line})"
+        line = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
+        return f"its step cannot be gone through without numbers ({line})"
     weights = sum(t.nbytes for t in _storages([*scene.model.parameters(), *scene.model.buffers()]))
     adapter = sum(p.nbytes for p in scene.trained)
     count = sum(p.numel() for p in scene.trained)

@@ -179,17 +179,17 @@ def _rehearsed(settings: Reads, task: Task, train: Encodings, free: int, tell: T
         to_train(model)
         if settings.recompute not in ("none", "auto"):
             stack.enter_context(recomputing(model, True))
-        task.prepare(model, batch)
         beside = task.beside(device) * DTYPES[precision].itemsize
         return Scene(model, list(trained.values()), lambda: task.rehearsed(model, batch), beside)
 
     with ExitStack() as stack, quiet():
         empty = task.empty(source, DTYPES[precision])
         size = 0 if isinstance(empty, str) else sum(p.numel() for p in empty.parameters())
-        if settings.quant != "none":
-            empty = f"packing to {settings.quant} looks at numbers"
-        found = empty
-        if not isinstance(empty, str):
+        if isinstance(empty, str):
+            found = empty
+        elif settings.quant != "none":
+            found = f"packing to {settings.quant} looks at numbers"
+        else:
             found = rehearse(lambda: scene(empty, stack), settings.optimizer, device, free)
     if isinstance(found, str):
         tell("note", text=f"memory not estimated: {found}; the run tries its heaviest batch before the first step")

@@ -134,7 +134,7 @@ class Diffusion(Task):
             width, height = (side // pipeline.factor for side in canvas.size)
             clean = torch.zeros(pipeline.channels, height, width)
             draws.append(Draw(canvas, clean, torch.zeros_like(clean), torch.tensor(500.0), canvas.caption))
-            self.said[canvas.caption] = pipeline.unsaid
+            self.said[canvas.caption] = dict(pipeline.unsaid)
         return self.summed(model, draws)
 
     def beside(self, device: str) -> int:

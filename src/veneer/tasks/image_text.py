@@ -52,6 +52,9 @@ class ImageText(CausalLM):
         way = "in chunks, without the logits" if self.split.body is not None else "from whole logits"
         return f"loss {way}: {self.split.why}"
 
+    def rehearsed(self, model: nn.Module, batch: Batch) -> Tensor:
+        raise NotImplementedError("where pictures stand among the words is read off the tokens")
+
     def idle(self, model: nn.Module) -> tuple[str, ...]:
         config: Any = getattr(model, "config", None)
         used, vision = getattr(config, "vision_feature_layer", None), getattr(config, "vision_config", None)
