@@ -25,7 +25,7 @@ from torch import nn
 from veneer.advise.device import free_memory
 from veneer.advise.keep import choose, levels_of, stays
 from veneer.advise.memory import gib
-from veneer.advise.plan import Plan
+from veneer.advise.plan import CHOICES, Plan
 from veneer.advise.shapes import shapes_of
 from veneer.data.batch import Mould, mould_of
 from veneer.data.types import Encoded
@@ -193,6 +193,8 @@ class Way:
 
     def _planned(self) -> tuple[str, str]:
         device = self.job.device
+        if self.settings.task not in CHOICES["task"]:
+            return "none", "what this task's models keep is known to no formula; the longest batch will tell"
         try:
             shapes = shapes_of(getattr(self.model, "config", None), self.settings.task, self._labels())
             choice = choose(shapes, self.plan(), available(self.model, device), host_memory(device))
