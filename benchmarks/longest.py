@@ -4,6 +4,7 @@
                                                                                   where it meets the end of the card
     python benchmarks/longest.py --base nf4 --layers 32 --tokens 350000           one whole step of the whole model
     python benchmarks/longest.py --check                                          tiles against whole, on this card
+    python benchmarks/longest.py --predict --base nf4 bf16                        what the memory model says, without one
 
 Llama-3.1-8B's shape with its scaled positions, random weights and tokens, r = 32 on all seven linears, `recompute
 tiled`: blocks in tiles of tokens, their inputs in the host's pinned memory. nf4 packs the embedding and the head, too.
@@ -36,6 +37,7 @@ from train_gpu import SHAPES, TARGETS, base  # isort: skip
 
 RESULTS = Path(__file__).parent / "results"
 RANK, GIB = 32, 2**30
+HOSTS = (32, 64, 115, 230)  # GiB that the host has for inputs: of 128 and 256 some are left to everything else
 WARM = 5000  # tokens of the step before
 ROPE = {
     "rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
@@ -220,6 +222,30 @@ def account(args: argparse.Namespace, tokens: int) -> dict[str, int]:
     }
 
 
+def predict(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """The longest row by the memory model, its margins included, as `veneer check` works it out."""
+    from veneer.advise.keep import longest_row
+    from veneer.advise.peak import PACKED_BITS
+    from veneer.advise.plan import Plan
+    from veneer.advise.shapes import shapes_of
+
+    shapes, found = shapes_of(SHAPES[args.shape] | {"model_type": "llama", "tie_word_embeddings": False}), []
+    for storage in args.base:
+        packed = storage != "bf16"
+        weights = int(shapes.parameters * PACKED_BITS[storage] / 8) if packed else None
+        plan = Plan(
+            device="cuda", precision="bf16", r=RANK, fused=True, quant=storage if packed else "none", weights=weights
+        )
+        for host in HOSTS:
+            tokens, choice = longest_row(shapes, plan, int(args.card_gib * GIB), host * GIB) or (0, None)
+            row = {"base": storage, "host_gib": host, "tokens": tokens, "room": choice.room if choice else 0}
+            print(
+                f"{storage:5} {host:4} GiB of host memory: {tokens:9,} tokens, {row['room'] / GIB:.1f} GiB of inputs stay"
+            )
+            found.append(row)
+    return found
+
+
 def limit_of(rows: list[dict[str, Any]], room: int) -> int | None:
     """Where the line through the shortest and the longest row reaches `room` bytes."""
     rows = sorted((r for r in rows if "failed" not in r and not r["stay"]), key=lambda r: r["tokens"])
@@ -308,9 +334,15 @@ def main() -> None:
     parser.add_argument("--shape", default="8b", choices=SHAPES)
     parser.add_argument("--check", action="store_true", help="compare gradients, and measure nothing")
     parser.add_argument("--watch", type=float, default=0, help="seconds after which to say how far a step is")
+    parser.add_argument("--predict", action="store_true", help="print what the memory model says")
     parser.add_argument("--json", type=Path, help="write what was found here")
     args = parser.parse_args()
     args.weights = {}
+    if args.predict:
+        told = {"about": {"card_gib": args.card_gib, "rank": RANK}, "rows": [], "predicted": predict(args)}
+        if args.json:
+            args.json.write_text(json.dumps(told, indent=1) + "\n")
+        return
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda":
         total = torch.cuda.mem_get_info()[1]

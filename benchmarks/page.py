@@ -278,8 +278,17 @@ def longest(runs: list[dict[str, Any]]) -> str:
             "80 GB (QLoRA, r = 32, batches of one; unsloth.ai/blog/llama3-3).",
             table(head, body),
             *_account(runs),
+            *_predicted(runs),
         ]
     )
+
+
+def _predicted(runs: list[dict[str, Any]]) -> list[str]:
+    rows = [(run["about"]["card_gib"], row) for run in runs for row in run.get("predicted", ())]
+    body = [(f"{r['base']}, {r['host_gib']} GiB", f"{r['tokens']:,}", f"{r['room'] / GIB:.1f}") for _, r in rows]
+    what = f"`--predict`: the longest row by the memory model, with its margins, on {rows[0][0] if rows else 0:.0f} GiB of "
+    told = "a card. Beyond some length the host's memory decides it, and inputs stay on the card until that is full:"
+    return [what + told, table(["base, host memory", "tokens", "GiB of inputs that stay"], body)] if rows else []
 
 
 def _account(runs: list[dict[str, Any]]) -> list[str]:
