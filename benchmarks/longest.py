@@ -4,7 +4,7 @@
                                                                                   where it meets the end of the card
     python benchmarks/longest.py --base nf4 --layers 32 --tokens 350000           one whole step of the whole model
     python benchmarks/longest.py --check                                          tiles against whole, on this card
-    python benchmarks/longest.py --predict --base nf4 bf16                        what the memory model says, without one
+    python benchmarks/longest.py --predict --base nf4 bf16                        what the memory model says
 
 Llama-3.1-8B's shape with its scaled positions, random weights and tokens, r = 32 on all seven linears, `recompute
 tiled`: blocks in tiles of tokens, their inputs in the host's pinned memory. nf4 packs the embedding and the head, too.
@@ -239,9 +239,8 @@ def predict(args: argparse.Namespace) -> list[dict[str, Any]]:
         for host in HOSTS:
             tokens, choice = longest_row(shapes, plan, int(args.card_gib * GIB), host * GIB) or (0, None)
             row = {"base": storage, "host_gib": host, "tokens": tokens, "room": choice.room if choice else 0}
-            print(
-                f"{storage:5} {host:4} GiB of host memory: {tokens:9,} tokens, {row['room'] / GIB:.1f} GiB of inputs stay"
-            )
+            stays = f"{row['room'] / GIB:.1f} GiB of inputs stay"
+            print(f"{storage:5} {host:4} GiB of host memory: {tokens:9,} tokens, {stays}")
             found.append(row)
     return found
 

@@ -273,7 +273,8 @@ def longest(runs: list[dict[str, Any]]) -> str:
             f"`python benchmarks/longest.py`: true steps on one row, Llama-3.1-8B's shape, r = {about['rank']} on all "
             "seven linears, AdamW, `recompute tiled`; random weights, of nf4 the embedding and the head, too; "
             f"torch {about['torch']}. Peak and estimate are those of all 32 layers: where fewer are there, a block of "
-            "memory holds what the others would. The host holds the inputs of all blocks and of the last norm, but for "
+            "memory holds what the others would. The seconds are those of a first step, which pins the host's memory; "
+            "later ones use it again. The host holds the inputs of all blocks and of the last norm, but for "
             "those that stay on the card for want of room there. The longest published elsewhere is 342,733 tokens on "
             "80 GB (QLoRA, r = 32, batches of one; unsloth.ai/blog/llama3-3).",
             table(head, body),
@@ -286,9 +287,11 @@ def longest(runs: list[dict[str, Any]]) -> str:
 def _predicted(runs: list[dict[str, Any]]) -> list[str]:
     rows = [(run["about"]["card_gib"], row) for run in runs for row in run.get("predicted", ())]
     body = [(f"{r['base']}, {r['host_gib']} GiB", f"{r['tokens']:,}", f"{r['room'] / GIB:.1f}") for _, r in rows]
-    what = f"`--predict`: the longest row by the memory model, with its margins, on {rows[0][0] if rows else 0:.0f} GiB of "
-    told = "a card. Beyond some length the host's memory decides it, and inputs stay on the card until that is full:"
-    return [what + told, table(["base, host memory", "tokens", "GiB of inputs that stay"], body)] if rows else []
+    told = (
+        f"`--predict`: the longest row by the memory model with its margins, on {rows[0][0] if rows else 0:.0f} GiB of "
+        "a card, worked out, not run. Mostly the host's memory decides it; inputs stay on the card until that is full:"
+    )
+    return [told, table(["base, host memory", "tokens", "GiB of inputs that stay"], body)] if rows else []
 
 
 def _account(runs: list[dict[str, Any]]) -> list[str]:
