@@ -20,7 +20,7 @@ import veneer
 from veneer import LoRA
 from veneer.core.model import check_alive
 from veneer.errors import CheckpointError
-from veneer.quant.hf import VeneerConfig
+from veneer.quant.hf import VeneerConfig, VeneerQuantizer
 from veneer.quant.layer import Packed, pack_layer
 from veneer.quant.storage import Recipe
 
@@ -99,7 +99,7 @@ def test_broken_values_in_the_file(folder: Path) -> None:
 MEASURE = """
 import sys, threading, time, torch
 from transformers import AutoModelForCausalLM
-from veneer.quant.hf import VeneerConfig
+from veneer.quant.hf import VeneerConfig, VeneerQuantizer
 torch.set_num_threads(1)
 def anonymous():  # private memory; pages of the mapped file are the system's to take back
     return next(int(l.split()[1]) for l in open("/proc/self/status") if l.startswith("RssAnon")) / 1024
@@ -129,6 +129,22 @@ def test_the_full_model_is_never_held(tmp_path: Path) -> None:
     grown = float(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1])
     allowed = 0.27 * whole + 70  # what packing one tensor needs
     assert grown < allowed, f"{grown:.0f} MiB for a model of {whole:.0f}"
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8", "fp8"])
+def test_what_is_read_is_not_cast_to_codes_before_it_is_packed(folder: Path, kind: str) -> None:
+    """transformers before 5.23 gives every tensor the type of its place in the model: codes of a byte, once packed."""
+    with torch.device("meta"):
+        model = LlamaForCausalLM(LlamaConfig.from_pretrained(folder)).bfloat16()
+    quantizer = VeneerQuantizer(VeneerConfig(kind), pre_quantized=False)
+    quantizer._process_model_before_weight_loading(model)
+    assert all(p.dtype == torch.bfloat16 for p in model.parameters())
+    name = "model.layers.0.mlp.up_proj.weight"
+    for dtype in (torch.uint8, torch.float8_e4m3fn):
+        quantizer.get_quantize_ops().convert({name: torch.ones(128, 64).to(dtype)}, model=model)
+    with pytest.raises(CheckpointError) as caught:
+        quantizer._process_model_after_weight_loading(model)
+    assert len(caught.value.problems) == 2 and "came as torch.uint8" in caught.value.problems[0]
 
 
 @pytest.mark.parametrize("double", [True, False])

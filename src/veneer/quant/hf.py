@@ -118,6 +118,9 @@ class Pack(ConversionOps):
         result: dict[str, Tensor] = {}
         for name, value in input_dict.items():
             w = value[0] if isinstance(value, list) else value
+            if not w.is_floating_point() or w.dtype.itemsize < 2:
+                self.hf_quantizer.problems.append(f"{name} came as {w.dtype}, not as the numbers to be packed")
+                w = w.float()
             if not bool(torch.isfinite(w).all()):
                 self.hf_quantizer.problems.append(f"{name} holds NaN or infinite values")
             if name in self.hf_quantizer.stacks:
@@ -164,7 +167,9 @@ class VeneerQuantizer(HfQuantizer):
         chosen, _left = choose(model, config.targets, config.exclude, False, False, config.whole)
         self.stacks = {name for name, layer in chosen.items() if isinstance(layer, Leaf)}
         for layer in (layer for name, layer in chosen.items() if name not in self.stacks):
+            dtype = layer.weight.dtype
             pack_layer(layer, config.recipe, config.options["compute_dtype"], None)
+            layer.weight.data = layer.weight.data.to(dtype)  # what is read is cast to it before it is packed
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
         config = self.quantization_config
