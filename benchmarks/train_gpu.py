@@ -160,7 +160,6 @@ VARIANTS: dict[str, Variant] = {
     "plain": (plain, chunked_loss),
     "plain-compiled": (compiled(plain), chunked_loss),
     "fused": (fused(), chunked_loss),
-    "fused-turned": (fused(turned=True), chunked_loss),
     "fused-asked": (fused(graphs=False), chunked_loss),
     **{f"fused-{level}": (fused(level), chunked_loss) for level in ("gate_up", "middle", "input")},
     "fused-input-away": (fused("input", graphs=False), away),
@@ -177,11 +176,7 @@ VARIANTS: dict[str, Variant] = {
 }
 TABLES: dict[str, tuple[int, int, tuple[str, ...]]] = {
     "2x2048": (2, 2048, ("peft", "peft-compiled", "plain", "plain-compiled", "fused", "fp8", "fp8-turned")),
-    "4x2048": (
-        4,
-        2048,
-        ("peft-recompute", "fused", "fused-turned", "fused-gate_up", "fused-middle", "fused-input", "fp8-input"),
-    ),
+    "4x2048": (4, 2048, ("peft-recompute", "fused", "fused-gate_up", "fused-middle", "fused-input", "fp8-input")),
     "tiny": (2, 16, tuple(VARIANTS)),
 }
 

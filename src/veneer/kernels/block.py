@@ -339,11 +339,10 @@ def _lean_back(
 
 
 def _room_for_gates(unit: Unit, d_product: Tensor) -> list[Tensor]:
-    """Where the gradients of gate and up go: side by side, or the product's own takes the gate's."""
-    if len(unit.entry.layers) == 2 and not unit.entry.goes_back_at_once:
+    """Where the gradients of gate and up go: the product's own takes the gate's."""
+    if len(unit.entry.layers) == 2:
         return [d_product, torch.empty_like(d_product)]
-    whole = d_product.new_empty(len(d_product), 2 * d_product.shape[1])
-    return [whole] if len(unit.entry.layers) == 1 else list(whole.chunk(2, dim=1))
+    return [d_product.new_empty(len(d_product), 2 * d_product.shape[1])]
 
 
 class Mlp(torch.autograd.Function):
@@ -428,12 +427,10 @@ def _inverse(cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _turned_back(block: Block, gs: Sequence[Tensor], cos: Any, sin: Any) -> list[Tensor]:
-    """Something shaped like q, k and v, as rows: turned back, and side by side where one layer made all three, or where
-    one product takes all three back."""
+    """Something shaped like q, k and v, as rows: turned back, and side by side where one layer made all three."""
     batch, tokens = gs[0].shape[:2]
     many, few = block.heads
-    is_one = len(block.qkv.layers) == 1
-    if is_one or block.qkv.goes_back_at_once:
+    if len(block.qkv.layers) == 1:
         whole = gs[0].new_empty(batch, tokens, many + 2 * few, block.head_dim)
         rooms = list(whole.split([many, few, few], dim=2))
     else:
@@ -444,8 +441,6 @@ def _turned_back(block: Block, gs: Sequence[Tensor], cos: Any, sin: Any) -> list
             kernels_for(g).rotate(g, rows_of(cos), rows_of(sin), room, back=True)
         elif room is not g:
             room.copy_(g)
-    if whole is not None and not is_one:
-        return list(whole.view(batch * tokens, -1).split([n * block.head_dim for n in (many, few, few)], dim=1))
     return [g.reshape(batch * tokens, -1) for g in (rooms if whole is None else [whole])]
 
 

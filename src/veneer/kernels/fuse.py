@@ -27,7 +27,6 @@ import torch
 from torch import Tensor, nn
 
 from veneer.core.host import Hosted, original_class, plain_modules
-from veneer.core.op import LinearOp, op_for
 from veneer.errors import ConfigError, StateError
 from veneer.kernels.block import LEVELS, Block, norm, run_mlp
 from veneer.kernels.graphs import Recorder, Unfit, replayed
@@ -297,8 +296,8 @@ def fuse(
     """Run what can run fused so, in place. `recompute` says what is kept for the backward pass: none (all that it
     needs), gate_up, middle, input, or tiled (see kernels/block.py). `graphs`: on a GPU, blocks are recorded as CUDA
     graphs (kernels/graphs.py): no waiting for Python, for batches of one shape; what keeps them from being replayed is
-    said when it turns out. `turned`: the transpose of each weight, by which the backward pass multiplies quickest, is
-    kept as well; in 8 bits it is made each time otherwise. It takes as much memory again. Prints and returns what was
+    said when it turns out. `turned`: of a base in 8 bits the transpose, which the backward pass multiplies by, is kept
+    as well instead of made each time: a byte a weight for some per cent of speed. Prints and returns what was
     done."""
     if recompute not in LEVELS:
         raise ConfigError(f"recompute={recompute!r} is none of {', '.join(LEVELS)}")
@@ -332,24 +331,17 @@ def fuse(
 
 
 def turnable(model: nn.Module) -> Iterator[Tensor]:
-    """What is multiplied by as it lies: codes of 8 bits anywhere, and the frozen weights of fused blocks."""
-    fused = {id(inside) for m in model.modules() if isinstance(m, FusedModule) for inside in m.modules()}
+    """The codes of all layers that multiply in 8 bits."""
     for module in model.modules():
-        if isinstance(module, Packed):
-            if module.recipe.kind in EIGHT and module.recipe.dynamic:
-                yield module.parts[0]
-            continue
-        weight = module._parameters.get("weight")
-        is_read = id(module) in fused and type(op_for(type(module))) is LinearOp
-        if is_read and weight is not None and not weight.requires_grad:
-            yield weight
+        if isinstance(module, Packed) and module.recipe.kind in EIGHT and module.recipe.dynamic:
+            yield module.parts[0]
 
 
 def keep_layouts(model: nn.Module, keep: bool = True) -> int:
-    """Whether transposes of what fused blocks multiply by are kept from now on; of how many layers."""
+    """Whether transposes of a base in 8 bits are kept from now on; of how many layers."""
     found = list(turnable(model))
-    for matrix in found:
-        keep_turned(matrix, keep)
+    for codes in found:
+        keep_turned(codes, keep)
     return len(found)
 
 

@@ -42,7 +42,6 @@ from veneer.core.op import TransposedLinearOp, op_for, op_of
 from veneer.core.weight import is_plain
 from veneer.kernels.image_pieces import image_kernels_for
 from veneer.kernels.pieces import Rounding, column_products, kernels_for
-from veneer.quant.eight import keeps_turned, turned
 from veneer.quant.layer import Packed
 from veneer.quant.storage import Parts, Recipe, storage_of
 
@@ -163,8 +162,6 @@ class Bare:
         if isinstance(weight, Store):
             own = storage_of(weight.recipe).product_back(g, *weight)
             return own if dx is None else dx.add_(own)
-        if keeps_turned(weight):
-            weight = turned(weight).T
         return g @ weight if dx is None else dx.addmm_(g, weight)
 
 
@@ -417,12 +414,6 @@ class Group:
     def weights(self) -> list[Tensor | Store]:
         return [layer.weight for layer in self.layers]
 
-    @property
-    def goes_back_at_once(self) -> bool:
-        """Whether gradients of several layers, where they lie side by side, are multiplied by one kept transpose."""
-        kept = [w for w in self.weights if isinstance(w, Tensor) and keeps_turned(w)]
-        return len(kept) == len(self.layers) > 1
-
     def back(
         self, x: Tensor | Unformed, gs: Sequence[Tensor], thin: Thin, factors: Factors, ys: Sequence[Tensor] = (),
         need_x: bool = True, biased: bool = True,
@@ -481,9 +472,6 @@ class Group:
                 if layer.rank:
                     own = _dropped(d[:, span] @ factors.a[span], mask, layer.dropout)
                     dx = own if dx is None else dx.add_(own)
-        if self.goes_back_at_once and (whole := side_by_side(gs)) is not None:
-            weight = turned(*(w for w in self.weights if isinstance(w, Tensor)))
-            return whole @ weight.T if dx is None else dx.addmm_(whole, weight.T)
         for layer, g in zip(self.layers, gs, strict=True):
             dx = layer.back(g, dx)
         assert dx is not None
@@ -545,16 +533,6 @@ def _shaped(group: list[list[tuple[Tensor, Tensor, float]]], a: Tensor, bs: Iter
     width = next((each[0][0].shape[1] for each in group if each), 0)
     shaped = tuple(next(bs).view(each[0][1].shape) if each else None for each in group)
     return Factors(a.view(-1, width) if width else None, shaped)
-
-
-def side_by_side(gs: Sequence[Tensor]) -> Tensor | None:
-    """The matrix whose columns these are, one after the other, if there is one."""
-    first, end = gs[0], gs[0].data_ptr()
-    for g in gs:
-        if g.data_ptr() != end or g.stride() != first.stride() or g.stride(1) != 1 or len(g) != len(first):
-            return None
-        end += g.shape[1] * g.element_size()
-    return first.as_strided((len(first), sum(g.shape[1] for g in gs)), first.stride())
 
 
 def _joined(bs: list[Tensor]) -> Tensor | None:

@@ -33,8 +33,8 @@ from veneer.quant.inputs import Inputs
 from veneer.quant.storage import Parts, Recipe, Storage, say_once, use_kernels
 
 __all__ = [
-    "LARGEST", "RowScaled", "forget", "keep_turned", "keeps_turned", "quantize_plain", "quantize_rows", "remember",
-    "remembered", "rotated", "turned",
+    "LARGEST", "RowScaled", "forget", "keep_turned", "quantize_plain", "quantize_rows", "remember",
+    "remembered", "rotated",
 ]  # fmt: skip
 
 LARGEST = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
@@ -239,21 +239,16 @@ _kept: WeakIdKeyDictionary = WeakIdKeyDictionary()  # codes -> Turned, or None w
 
 
 def keep_turned(codes: Tensor, keep: bool = True) -> None:
-    """From now on the transpose that begins with these codes, or with numbers of any kind, is kept when it is made: as
-    many bytes again."""
+    """From now on the transpose that begins with these codes is kept when it is made: as many bytes again."""
     if keep:
         _kept.setdefault(codes, None)
     else:
         _kept.pop(codes, None)
 
 
-def keeps_turned(codes: Tensor) -> bool:
-    return codes in _kept
-
-
 def turned(*codes: Tensor) -> Tensor:
     """The transpose of several side by side, as long as they are as they were from memory where it is kept."""
-    if not keeps_turned(codes[0]):
+    if codes[0] not in _kept:
         return turn(*codes)
     made_of = tuple((each.data_ptr(), each._version) for each in codes)
     if (kept := _kept[codes[0]]) is not None and kept.made_of == made_of:

@@ -177,10 +177,8 @@ class Way:
 
     def _keep_both(self) -> None:
         """Of a base in 8 bits also the layout that the backward pass multiplies by, where it fits beside all else."""
-        held = list(turnable(self.model))
-        size = sum(t.numel() * t.element_size() for t in held)
-        wanted = self.is_ours and self.level == "none" and self.job.device.type in TURNING
-        if not wanted or not any(t.element_size() == 1 for t in held):
+        size = sum(codes.numel() for codes in turnable(self.model))
+        if not size or not self.is_ours or self.level != "none" or self.job.device.type not in TURNING:
             return
         device = self.job.device
         with suppress(UserError, *FAILURES):  # an estimate that fails has been told
