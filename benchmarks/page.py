@@ -193,6 +193,11 @@ def spent(runs: list[dict[str, Any]]) -> list[str]:
     rows.append(["between kernels", *(f"{r['profile']['idle_ms']:.1f}" for _, r in found)])
     rows.append(["kernels", *(f"{sum(n for *_, n in r['profile']['kernels']):,}" for _, r in found)])
     run = found[0][0]
+    floors = [s["attention"] + s["8-bit products"] + s[REST[0]] for s in sums]
+    tokens = run["batch"] * run["length"]
+    rows.append(
+        ["tokens/s if only attention and long products took time", *(f"{1e3 * tokens / f:,.0f}" for f in floors)]
+    )
     return [
         f"**Where the time of a step goes**, {SHAPES[run['shape']]}'s shape, {run['batch']} x {run['length']} tokens, "
         "one step of each under the profiler, the same run as above (`--profile`). Products by frozen weights run at "
