@@ -380,6 +380,10 @@ def first_steps(found: dict[str, Any]) -> str:
             "rounds again: most of it is lost. Compiled and fused code adds before it rounds. *arrives* is the share "
             "of the exact change of the last hidden states; the losses are relative to fp32's.",
             table(head, rows),
+            "What the fused path lost here it lost in the two layers that write into the residual stream: cuBLAS "
+            "rounds a product before it adds it to something. The table is from before their products were kept in "
+            "fp32 until the adapter is in; a layer by itself now passes the whole change on "
+            "(`tests/kernels/test_group.py`, on a GPU).",
         ]
     )
 
