@@ -20,7 +20,7 @@ SIZES = buckets(64, 8)
 
 def draw(path: Path, size: tuple[int, int] = (20, 20), caption: str | None = None, mode: str = "RGB") -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.new(mode, size, 90 if mode == "L" else None).save(path)
+    Image.new(mode, size, {"L": 90, "RGBA": (9, 9, 9, 255)}.get(mode)).save(path)
     if caption is not None:
         path.with_suffix(".txt").write_text(caption, encoding="utf-8")
     return path
@@ -149,7 +149,13 @@ def test_odd_pictures_are_told_and_broken_ones_listed(tmp_path: Path) -> None:
     said = str(found)
     assert "1 picture has no colours" in said and "1 picture is smaller" in said and "trained in 2 shapes" in said
     assert len({sample.shape for sample in found.samples}) == 2
+    draw(tmp_path / "1_a" / "print.jpg", (100, 100), "p", "CMYK")
+    draw(tmp_path / "1_a" / "table.png", (100, 100), "t", "P")
+    draw(tmp_path / "1_a" / "opaque.png", (100, 100), "o", "RGBA")  # a layer through which nothing shows
+    said = str(encode_captioned(load(str(tmp_path), kinds=(Captioned,)).examples, SIZES))  # type: ignore[arg-type]
+    assert "2 pictures have a palette or the colours of print and were turned to RGB" in said
+    assert "transparent" not in said
     (tmp_path / "1_a" / "cut.png").write_bytes((tmp_path / "1_a" / "wide.png").read_bytes()[:60])
     (tmp_path / "1_a" / "cut.txt").write_text("c")
     assert "cut.png" in problems(tmp_path)
-    assert words(tmp_path, skip_bad=True) == ["g", "s", "w"]
+    assert words(tmp_path, skip_bad=True) == ["g", "o", "p", "s", "t", "w"]

@@ -43,6 +43,7 @@ NOTICES = {
     "split tokens": "in {n:,} a token joins the prompt's end and the answer's start; does the prompt end in a space?",
     "endless": "{n:,} end without EOS: the tokenizer has none",
     "grey": "{n:,} pictures have no colours and were given three equal channels",
+    "inks": "{n:,} pictures have a palette or the colours of print and were turned to RGB",
     "see-through": "{n:,} pictures are partly transparent; what is behind was taken as black",
     "without boxes": "{n:,} pictures have no box: they teach that there may be nothing",
     "resized": "{n:,} pictures differ in size from the others; all are brought to the model's size",

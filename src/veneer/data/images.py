@@ -217,12 +217,22 @@ def looked_at(example: Any, counts: Counter[str]) -> tuple[int, int]:
     except (OSError, ValueError, SyntaxError) as error:
         _close(picture, example)
         raise DataError(f"the picture is damaged ({_short(error)})", name_of(example)) from None
+    counts["see-through"] += picture.mode != "LAB" and is_see_through(picture)
     _close(picture, example)
+    if picture.mode == "LAB":
+        raise DataError("it is in LAB colours, which cannot be turned to RGB here; save it as RGB", name_of(example))
     if min(picture.size) < 1:
         raise DataError("the picture is empty", name_of(example))
     counts["grey"] += picture.mode in ("1", "L", "LA", "I", "F") or picture.mode.startswith("I;")
-    counts["see-through"] += "A" in picture.mode or "transparency" in picture.info
+    counts["inks"] += picture.mode in ("P", "PA", "CMYK", "YCbCr", "HSV")
     return picture.size
+
+
+def is_see_through(picture: Any) -> bool:
+    """Whether something shows through; many pictures have a layer for that in which nothing does."""
+    if "A" in picture.mode.upper():
+        return picture.getchannel(picture.getbands()[-1]).getextrema()[0] < 255
+    return "transparency" in picture.info
 
 
 def _close(picture: Any, example: Any) -> None:
