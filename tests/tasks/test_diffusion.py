@@ -470,6 +470,10 @@ def test_a_denoiser_is_fused_where_its_blocks_can_be_recorded(
         reason = "there is no GPU" if device == "cpu" else said
         assert wanted == (reason is None)
         assert (reason or "recorded as CUDA graphs") in why
+        way.is_ours = True
+        assert way._graphs_rule()[0] == ("on" if reason is None else "off")
+        way.is_ours = False
+        assert way._graphs_rule()[0] == "off"
 
 
 def test_what_was_chosen_is_said(run_of: Callable[..., Run]) -> None:
@@ -479,3 +483,15 @@ def test_what_was_chosen_is_said(run_of: Callable[..., Run]) -> None:
     assert any(
         "fuse off: fused blocks of a denoiser are faster only as CUDA graphs" in e.get("text", "") for e in heard
     )
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_run_on_recorded_blocks_learns_what_one_on_plain_blocks_does(run_of: Callable[..., Run]) -> None:
+    heard: list[Any] = []
+    same = {"buckets": False, "steps": 12, "precision": "fp32", "sample_every": 4, "batch_size": 3}
+    run = run_of(report=lambda event: heard.append(event.get("text", "")), **same)
+    assert (run.config().settings.fuse, run.config().settings.graphs) == ("on", "on")
+    assert any("blocks are recorded as CUDA graphs" in text for text in heard), heard
+    plain = run_of(fuse="off", **same)
+    assert losses(run) == pytest.approx(losses(plain), rel=1e-3)

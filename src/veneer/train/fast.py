@@ -117,16 +117,16 @@ class Way:
         return True, "pictures of one size: blocks are recorded as CUDA graphs"
 
     def _unrecordable(self) -> str | None:
-        """Why blocks are not recorded as CUDA graphs."""
-        if not self.job.task.paints:
-            return "that is for denoisers"
-        return "there is no GPU" if self.job.device.type != "cuda" else self.job.task.unlike(self.job.train)
+        """Why a denoiser's blocks are not recorded as CUDA graphs."""
+        if self.job.device.type != "cuda":
+            return "there is no GPU"
+        return "graphs are off" if self.settings.graphs == "off" else self.job.task.unlike(self.job.train)
 
     def _fuse(self) -> None:
         try:
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", message=".*run plainly")  # it is told below, once
-                report = fuse(self.model, "none", graphs=self._unrecordable() is None, verbose=False)
+                report = fuse(self.model, "none", verbose=False)
             leave_idle(self.model, report)
         except FAILURES as error:
             unfuse(self.model)
@@ -135,7 +135,7 @@ class Way:
         self.is_ours = True
         self.stack.callback(unfuse, self.model)
         for line in str(report).splitlines():
-            self.tell("note", text=line.replace("(recompute none)", "").replace("(recompute none, as", "(as").rstrip())
+            self.tell("note", text=line.removesuffix(" (recompute none)"))
         self.run.update(fused={"replaced": dict(report.replaced), "plain": dict(list(report.skipped.items())[:20])})
 
     @property
@@ -292,6 +292,9 @@ class Way:
     def _graphs_rule(self) -> tuple[str, str]:
         if self.job.device.type != "cuda":
             return "off", "they need a GPU"
+        if self.job.task.paints:
+            why = "nothing is fused" if not self.is_ours else self._unrecordable()
+            return ("on", "pictures of one size") if why is None else ("off", why)
         if not (self.is_ours and self.is_whole and self.job.by_samples):
             return "off", "only fused blocks are recorded, on batches without padding"
         if self.level in AWAY:

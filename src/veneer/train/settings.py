@@ -292,8 +292,8 @@ class Settings:
     )  # fmt: skip
     fuse: str = choice(
         "auto", "auto off on", "Run decoder blocks as functions written by hand: faster on a GPU, and less is kept.",
-        also={True: "on", False: "off"}, rule="on where a low-rank adapter is trained on blocks that are known",
-        group="training",
+        also={True: "on", False: "off"}, group="training",
+        rule="on where a low-rank adapter is trained on blocks that are known and gain by it",
     )  # fmt: skip
 
     ema: float = of_training(
@@ -372,8 +372,8 @@ class Settings:
     graphs: str = choice(
         "auto", "auto off on",
         "Record fused blocks as CUDA graphs: no waiting for Python. All batches are filled up to one shape for it.",
-        also={True: "on", False: "off"}, rule="on on a GPU where rows are packed to nearly one length",
-        group="run",
+        also={True: "on", False: "off"}, group="run",
+        rule="on on a GPU where rows are packed to nearly one length, or pictures have one size",
     )  # fmt: skip
     save_every: int | None = of_run(
         None, "whole", optional(whole(1)), "Checkpoint every so many steps.", unit="steps",
