@@ -285,7 +285,8 @@ def test_graphs_are_taken_unasked_where_rows_are_of_one_length(
 ) -> None:
     rows = [Encoded([5] * n, [5] * n) for n in lengths]
     way = Way.__new__(Way)
-    way.job = SimpleNamespace(device=torch.device("cuda"), by_samples=True, train=rows)  # type: ignore[assignment]
+    job = SimpleNamespace(device=torch.device("cuda"), by_samples=True, train=rows, task=CausalLM())
+    way.job = job  # type: ignore[assignment]
     way.settings = SimpleNamespace(batch_size=2)  # type: ignore[assignment]
     way.is_ours, way.level = True, level
     way.model = nn.ModuleList([FusedBlock()])
