@@ -257,6 +257,25 @@ def train_gpu(runs: list[dict[str, Any]]) -> str:
     return "\n\n".join(lines)
 
 
+def peers(found: dict[str, Any]) -> str:
+    """Of a run that was stopped before it wrote its figures down: the lines that it had printed."""
+    rows = []
+    for size, lines in found["printed"].items():
+        for line in lines:
+            variant, speed, _, peak, *_ = line.split()
+            rows.append((variant, size, speed, peak))
+    return "\n\n".join(
+        [
+            f"## Beside Unsloth {found['unsloth']}: {found['device'].removeprefix('NVIDIA ')}",
+            "`python benchmarks/peers_gpu.py`, torch " + found["torch"] + ". The run was stopped before it wrote its "
+            "JSON; these are the lines that it had printed. 2 x 2048 is on the card of run f above, 4 x 2048 on "
+            "another of the same host. `unsloth-nf4`, which packs its base while it loads, took more than the 100 s it "
+            "was given, and `unsloth-recompute` was not reached: they are not measured.",
+            table(["", "batch", "tokens/s", "peak GiB"], rows),
+        ]
+    )
+
+
 def longest(runs: list[dict[str, Any]]) -> str:
     rows = sorted(
         ({**run["about"], **row} for run in runs for row in run["rows"] if "failed" not in row),
@@ -568,6 +587,7 @@ SECTIONS: dict[str, Callable[[Any], str]] = {
     "memory_cuda": memory,
     "merge_stream": merge_stream,
     "train_gpu_*": train_gpu,
+    "peers_printed": peers,
     "longest*": longest,
     "sdxl_gpu": diffusion_gpu,
     "flux_gpu": diffusion_gpu,

@@ -373,8 +373,14 @@ def main(about: str = __doc__) -> None:
     for name in args.variants or names:
         rows.append(apart(args, name))
         print(shown(rows[-1]), flush=True)
+        write(args, rows, [before])
     after = ceiling()
     print(f"matrix product: {before:.0f} TFLOP/s before, {after:.0f} after")
+    write(args, rows, [before, after])
+
+
+def write(args: argparse.Namespace, rows: list[dict[str, Any]], ceilings: list[float]) -> None:
+    """After each variant, so that a run that is stopped leaves what it has found."""
     if args.json:
         device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} cores"
         record = {
@@ -384,7 +390,7 @@ def main(about: str = __doc__) -> None:
             "shape": args.shape,
             "batch": args.batch,
             "length": args.length,
-            "ceiling_tflops": [before, after],
+            "ceiling_tflops": ceilings,
             "rows": rows,
         }
         args.json.write_text(json.dumps(record, indent=1) + "\n")
