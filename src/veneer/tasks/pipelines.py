@@ -185,7 +185,8 @@ class Pipeline:
         diffusers = need("diffusers", extra="diffusion", use="train image models")
         self.source = source
         self.pipe: Any = None if isinstance(source, str) else source
-        kinds, configs = _of_files(diffusers, source) if self.pipe is None else _of_models(source)
+        with _quiet(diffusers):
+            kinds, configs = _of_files(diffusers, source) if self.pipe is None else _of_models(source)
         self.part = next((part for part in DENOISERS if kinds.get(part)), "")
         if kinds.get(self.part) not in FAMILIES:
             fix = f"take a pipeline whose denoiser is one of {', '.join(FAMILIES)}"
@@ -421,6 +422,7 @@ def _quiet(diffusers: Any) -> Iterator[None]:
         with warnings.catch_warnings():
             for kind in (FutureWarning, DeprecationWarning):  # of their own code, for its authors
                 warnings.simplefilter("ignore", kind)
+            warnings.filterwarnings("ignore", message=".*local_dir_use_symlinks")
             yield
     finally:
         for each, level, bars in both:
