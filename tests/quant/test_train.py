@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,12 @@ from transformers import AutoModelForCausalLM
 import veneer
 from veneer.infer.load import load, source_of_folder
 from veneer.quant.hf import VeneerConfig
+from veneer.quant.inputs import load_inputs
 from veneer.quant.layer import Packed
 from veneer.tasks import causal_lm
 from veneer.train.companions import ENERGIES
 from veneer.train.loop import train
+from veneer.train.prepare import look_at_base
 
 ROWS = [{"prompt": f"say {word}", "completion": word} for word in ("tar", "find", "grep", "sort", "list", "file") * 2]
 
@@ -77,3 +80,24 @@ def test_a_run_that_starts_with_what_packing_lost(tiny_folder: Path, tmp_path: P
     full = next(iter(whole.metrics("val_loss")))["val_loss"]
     for name in ("loftq", "seen"):
         assert abs(started[name] - full) < abs(started["kaiming"] - full)
+
+
+def test_the_base_is_looked_at_in_8_bits_where_they_fit(tmp_path: Path) -> None:
+    def load(kind: str) -> nn.Module:
+        asked.append(kind)
+        if kind in full:
+            raise torch.OutOfMemoryError("full")
+        net = nn.Sequential(nn.Linear(64, 8))
+        veneer.quantize(net, kind, targets=["0"])
+        return net
+
+    for full, wanted in ((), ["int8"]), (("int8",), ["int8", "nf4"]):
+        asked: list[str] = []
+        notes: list[str] = []
+        path = tmp_path / f"{len(full)}.safetensors"
+        look = partial(look_at_base, load, "nf4", [torch.randn(5, 64)], path, torch.device("cpu"))
+        look(lambda event, text, notes=notes: notes.append(text))
+        assert asked == wanted and len(notes) == len(full) and load_inputs(path)["0"].directions is not None
+    full = ("int8", "nf4")
+    with pytest.raises(torch.OutOfMemoryError):
+        look(lambda event, text: None)

@@ -16,6 +16,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -35,7 +36,7 @@ from veneer.data.types import Encoded, Example
 from veneer.errors import ConfigError, DataError, StateError
 from veneer.kernels import varlen
 from veneer.quant.inputs import load_inputs
-from veneer.quant.layer import Packed
+from veneer.quant.layer import Packed, unrounded
 from veneer.quant.model import choose, note_packing, quantize, save_energies
 from veneer.quant.storage import STORAGES
 from veneer.tasks.base import TASKS, Task
@@ -235,19 +236,37 @@ def settle_length(settings: Reads, source: Any) -> None:
 def load_base(
     run: Run, source: str, settings: Reads, task: Task, samples: Sequence[Encoded], device: torch.device, tell: Tell
 ) -> nn.Module:
-    """The base on its device. Where the storage wants to know its inputs it is packed twice: plainly, to look at some
-    rows, and then with what was seen. A run that goes on finds that in its folder, and so the same base."""
-    load = partial(base.load_model, source, task, settings.precision, device, settings.quant, settings.modules_to_save)
+    """The base on its device. Where the storage wants to know its inputs it is read twice: to look at some rows, and
+    to be packed with what was seen. A run that goes on finds that in its folder, and so the same base."""
+    load = partial(base.load_model, source, task, settings.precision, device, whole=settings.modules_to_save)
     if not looks_before_packing(settings):
-        return load()
+        return load(quant=settings.quant)
     path = run.folder / ENERGIES
     if not path.exists():
         rows = rows_to_look_at(settings, task, samples, device, tell)
-        model = load()
-        save_energies(model, {n: m for n, m in plain_modules(model).items() if isinstance(m, Packed)}, rows, path)
-        del model
-        base.release(device)
-    return load(str(path))
+        look_at_base(lambda kind: load(quant=kind), settings.quant, rows, path, device, tell)
+    return load(quant=settings.quant, energies=str(path))
+
+
+def look_at_base(
+    load: Callable[[str], nn.Module], kind: str, rows: list[Any], path: Path, device: torch.device, tell: Tell
+) -> None:
+    """Inputs are wanted as the whole base would make them. In 8 bits they nearly are, where plain nf4 is off by enough
+    to spoil what is made of them; where 8 bits do not fit, 4 have to do."""
+    for seen_as in ("int8", kind):
+        try:
+            model = load(seen_as)
+            packed = {name: module for name, module in plain_modules(model).items() if isinstance(module, Packed)}
+            with unrounded(model):
+                return save_energies(model, packed, rows, path)
+        except torch.OutOfMemoryError:
+            if seen_as == kind:
+                raise
+            tell("note", text=f"the base does not fit in 8 bits: its inputs are looked at with the base in {kind}")
+        finally:
+            model = packed = None
+            base.release(device)
+    return None
 
 
 def looks_before_packing(settings: Reads) -> bool:
