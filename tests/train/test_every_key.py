@@ -79,7 +79,7 @@ CASES: dict[str, tuple[Any, dict[str, Any], list[dict[str, Any]]]] = {
     "seed": (1, {}, ROWS),
     "precision": ("bf16", {}, ROWS),
     "recompute": ("full", {"fuse": "off"}, ROWS),
-    "fuse": ("off", {}, ROWS),
+    "fuse": ("on", {}, ROWS),
     "ema": (0.5, {}, ROWS),
     "save_every": (1, {}, ROWS),
     "out": ("elsewhere", {}, ROWS),

@@ -21,7 +21,7 @@ from typing import Any
 from torch import nn
 
 from veneer.advise.device import free_memory, usual_device
-from veneer.advise.keep import KNOWN_BLOCKS, choose, levels_of, longest_row
+from veneer.advise.keep import KNOWN_BLOCKS, choose, fusing, levels_of, longest_row
 from veneer.advise.lr import learning_rate
 from veneer.advise.memory import Estimate, estimate_memory
 from veneer.advise.plan import CHOICES, Plan
@@ -145,7 +145,8 @@ def _memory(settings: Reads, train: Encodings, labels: int) -> tuple[Estimate, i
     precision = settings.precision if settings.precision != "auto" else precision_of(str(settings.model))[0]
     longest, _ = _lengths(settings, train)
     shapes = shapes_of(config_of(str(settings.model)), settings.task, max(labels, 1))
-    fused = settings.fuse != "off" and settings.method == "lora" and shapes.family in KNOWN_BLOCKS
+    wanted = settings.fuse == "on" or (settings.fuse == "auto" and fusing(shapes.hidden, device)[0])
+    fused = wanted and settings.method == "lora" and shapes.family in KNOWN_BLOCKS
     known = {
         "device": device, "precision": precision, "labels": max(labels, 1), "max_len": longest, "fused": fused,
         "accumulate": settings.global_batch > settings.batch_size,

@@ -2,8 +2,9 @@
 
     fuse        auto: on where an adapter is trained on blocks that are known; what runs plainly is named, and why
     recompute   auto: the first level that fits by the memory model (advise/keep.py), then tried on the longest batch
-    graphs      auto: blocks are recorded as CUDA graphs where rows are packed to nearly one length. All batches are
-                filled up to one shape for it, by samples that count for nothing (`Mould` in data/batch.py)
+    graphs      auto: a denoiser's blocks are recorded as CUDA graphs where pictures have one size. on: those of a model
+                of words, too; its batches are filled up to one shape, by samples that count for nothing (`Mould` in
+                data/batch.py). What that gains in a run is measured by benchmarks/train_graphs.py
 
 Two things can turn out otherwise, and both are said: memory that runs out although the estimate said it would not, then
 the second layout of an 8-bit base is given up, and after that the next level is taken; and a fused block that fails
@@ -23,7 +24,7 @@ import torch
 from torch import nn
 
 from veneer.advise.device import free_memory
-from veneer.advise.keep import choose, levels_of, stays
+from veneer.advise.keep import choose, fusing, levels_of, stays
 from veneer.advise.memory import gib
 from veneer.advise.plan import CHOICES, Plan
 from veneer.advise.shapes import shapes_of
@@ -58,7 +59,7 @@ SAME = (
 )  # fmt: skip
 AWAY = ("offload", "tiled")  # levels that put inputs of blocks on the host
 TURNING = ("cuda",)  # where a transpose lies in memory of its own
-FILLED = 0.03  # share of fillers up to which graphs are taken unasked
+WIDTHS = ("hidden_size", "n_embd", "d_model")
 FAILURES = (RuntimeError, TypeError, ValueError, AttributeError, KeyError, IndexError, AssertionError)
 
 
@@ -101,7 +102,7 @@ class Way:
             wanted, why = self._best()
             self.settings.settle("fuse", "on" if wanted else "off", why)
             self.run.write_config(self.settings.resolved)
-            if self.job.task.paints:
+            if self.job.task.paints or (not wanted and self.settings.method == "lora"):
                 self.tell("note", text=f"fuse {self.settings.fuse}: {why}")
         return self.settings.fuse == "on"
 
@@ -111,7 +112,7 @@ class Way:
         if self.settings.method != "lora":
             return False, "fused blocks do not train their weights"
         if not self.job.task.paints:
-            return True, "an adapter is trained, its base is frozen"
+            return fusing(width_of(self.model), self.job.device.type)
         if (why := self._unrecordable()) is not None:
             return False, f"fused blocks of a denoiser are faster only as CUDA graphs, and {why}"
         return True, "pictures of one size: blocks are recorded as CUDA graphs"
@@ -299,9 +300,10 @@ class Way:
             return "off", "only fused blocks are recorded, on batches without padding"
         if self.level in AWAY:
             return "off", "inputs of blocks are kept on the host"
-        share = self._filling()
-        why = f"to be of one shape, batches are filled up by {share:.1%}"
-        return ("on" if share <= FILLED else "off"), why
+        return (
+            "off",
+            f"not taken unasked; with graphs: on, {self._filling():.1%} of a batch would be there for its shape",
+        )
 
     def _graphed(self) -> str:
         what = "blocks are recorded as CUDA graphs"
@@ -329,6 +331,12 @@ class Way:
 
     def _origin(self, name: str) -> str:
         return self.settings.resolved.origins[name].how
+
+
+def width_of(model: nn.Module) -> int | None:
+    """Of what flows from block to block, as far as the model's configuration says so."""
+    config = getattr(model, "config", None)
+    return next((getattr(config, name) for name in WIDTHS if isinstance(getattr(config, name, None), int)), None)
 
 
 def heaviest(samples: Sequence[Encoded], rows: int) -> list[Encoded]:

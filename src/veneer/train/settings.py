@@ -293,7 +293,7 @@ class Settings:
     fuse: str = choice(
         "auto", "auto off on", "Run decoder blocks as functions written by hand: faster on a GPU, and less is kept.",
         also={True: "on", False: "off"}, group="training",
-        rule="on where a low-rank adapter is trained on blocks that are known and gain by it",
+        rule="on where a low-rank adapter is trained on blocks that are known and gain by it; not narrow ones on a CPU",
     )  # fmt: skip
 
     ema: float = of_training(
@@ -371,9 +371,9 @@ class Settings:
     # How the run is kept: none of these changes what is learned
     graphs: str = choice(
         "auto", "auto off on",
-        "Record fused blocks as CUDA graphs: no waiting for Python. All batches are filled up to one shape for it.",
+        "Record fused blocks as CUDA graphs: no waiting for Python. Batches of words are filled up to one shape.",
         also={True: "on", False: "off"}, group="run",
-        rule="on on a GPU where rows are packed to nearly one length, or pictures have one size",
+        rule="on on a GPU for denoisers whose pictures have one size",
     )  # fmt: skip
     save_every: int | None = of_run(
         None, "whole", optional(whole(1)), "Checkpoint every so many steps.", unit="steps",
