@@ -14,11 +14,12 @@ A step uses the moments before they are rounded. Parameters of fewer than 4,096 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from veneer.train.own_adamw import OwnAdamW
 
 __all__ = ["AdamW8bit"]
 
@@ -54,39 +55,15 @@ def unpack(key: str, code: Tensor, scale: Tensor) -> Tensor:
     return value.where(code < 128, -value) if key == "first" else value
 
 
-class AdamW8bit(torch.optim.Optimizer):
+class AdamW8bit(OwnAdamW):
     """AdamW (arXiv:1711.05101) with moments of 8 bits; the state goes through state_dict like any optimiser's."""
-
-    def __init__(
-        self,
-        params: Iterable[Any],
-        lr: float = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-        weight_decay: float = 0.0,
-    ) -> None:
-        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
-
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        place = 0
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                place += 1
-                if parameter.grad is not None:
-                    self._update(parameter, group, place)
-        return loss
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
         for state in self.state.values():  # torch gives every value the parameter's type
             state.update({key: state[key].to(torch.uint8) for key in CODES if key in state})
 
-    def _update(self, parameter: nn.Parameter, group: dict[str, Any], place: int) -> None:
+    def move(self, parameter: nn.Parameter, group: dict[str, Any], place: int) -> None:
         state = self.state[parameter]
         if not state:
             state.update(_fresh(parameter))

@@ -11,11 +11,12 @@ the moments are where they would be anyway, and nothing is copied.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from veneer.train.own_adamw import OwnAdamW
 
 __all__ = ["AdamWHost"]
 
@@ -23,31 +24,12 @@ PIECE = 1 << 21  # elements: two pieces of both moments are 32 MiB of the GPU
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
-class AdamWHost(torch.optim.Optimizer):
+class AdamWHost(OwnAdamW):
     """AdamW (arXiv:1711.05101) with fp32 moments in pinned host memory; torch.optim.AdamW reads its state_dict."""
 
-    def __init__(
-        self,
-        params: Iterable[Any],
-        lr: float = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-        weight_decay: float = 0.0,
-    ) -> None:
-        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+    def __init__(self, params: Any, **options: Any) -> None:
+        super().__init__(params, **options)
         self._streams: dict[torch.device, Any] = {}
-
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    self._update(parameter, group)
-        return loss
 
     def state_dict(self) -> dict[str, Any]:
         for stream in self._streams.values():
@@ -67,7 +49,7 @@ class AdamWHost(torch.optim.Optimizer):
                     fresh[name].copy_(held[key][name].reshape(-1))
                 self.state[parameter].update({name: fresh[name] for name in MOMENTS})
 
-    def _update(self, parameter: nn.Parameter, group: dict[str, Any]) -> None:
+    def move(self, parameter: nn.Parameter, group: dict[str, Any], place: int) -> None:
         state = self.state[parameter]
         if not state:
             state.update(_fresh(parameter))
@@ -75,7 +57,8 @@ class AdamWHost(torch.optim.Optimizer):
         values, gradient = parameter.reshape(-1), parameter.grad.reshape(-1)  # type: ignore[union-attr]
         moments = [state[name] for name in MOMENTS]
         if values.is_cuda:
-            stream = self._streams.setdefault(values.device, torch.cuda.Stream(values.device))
+            stream = self._streams.get(values.device) or torch.cuda.Stream(values.device)
+            self._streams[values.device] = stream
             _streamed(values, gradient, moments, float(state["step"]), group, stream)
         else:
             _move(values, gradient, moments, float(state["step"]), group)
