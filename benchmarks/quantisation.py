@@ -84,12 +84,17 @@ def apart(variant: str, seed: int, steps: int) -> dict[str, Any]:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """Means over seeds, and how far each storage is from the base in full."""
-    longest = max(r["steps"] for r in rows)
-    rows = [r for r in rows if r["steps"] == longest]
+    """For each device and number of steps: means over seeds, and how far each storage is from the base in full."""
+    found: dict[tuple[str, int], list[dict[str, Any]]] = {}
+    for row in rows:
+        found.setdefault((row["device"], row["steps"]), []).append(row)
+    return "\n\n".join(one_table(own, *key) for key, own in sorted(found.items(), reverse=True))
+
+
+def one_table(rows: list[dict[str, Any]], device: str, steps: int) -> str:
     found = {variant: [r for r in rows if r["storage"] == variant] for variant in VARIANTS}
     full = {r["seed"]: r for r in found["none"]}
-    dense = "bf16" if rows[0]["device"] != "cpu" else "fp32"
+    dense = "bf16" if device != "cpu" else "fp32"
     lines = [
         f"| base stored as | its held-out loss | against {dense} | loss after training | against {dense} | seeds |",
         "| --- | ---: | ---: | ---: | ---: | ---: |",
@@ -104,8 +109,7 @@ def table(rows: list[dict[str, Any]]) -> str:
                 f"{statistics.mean(more['before']):+.2%} | {mean['after']:.4f} | "
                 f"{statistics.mean(more['after']):+.2%}{'' if variant == 'none' else spread} | {len(own)} |"
             )
-    device = rows[0]["device"]
-    lines += ["", f"{longest} steps of 4 rows, r = 16 on all linear layers, {device if device != 'cpu' else 'a CPU'}."]
+    lines += ["", f"{steps} steps of 4 rows, r = 16 on all linear layers, {device if device != 'cpu' else 'a CPU'}."]
     return "\n".join(lines)
 
 
