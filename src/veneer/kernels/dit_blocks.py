@@ -26,36 +26,13 @@ from torch.utils.checkpoint import checkpoint
 
 from veneer.kernels.block import Tail, Unit, rows_of, tail_tensors
 from veneer.kernels.group import Factors, Group
-from veneer.kernels.image_blocks import entered
-from veneer.kernels.image_pieces import Stats, image_kernels_for
+from veneer.kernels.image_blocks import LayerNorm, entered
 from veneer.kernels.pieces import activated, activated_back
 
-__all__ = ["Gate", "Modulated", "Single", "Stream", "run_single", "run_streams"]
+__all__ = ["Gate", "Single", "Stream", "run_single", "run_streams"]
 
 Attend = Callable[[list[tuple[Tensor, Tensor, Tensor]]], list[Tensor]]
 """q, k, v of each stream, as rows -> each stream's part of what the attention gives."""
-
-
-class Modulated(NamedTuple):
-    """A LayerNorm whose gain and bias are a row for each picture, called as block.py calls its norms."""
-
-    gain: Tensor  # (pictures, n), 1 + scale
-    shift: Tensor
-    eps: float
-
-    def forward(
-        self,
-        x: Tensor,
-        stats: Stats | None = None,
-        rounded: torch.dtype | None = None,
-        plus: Tensor | None = None,
-    ) -> tuple[Tensor, Stats]:
-        if plus is not None:
-            x.add_(plus)
-        return image_kernels_for(x).layer_norm(x, self.gain, self.shift, self.eps, stats)
-
-    def back(self, g: Tensor, x: Tensor, stats: Stats, plus: Tensor | None = None) -> Tensor:
-        return image_kernels_for(x).layer_norm_back(g, x, stats, self.gain, plus)
 
 
 class Gate(NamedTuple):
@@ -79,7 +56,7 @@ class StreamEnd(NamedTuple):
     """What block.py's Tail reads."""
 
     out: Group
-    second: Modulated
+    second: LayerNorm
     unit: Unit
     factors: tuple[Factors, ...]
     posts: tuple[Gate, Gate]
@@ -89,7 +66,7 @@ class StreamEnd(NamedTuple):
 class Stream(NamedTuple):
     """The image's, or the text's, half of a block at this call. `end` is None where nobody reads on."""
 
-    first: Modulated
+    first: LayerNorm
     qkv: Group
     factors: Factors
     end: StreamEnd | None
@@ -130,7 +107,7 @@ def _draws(groups: Any) -> bool:
 class Single:
     """A block of one stream, as it is at this call."""
 
-    first: Modulated
+    first: LayerNorm
     entry: Group  # q, k, v and the unit's entry
     out: Group
     act: str

@@ -20,9 +20,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from veneer.kernels.block import Norm, Unit, norm, rotated
-from veneer.kernels.dit_blocks import Attend, Gate, Modulated, Single, Stream, StreamEnd, run_single, run_streams
+from veneer.kernels.dit_blocks import Attend, Gate, Single, Stream, StreamEnd, run_single, run_streams
 from veneer.kernels.fuse import FAMILIES, Family, FusedModule, _argument_names, _is_resting
 from veneer.kernels.group import Inside, all_bare, factors_of
+from veneer.kernels.image_blocks import LayerNorm
 from veneer.kernels.image_fuse import SIDE, WORDS, _differs, _waves
 from veneer.kernels.image_parts import either
 from veneer.kernels.parts import NormParts, norm_parts, quickest
@@ -78,7 +79,7 @@ class StreamParts:
             return qkv
         if self.out is None or self.unit is None:
             scale, shift = rows.chunk(2, dim=1)
-            return Stream(Modulated(1 + scale, shift, self.eps[0]), qkv, factors_of([qkv], dtype)[0], None)
+            return Stream(LayerNorm(1 + scale, shift, self.eps[0]), qkv, factors_of([qkv], dtype)[0], None)
         entry, down, act = self.unit
         rest = [all_bare([layer], dtype, len(x)) for layer in (self.out, entry, down)]
         if (why := either(*rest)) is not None:
@@ -86,9 +87,9 @@ class StreamParts:
         shift, scale, gate, shift2, scale2, gate2 = rows.chunk(6, dim=1)
         factors = factors_of([qkv, *rest], dtype)  # type: ignore[list-item]
         unit = Unit(rest[1], rest[2], act, gated=False)  # type: ignore[arg-type]
-        second = Modulated(1 + scale2, shift2, self.eps[1])
+        second = LayerNorm(1 + scale2, shift2, self.eps[1])
         end = StreamEnd(rest[0], second, unit, tuple(factors), (Gate(gate), Gate(gate2)))  # type: ignore[arg-type]
-        return Stream(Modulated(1 + scale, shift, self.eps[0]), qkv, factors[0], end)
+        return Stream(LayerNorm(1 + scale, shift, self.eps[0]), qkv, factors[0], end)
 
 
 @dataclass(frozen=True)
@@ -138,7 +139,7 @@ class SingleParts:
             return entry if isinstance(entry, str) else str(out)
         shift, scale, gate = rows.chunk(3, dim=1)
         first, second = factors_of([entry, out], x.dtype)
-        modulated = Modulated(1 + scale, shift, block.norm.norm.eps)
+        modulated = LayerNorm(1 + scale, shift, block.norm.norm.eps)
         return Single(modulated, entry, out, self.act, Gate(gate), (first, second))
 
     def attend(self, dtype: torch.dtype, turn: Turn) -> Attend | str:

@@ -48,7 +48,7 @@ Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 class LayerNorm(NamedTuple):
     """A LayerNorm with frozen gain and bias, called as block.py calls its norms."""
 
-    weight: Tensor
+    weight: Tensor  # (n,), or a row for each picture, and the bias alike
     bias: Tensor
     eps: float
 

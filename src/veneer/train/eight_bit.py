@@ -63,12 +63,10 @@ class AdamW8bit(OwnAdamW):
         for state in self.state.values():  # torch gives every value the parameter's type
             state.update({key: state[key].to(torch.uint8) for key in CODES if key in state})
 
-    def move(self, parameter: nn.Parameter, group: dict[str, Any], place: int) -> None:
-        state = self.state[parameter]
-        if not state:
-            state.update(_fresh(parameter))
-        state["step"] += 1
-        values, gradient = parameter.reshape(-1), parameter.grad.reshape(-1)  # type: ignore[union-attr]
+    def fresh(self, parameter: nn.Parameter) -> dict[str, Any]:
+        return _fresh(parameter)
+
+    def move(self, values: Tensor, gradient: Tensor, state: dict[str, Any], group: dict[str, Any], place: int) -> None:
         chunk = CHUNK.get(values.device.type, 1 << 20)
         for start in range(0, values.numel(), chunk):
             piece = slice(start, min(start + chunk, values.numel()))
@@ -76,8 +74,6 @@ class AdamW8bit(OwnAdamW):
             moments = _Moments(state, piece, torch.Generator(values.device).manual_seed(seed))
             _adamw(values[piece], gradient[piece].float(), moments, group, int(state["step"]))
             moments.store()
-        if values.data_ptr() != parameter.data_ptr():  # a parameter that is no plain run of memory was copied
-            parameter.copy_(values.view_as(parameter))
 
 
 def _fresh(parameter: nn.Parameter) -> dict[str, Any]:

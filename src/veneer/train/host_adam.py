@@ -49,12 +49,10 @@ class AdamWHost(OwnAdamW):
                     fresh[name].copy_(held[key][name].reshape(-1))
                 self.state[parameter].update({name: fresh[name] for name in MOMENTS})
 
-    def move(self, parameter: nn.Parameter, group: dict[str, Any], place: int) -> None:
-        state = self.state[parameter]
-        if not state:
-            state.update(_fresh(parameter))
-        state["step"] += 1
-        values, gradient = parameter.reshape(-1), parameter.grad.reshape(-1)  # type: ignore[union-attr]
+    def fresh(self, parameter: nn.Parameter) -> dict[str, Any]:
+        return _fresh(parameter)
+
+    def move(self, values: Tensor, gradient: Tensor, state: dict[str, Any], group: dict[str, Any], place: int) -> None:
         moments = [state[name] for name in MOMENTS]
         if values.is_cuda:
             stream = self._streams.get(values.device) or torch.cuda.Stream(values.device)
@@ -62,8 +60,6 @@ class AdamWHost(OwnAdamW):
             _streamed(values, gradient, moments, float(state["step"]), group, stream)
         else:
             _move(values, gradient, moments, float(state["step"]), group)
-        if values.data_ptr() != parameter.data_ptr():  # a parameter that is no plain run of memory was copied
-            parameter.copy_(values.view_as(parameter))
 
 
 def _fresh(parameter: nn.Parameter) -> dict[str, Any]:

@@ -7,13 +7,13 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 __all__ = ["OwnAdamW"]
 
 
 class OwnAdamW(torch.optim.Optimizer, ABC):
-    """AdamW (arXiv:1711.05101); a subclass says where its moments are and moves one parameter."""
+    """AdamW (arXiv:1711.05101); a subclass says what its moments are and how they move."""
 
     def __init__(
         self,
@@ -36,9 +36,23 @@ class OwnAdamW(torch.optim.Optimizer, ABC):
             for parameter in group["params"]:
                 place += 1
                 if parameter.grad is not None:
-                    self.move(parameter, group, place)
+                    self._update(parameter, group, place)
         return loss
 
+    def _update(self, parameter: nn.Parameter, group: dict[str, Any], place: int) -> None:
+        state = self.state[parameter]
+        if not state:
+            state.update(self.fresh(parameter))
+        state["step"] += 1
+        values = parameter.reshape(-1)
+        self.move(values, parameter.grad.reshape(-1), state, group, place)  # type: ignore[union-attr]
+        if values.data_ptr() != parameter.data_ptr():  # a parameter that is no plain run of memory was copied
+            parameter.copy_(values.view_as(parameter))
+
     @abstractmethod
-    def move(self, parameter: nn.Parameter, group: dict[str, Any], place: int) -> None:
-        """One step of a parameter that has a gradient, in place. `place`: which of all it is, from 1."""
+    def fresh(self, parameter: nn.Parameter) -> dict[str, Any]:
+        """The state before the first step; its "step" is counted here."""
+
+    @abstractmethod
+    def move(self, values: Tensor, gradient: Tensor, state: dict[str, Any], group: dict[str, Any], place: int) -> None:
+        """One step of a parameter as one run of numbers, in place. `place`: which of all it is, from 1."""
