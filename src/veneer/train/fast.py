@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -182,13 +182,17 @@ class Way:
         if not size or not self.is_ours or self.level != "none" or self.job.device.type not in TURNING:
             return
         device = self.job.device
-        with suppress(UserError, *FAILURES):  # an estimate that fails has been told
+        try:
             plan = self.plan()
             more = replace(plan, weights=(plan.weights or 0) + size)
             shapes = shapes_of(getattr(self.model, "config", None), self.settings.task, self._labels())
-            if choose(shapes, more, available(self.model, device), host_memory(device)).level == "none":
-                self.has_both = keep_layouts(self.model) > 0
-                self.tell("note", text=f"both layouts of the 8-bit base are kept, for speed: {gib(size)} more fit")
+            fits = choose(shapes, more, available(self.model, device), host_memory(device)).level == "none"
+        except (UserError, *FAILURES) as error:
+            self.tell("note", text=f"one layout of the 8-bit base is kept: memory cannot be estimated ({_line(error)})")
+            return
+        if fits:
+            self.has_both = keep_layouts(self.model) > 0
+            self.tell("note", text=f"both layouts of the 8-bit base are kept, for speed: {gib(size)} more fit")
 
     def _planned(self) -> tuple[str, str]:
         device = self.job.device
