@@ -82,7 +82,7 @@ CASES = [
     Case("7b", "nf4", 1, 2048, "input", embedding=True, cap_gib=8, steps=3),
     Case("13b", "nf4", 1, 1024, "input", True, True, "adamw_host", offload=True, rank=8, cap_gib=8, steps=3),
     Case("13b", "nf4", 1, 1024, "input", True, True, "adamw8bit", offload=True, rank=8, cap_gib=8, steps=3),
-    Case("13b", "nf4", 1, 512, "input", True, True, "adamw_host", offload=True, cap_gib=8, steps=3),
+    Case("13b", "nf4", 1, 1024, "input", True, True, "adamw_host", offload=True, cap_gib=8, steps=3),
     Case("33b", "nf4", 1, 2048, "input", embedding=True, optimizer="adamw8bit", cap_gib=24, steps=3),
     Case("70b", "nf4", 1, 2048, "input", embedding=True, optimizer="adamw8bit", offload=True, cap_gib=48, steps=3),
 ]

@@ -62,7 +62,6 @@ __all__ = [
 
 WIDEST = 32768  # more columns than this (a vocabulary) are not held in fp32
 THINNEST = 128  # ranks up to this are added by kernels of their own
-WIDE = True  # see Bare.onto
 
 # ------------------------------------------------------------------ one layer
 
@@ -545,7 +544,7 @@ def _dropped(x: Tensor, mask: Tensor | None, p: float) -> Tensor:
 
 def sums_wide(x: Tensor, weight: Tensor) -> bool:
     """Whether a product of x can be had as it was summed, in fp32: half-precision numbers on a GPU."""
-    return WIDE and x.is_cuda and x.dtype.itemsize == 2 and len(weight) <= WIDEST
+    return x.is_cuda and x.dtype.itemsize == 2 and len(weight) <= WIDEST
 
 
 def wide_product(x: Tensor, weight: Tensor) -> Tensor:
