@@ -20,6 +20,11 @@ Nothing is computed twice: all of it fits.
     fused-graphs     the same as fused, its blocks recorded as CUDA graphs (graphs=True)
     fused-step       the same as fused, a whole step captured as one CUDA graph: what Python costs the others
 
+FLUX by itself dies of an illegal memory access on Hopper with torch up to 2.13 (kernels/even.py says why), Veneer's
+plain layers and PEFT's alike. So that there is something to compare with, all variants that run by diffusers' own
+forward are given even gradients; --as-it-is leaves that out. What dies all the same is run once more without cuDNN's
+attention. Each row says which attention ran.
+
 All start from A drawn alike (diffusers' script draws PEFT's four times as large). Every variant runs in a process of
 its own: the median of `--steps` steps that follow each other without a wait, the seconds of the warm-up (compilation
 among them) apart, peaks allocated and reserved (what CUDA graphs hold counts whole), and the loss of every step.
@@ -35,6 +40,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -244,9 +250,18 @@ def captured(step: Callable[[], Tensor]) -> Callable[[], Tensor]:
 
 
 def measure(args: argparse.Namespace, name: str) -> dict[str, Any]:
+    from veneer.kernels.even import even_gradients
+
     device = "cuda" if CUDA else "cpu"
     started = time.perf_counter()
     model = VARIANTS[name](args.shape, device)
+    torch.backends.cuda.enable_cudnn_sdp(not args.no_cudnn)
+    with nullcontext(0) if args.as_it_is else even_gradients(model) as evened:
+        return timed(args, name, model, started) | {"evened": evened}
+
+
+def timed(args: argparse.Namespace, name: str, model: nn.Module, started: float) -> dict[str, Any]:
+    device = "cuda" if CUDA else "cpu"
     built = time.perf_counter()
     step = stepper(name, model, inputs(args, device))
     if name == "fused-step" and CUDA:
@@ -264,10 +279,12 @@ def measure(args: argparse.Namespace, name: str) -> dict[str, Any]:
     synchronize()
     seconds = [between(*pair) for pair in pairwise(marks)]
     peaks = peak_memory() if CUDA else (0, 0)
+    found = kernels(step)
     if args.profile:
-        profile(step, args.profile / f"{name}.txt")
+        profile_table(found, args.profile / f"{name}.txt")
     return {
         "variant": name,
+        "attention": attention_of(found),
         "trained": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "images_per_second": args.batch / statistics.median(seconds),
         "peak_gib": peaks[0] / 2**30,
@@ -298,27 +315,42 @@ def synchronize() -> None:
         torch.cuda.synchronize()
 
 
-def profile(step: Callable[[], Tensor], where: Path) -> None:
-    """Where two steps spend the device's time, kernel by kernel."""
-    from torch.profiler import ProfilerActivity
-    from torch.profiler import profile as profiler
+def kernels(step: Callable[[], Tensor]) -> Any:
+    """What two steps ask the device for, by name."""
+    from torch.profiler import ProfilerActivity, profile
 
-    kinds = [ProfilerActivity.CUDA] if CUDA else [ProfilerActivity.CPU]
-    with profiler(activities=kinds) as found:
+    with profile(activities=[ProfilerActivity.CUDA] if CUDA else [ProfilerActivity.CPU]) as found:
         step()
         step()
         synchronize()
+    return found.key_averages()
+
+
+def profile_table(found: Any, where: Path) -> None:
     order = "self_cuda_time_total" if CUDA else "self_cpu_time_total"
-    where.write_text(found.key_averages().table(sort_by=order, row_limit=60, max_name_column_width=130))
+    where.write_text(found.table(sort_by=order, row_limit=60, max_name_column_width=130))
+
+
+ATTENTIONS = {"cudnn_generated": "cuDNN", "flash_fwd": "flash", "flash_bwd": "flash", "fmha_cutlass": "efficient"}
+
+
+def attention_of(found: Any) -> list[str]:
+    """Whose kernels compute the attention."""
+    names = [row.key for row in found]
+    return sorted({whose for part, whose in ATTENTIONS.items() if any(part in name for name in names)})
 
 
 def apart(args: argparse.Namespace, name: str) -> dict[str, Any]:
     """One variant in a process of its own; what went wrong, where something did."""
     same = [f"--{k}={getattr(args, k)}" for k in ("shape", "batch", "steps", "warmup")]
+    same += ["--as-it-is"] * args.as_it_is + ["--no-cudnn"] * args.no_cudnn
     if args.profile:
         args.profile.mkdir(parents=True, exist_ok=True)
         same.append(f"--profile={args.profile}")
     done = subprocess.run([sys.executable, __file__, name, "--one", *same], capture_output=True, text=True)
+    if done.returncode and "illegal memory access" in done.stderr and not args.no_cudnn:
+        without = apart(argparse.Namespace(**vars(args) | {"no_cudnn": True}), name)
+        return without | {"died": "of an illegal memory access with cuDNN's attention; this row is without it"}
     if done.returncode:
         return {"variant": name, "failed": done.stderr[-3000:]}
     said = [line for line in done.stderr.splitlines() if line.startswith(("fused:", "plain:"))]
@@ -327,14 +359,17 @@ def apart(args: argparse.Namespace, name: str) -> dict[str, Any]:
 
 def shown(row: dict[str, Any]) -> str:
     if "failed" in row:
-        return f"{row['variant']}: failed\n{row['failed']}"
+        return f"{row['variant']}: failed{' again' * ('died' in row)}\n{row['failed']}"
     line = (
         f"{row['variant']:15} {row['images_per_second']:7.2f} images/s  {row['peak_gib']:6.2f} GiB "
         f"(reserved {row['reserved_gib']:.1f})  host {1e3 * row['host_seconds']:.0f} ms  "
         f"build {row['build_seconds']:.0f} s, warm-up {row['warmup_seconds']:.0f} s  "
         f"loss {row['losses'][0]:.4f} -> {row['losses'][-1]:.4f}"
     )
-    return "\n  ".join([line, *row.get("said", [])])
+    how = f"attention: {', '.join(row['attention']) or 'of no kernel known here'}"
+    how += f", {row['evened']} given even gradients" if row["evened"] else ""
+    died = [f"died {row['died']}"] if "died" in row else []
+    return "\n  ".join([line, how, *died, *row.get("said", [])])
 
 
 def main() -> None:
@@ -346,6 +381,8 @@ def main() -> None:
     parser.add_argument("--warmup", type=int, default=4)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--profile", type=Path, help="write every variant's kernels and their times there")
+    parser.add_argument("--as-it-is", action="store_true", help="leave the gradients of attention as they lie")
+    parser.add_argument("--no-cudnn", action="store_true", help="without cuDNN's attention")
     parser.add_argument("--one", action="store_true", help="measure in this process and print JSON")
     args = parser.parse_args()
     if args.one:

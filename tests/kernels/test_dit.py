@@ -20,6 +20,7 @@ import veneer
 from veneer import LoRA
 from veneer.core.model import parameters
 from veneer.kernels import fuse as home
+from veneer.kernels.even import even_gradients
 from veneer.kernels.fuse import fuse, is_fused, set_recompute, unfuse
 from veneer.kernels.pieces import rotate
 
@@ -348,6 +349,60 @@ def test_neighbours_are_turned_as_the_library_does_it_and_back() -> None:
     turn = angle.cos(), angle.sin()
     torch.testing.assert_close(rotate(x.detach(), *turn, torch.empty_like(x), pairs=True), y.detach())
     torch.testing.assert_close(rotate(g, *turn, torch.empty_like(g), back=True, pairs=True), dx)
+
+
+def layouts(model: Any, monkeypatch: pytest.MonkeyPatch) -> set[tuple[int, ...]]:
+    """The strides of all gradients that reach an attention's output."""
+    own, seen = torch.nn.functional.scaled_dot_product_attention, set()
+
+    def watched(*args: Any, **kwargs: Any) -> Tensor:
+        o = own(*args, **kwargs)
+        o.register_hook(lambda g: seen.add(g.stride()))
+        return o
+
+    with monkeypatch.context() as changed:
+        changed.setattr(torch.nn.functional, "scaled_dot_product_attention", watched)
+        outcome(model)
+    return seen
+
+
+def test_gradients_of_attention_lie_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    """cuDNN reads the second as the first lies (even.py); FLUX by itself has two kinds."""
+    model = model_of("flux")
+    wanted = outcome(model)
+    assert len(layouts(model, monkeypatch)) == 2
+    with even_gradients(model) as count:
+        assert count == 2 and len(layouts(model, monkeypatch)) == 1
+        agree(outcome(model), wanted, 1e-12)
+    assert len(layouts(model, monkeypatch)) == 2  # and all is as it was
+    for level in ("none", "input"):
+        fuse(model, level, verbose=False)
+        with even_gradients(model) as count:
+            assert count == 0 and len(layouts(model, monkeypatch)) == 1
+        unfuse(model)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("way", ["plain", "fused"])
+def test_gradients_by_the_quickest_attention_are_those_by_the_plainest(way: str) -> None:
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    torch.manual_seed(0)
+    model: Any = diffusers.FluxTransformer2DModel(
+        patch_size=1, in_channels=4, num_layers=2, num_single_layers=2, attention_head_dim=64, num_attention_heads=4,
+        joint_attention_dim=TEXT, pooled_projection_dim=6, axes_dims_rope=(16, 24, 24),
+    ).bfloat16()  # fmt: skip
+    veneer.attach(model, LoRA(rank=4, targets=ATTENTION))
+    spread(model).cuda()
+    given = {k: v.cuda() if isinstance(v, Tensor) else v for k, v in inputs(model).items()}
+    with sdpa_kernel([SDPBackend.MATH]):
+        wanted = outcome(model, **given)
+    if way == "fused":
+        fuse(model, verbose=False)
+    with even_gradients(model):
+        got = outcome(model, **given)
+    assert distance(got, wanted) < 5e-2
 
 
 @pytest.mark.gpu

@@ -187,6 +187,7 @@ def _attend(attention: Any, norms: Sequence[Heads], turn: Turn, mask: Tensor | N
         with quickest(q):
             o = F.scaled_dot_product_attention(*(t.transpose(1, 2) for t in (q, k, v)), attn_mask=mask)
         sizes = [each[0].shape[1] for each in order]
+        # split's gradient has rows of its own, also that of a single part, as cuDNN needs it (even.py)
         parts = list(o.transpose(1, 2).flatten(2).split(sizes, dim=1))
         return parts[::-1] if text_first else parts
 

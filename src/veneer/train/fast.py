@@ -31,6 +31,7 @@ from veneer.advise.shapes import shapes_of
 from veneer.data.batch import Mould, mould_of
 from veneer.data.types import Encoded
 from veneer.errors import UserError
+from veneer.kernels.even import even_gradients
 from veneer.kernels.fuse import (
     Fused,
     FusedBlock,
@@ -96,6 +97,11 @@ class Way:
             self._fuse()
         if any(isinstance(module, FusedModule) for module in self.model.modules()):
             self.stack.enter_context(uncached(self.model))
+        self._even()
+
+    def _even(self) -> None:
+        if self.job.task.paints and self.job.device.type == "cuda":
+            self.stack.enter_context(even_gradients(self.model))
 
     def _wants_fused(self) -> bool:
         if self.settings.fuse == "auto":
@@ -152,6 +158,7 @@ class Way:
             return False
         self.is_ours = self.is_graphed = False
         unfuse(self.model)
+        self._even()
         self._give_up(f"the first pass failed ({_line(error)}): once more, without fused blocks")
         self._apply(self.level)
         return True
