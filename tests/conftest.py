@@ -321,7 +321,7 @@ def graphs_on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
         self.forward_graph, self.backward_graph = Forward(self, run), Backward(self)
 
     def worked(self: Any, work: Any) -> Any:
-        with torch.enable_grad():
+        with torch.enable_grad(), torch.random.fork_rng([]):  # nor do random numbers of a card move on
             return object(), work()
 
     monkeypatch.setattr(graphs.Record, "make", made)

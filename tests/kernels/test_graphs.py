@@ -31,7 +31,9 @@ def device(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
-def llama(device: str = "cpu", dtype: torch.dtype = torch.float32, storage: str | None = None) -> nn.Module:
+def llama(
+    device: str = "cpu", dtype: torch.dtype = torch.float32, storage: str | None = None, dropout: float = 0.0
+) -> nn.Module:
     torch.manual_seed(0)
     config = LlamaConfig(
         hidden_size=64, intermediate_size=128, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
@@ -40,7 +42,7 @@ def llama(device: str = "cpu", dtype: torch.dtype = torch.float32, storage: str 
     model = LlamaForCausalLM(config).to(device, dtype).train()
     if storage:
         veneer.quantize(model, storage)
-    veneer.attach(model, LoRA(rank=4, alpha=8))
+    veneer.attach(model, LoRA(rank=4, alpha=8, dropout=dropout))
     for p in parameters(model).values():
         nn.init.normal_(p, std=0.1)
     return model
@@ -101,6 +103,23 @@ def test_a_replay_is_the_same_to_the_last_bit(recompute: str, storage: str | Non
     fuse(graphed, recompute, graphs=True, verbose=False)
     same(moved(graphed, 6), moved(ever, 6))
     assert records(graphed) == 3
+
+
+@pytest.mark.parametrize("recompute", ["none", "gate_up", "middle"])
+def test_a_replay_draws_the_masks_that_would_be_drawn_as_ever(recompute: str, device: str) -> None:
+    ever = llama(device, dropout=0.3)
+    graphed = copy.deepcopy(ever)
+    fuse(ever, recompute, verbose=False)
+    fuse(graphed, recompute, graphs=True, verbose=False)
+    told: list[str] = []
+    next(m.fused.recorder for m in graphed.modules() if isinstance(m, FusedBlock)).tell = told.append
+    outcomes = []
+    for model in (graphed, ever):
+        torch.manual_seed(5)
+        outcomes.append(moved(model, 6))
+    same(*outcomes)
+    again = recompute == "middle"
+    assert records(graphed) == (0 if again else 3) and any("masks of dropout a second time" in t for t in told) == again
 
 
 def test_blocks_without_rotary_positions_are_recorded_too(device: str) -> None:

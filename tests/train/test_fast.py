@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,14 +13,13 @@ from transformers import GPT2Config, GPT2LMHeadModel, OPTConfig, OPTForCausalLM
 
 import veneer.kernels.fuse as fuse_module
 from veneer.advise.keep import fusing
-from veneer.data.types import Encoded
 from veneer.kernels import graphs
 from veneer.kernels.fuse import FusedBlock, is_fused, set_graphs
 from veneer.kernels.tiled import Tiled
 from veneer.quant import eight
 from veneer.tasks.causal_lm import CausalLM
 from veneer.train import fast
-from veneer.train.fast import Way
+from veneer.train.loop import Loop
 from veneer.train.run import Run
 
 Runs = Callable[..., tuple[Run, Heard, nn.Module]]
@@ -291,24 +289,122 @@ def test_on_a_cpu_there_are_no_graphs_and_it_is_said_to_who_asked(run_tiny: Runs
     assert "no CUDA graphs: they need a GPU, and the model is on the cpu" in said(heard, "note")
 
 
-@pytest.mark.parametrize(
-    "lengths, level, why",
-    [
-        ([40, 40, 39, 40], "none", "with graphs: on, 0.6% of a batch would be there for its shape"),
-        ([40, 20, 10, 40], "none", "31.2% of a batch"),
-        ([40, 40, 40, 40], "offload", "kept on the host"),
-    ],
-)
-def test_graphs_of_a_model_of_words_are_not_taken_unasked(lengths: list[int], level: str, why: str) -> None:
-    rows = [Encoded([5] * n, [5] * n) for n in lengths]
-    way = Way.__new__(Way)
-    job = SimpleNamespace(device=torch.device("cuda"), by_samples=True, train=rows, task=CausalLM())
-    way.job = job  # type: ignore[assignment]
-    way.settings = SimpleNamespace(batch_size=2)  # type: ignore[assignment]
-    way.is_ours, way.level = True, level
-    way.model = nn.ModuleList([FusedBlock()])
-    choice, reason = way._graphs_rule()
-    assert choice == "off" and why in reason
+BY_SAMPLES: dict[str, Any] = {**SHORT, "steps": 12, "batch_size": 2, "global_batch": 4}
+
+
+@pytest.fixture
+def timed(graphs_on_cpu: None, monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[int], float]], None]:
+    """The rule as on a GPU, where passes over n tokens take as long as is said here."""
+    monkeypatch.setattr(fast, "RECORDING", ("cpu",))
+    monkeypatch.setattr("veneer.train.fast.set_graphs", lambda model, tell: set_graphs(model, tell) and None)
+
+    def timed(seconds: Callable[[int], float]) -> None:
+        inner = Loop.seconds
+
+        def spent(self: Loop, samples: Any) -> float:
+            assert inner(self, samples) > 0
+            assert not any(bool(p.grad.any()) for p in self.job.trained.values() if p.grad is not None)
+            return seconds(sum(map(len, samples)))
+
+        monkeypatch.setattr(Loop, "seconds", spent)
+
+    return timed
+
+
+def test_graphs_are_taken_unasked_where_fillers_cost_nothing(
+    run_tiny: Runs, timed: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, plain, one = run_tiny(**BY_SAMPLES, dropout=0.1, graphs="off")
+    timed(lambda tokens: 0.2)
+    seen = shapes_of_replays(monkeypatch)
+    run, heard, two = run_tiny(**BY_SAMPLES, dropout=0.1)
+    note = run.config().origins["graphs"].note
+    assert run.config().settings.graphs == "on" and "passes take 1.00 times as long, and replayed ones less" in note
+    assert set(seen) == {(1, run.info["one_shape"][0])} and len(seen) >= 2 * BY_SAMPLES["steps"]
+    assert "blocks are recorded as CUDA graphs, batches filled up to one shape" in said(heard, "note")
+    assert len(heard.losses) == 12 and run.proof["passed"]  # masks are others: they are drawn for fillers, too
+    assert trained(one).keys() == trained(two).keys() and heard.losses[0] == pytest.approx(plain.losses[0], rel=0.1)
+
+
+def test_graphs_are_left_where_the_card_is_busy_and_it_is_written_down(run_tiny: Runs, timed: Any) -> None:
+    _, plain, one = run_tiny(**BY_SAMPLES, graphs="off")
+    timed(lambda tokens: tokens / 1000)
+    run, heard, two = run_tiny(**BY_SAMPLES)
+    note = run.config().origins["graphs"].note
+    assert run.config().settings.graphs == "off" and "the card is busy with tokens as it is: filled up to one" in note
+    assert heard.losses == plain.losses and same(trained(one), trained(two))  # timing it left nothing behind
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+def test_with_graphs_a_resumed_run_is_one_that_was_never_stopped(run_tiny: Runs, timed: Any, dropout: float) -> None:
+    timed(lambda tokens: 0.2)
+    settings = BY_SAMPLES | {"dropout": dropout, "save_every": 1}
+    _, whole, one = run_tiny(**settings)
+    stopped, first, _ = run_tiny(**settings, heard=Heard({7: "stop"}))
+    assert stopped.config().settings.graphs == "on" and len(first.losses) == 7
+    timed(lambda tokens: tokens / 1000)  # what was settled stays so
+    run, rest, two = run_tiny(resume=str(stopped.folder))
+    assert first.losses + rest.losses == whole.losses and same(trained(one), trained(two)) and run.proof["passed"]
+
+
+def test_a_recording_that_fails_is_said_and_batches_are_as_they_are(
+    run_tiny: Runs, timed: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, plain, one = run_tiny(**BY_SAMPLES, graphs="off")
+    timed(lambda tokens: 0.2)
+
+    def make(*_: Any) -> None:
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(graphs.Record, "make", make)
+    seen = watched(monkeypatch)
+    run, heard, two = run_tiny(**BY_SAMPLES)
+    why = "recording failed: operation not permitted when stream is capturing"
+    assert said(heard, "note").count(why) == 1 and "are not recorded as CUDA graphs, and slower" in said(heard, "note")
+    assert run.config().settings.graphs == "off" and why in run.config().origins["graphs"].note
+    assert len({shape for _, shape in seen[-20:]}) > 1  # nothing fills them up any more
+    assert heard.losses == pytest.approx(plain.losses, rel=1e-5) and run.proof["passed"]
+    assert all(torch.allclose(value, trained(two)[name], atol=1e-4) for name, value in trained(one).items())
+
+
+def test_memory_that_runs_out_takes_the_graphs_before_anything_is_computed_again(
+    run_tiny: Runs, timed: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    timed(lambda tokens: 0.2)
+    inner, replays = CausalLM.loss, shapes_of_replays(monkeypatch)
+
+    def loss(self: CausalLM, model: nn.Module, batch: Any) -> Any:
+        if len(replays) > 4 and fast.recorders(model):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return inner(self, model, batch)
+
+    monkeypatch.setattr(CausalLM, "loss", loss)
+    run, heard, _ = run_tiny(**BY_SAMPLES)
+    (event,) = heard.of("oom")
+    assert "going on without CUDA graphs" in event["text"] and run.config().settings.recompute == "none"
+    assert run.config().settings.graphs == "off" and run.result["micro_batch"] == 2 and len(heard.losses) == 12
+
+
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "few": ({"steps": 3}, "recording is not worth its while for 6 batches"),
+    "masks drawn twice": ({"recompute": "input", "dropout": 0.1}, "draw their masks of dropout a second time"),
+    "tiled": ({"recompute": "tiled"}, "inputs of blocks are kept on the host"),
+    "plain": ({"fuse": "off"}, "only fused blocks are recorded"),
+    "no room": ({}, "records do not fit: "),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_where_graphs_do_not_fit_a_run_they_are_left_and_it_is_written_down(
+    run_tiny: Runs, timed: Any, monkeypatch: pytest.MonkeyPatch, case: str
+) -> None:
+    settings, why = REFUSED[case]
+    timed(lambda tokens: 0.2)
+    if case == "no room":
+        monkeypatch.setattr(fast, "available", lambda *_: 2**20)
+        settings = {"recompute": "none"}
+    run, _, _ = run_tiny(**{**BY_SAMPLES, **settings})
+    assert run.config().settings.graphs == "off" and why in run.config().origins["graphs"].note
 
 
 # ------------------------------------------------------------------ without padding

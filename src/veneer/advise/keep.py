@@ -28,11 +28,12 @@ from veneer.advise.peak import host_inputs
 from veneer.advise.plan import Plan
 from veneer.advise.shapes import Shapes
 
-__all__ = ["KNOWN_BLOCKS", "Choice", "choose", "fusing", "levels_of", "longest_row", "stays"]
+__all__ = ["KNOWN_BLOCKS", "Choice", "choose", "fusing", "levels_of", "longest_row", "recorded", "stays"]
 
 KNOWN_BLOCKS = ("llama", "mistral", "qwen2", "qwen3", "gemma", "phi3")  # families whose blocks run fused
 NARROW = 768  # hidden numbers below which a CPU is quicker on plain blocks
 MARGIN = 0.05  # of the estimate, on top of its own reserve: benchmarks/memory.py finds errors up to that
+RECORDS = 0.12  # of the estimate: what CUDA graphs take besides; benchmarks/train_gpu.py finds 0.05 to 0.11
 
 
 def fusing(width: int | None, device: str) -> tuple[bool, str]:
@@ -105,6 +106,14 @@ def stays(shapes: Shapes, plan: Plan, host: int | None) -> int:
     return _staying(shapes, plan, host).stay * host_inputs(shapes, plan)[1]
 
 
+def recorded(shapes: Shapes, plan: Plan, share: float, is_alone: bool) -> int:
+    """Bytes of a run whose blocks are recorded as CUDA graphs, for a `share` of the heaviest batch's tokens. What they
+    keep for their backward pass they never give back, so unless they are alone it stands beside another pass."""
+    found = _estimated(shapes, plan)
+    held = 0 if is_alone else int(share * (found.parts["activations"] + found.parts["workspace"]))
+    return int(found.needed_bytes + (MARGIN + RECORDS) * found.total_bytes) + held
+
+
 def longest_row(shapes: Shapes, plan: Plan, free: int, host: int | None = None) -> tuple[int, Choice] | None:
     """Tokens of the longest single row that can be trained, and how; None where not even a short one can be."""
 
@@ -137,5 +146,9 @@ def _instead(shapes: Shapes, plan: Plan, free: int) -> list[str]:
 
 
 def _needed(shapes: Shapes, plan: Plan) -> int:
-    found: Estimate = estimate_memory(shapes, **{name: getattr(plan, name) for name in plan.__dataclass_fields__})
+    found = _estimated(shapes, plan)
     return int(found.needed_bytes + MARGIN * found.total_bytes)
+
+
+def _estimated(shapes: Shapes, plan: Plan) -> Estimate:
+    return estimate_memory(shapes, **{name: getattr(plan, name) for name in plan.__dataclass_fields__})

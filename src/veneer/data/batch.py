@@ -110,12 +110,13 @@ class Mould(NamedTuple):
         return None if left < 0 or max(lengths) > self.longest else found + [0] * left
 
 
-def mould_of(samples: Sequence[Encoded], rows: int) -> Mould:
-    """The smallest that takes any `rows` of these samples."""
+def mould_of(samples: Sequence[Encoded], rows: int, most: int | None = None) -> Mould:
+    """The smallest that takes any `rows` of these samples or fewer; of `most` tokens, what they leave out apart."""
     sizes, counts = sorted(map(len, samples)), sorted(len(sample.segments) for sample in samples)
-    longest, tokens = max(max(sample.segments) for sample in samples), sum(sizes[-rows:])
-    fillers = -(-(tokens - sum(sizes[:rows])) // longest)
-    return Mould(tokens, sum(counts[-rows:]) + fillers, longest)
+    whole = sum(sizes[-rows:])
+    tokens = whole if most is None else min(most, whole)
+    longest = min(tokens, max(max(sample.segments) for sample in samples))
+    return Mould(tokens, sum(counts[-rows:]) + -(-tokens // longest), longest)
 
 
 def _moved(value: Any, device: torch.device | str) -> Any:

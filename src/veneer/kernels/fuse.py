@@ -46,6 +46,7 @@ __all__ = [
     "FAMILIES",
     "Family",
     "Fused",
+    "drop_graphs",
     "fuse",
     "is_fused",
     "keep_layouts",
@@ -179,6 +180,8 @@ def _by_replay(block: FusedBlock, x: Tensor, kwargs: dict[str, Any]) -> Tensor |
         now = _block_now(state.parts, x, {**rest, **tensors, **turned})
         if isinstance(now, str):
             raise Unfit(now)
+        if now.random and state.recompute not in ("none", "gate_up"):
+            raise Unfit("it is computed again, and would draw its masks of dropout a second time")
         return run_block(x, cos, sin, now, state.recompute)
 
     try:
@@ -356,6 +359,13 @@ def set_graphs(model: nn.Module, tell: Callable[[str], Any] | None = None) -> st
         return "none of what is fused is recorded"
     device = next((p.device.type for p in blocks[0].parameters()), "cpu")
     return None if device in ("cuda", "meta") else f"they need a GPU, and the model is on the {device}"
+
+
+def drop_graphs(model: nn.Module) -> None:
+    """Blocks run as ever from now on, and what was recorded is given back."""
+    for module in model.modules():
+        if isinstance(module, FusedModule):
+            module.fused.recorder = None
 
 
 def _looks_like_block(module: nn.Module) -> bool:

@@ -8,6 +8,9 @@ small model the card waits for Python. A recorded block is asked for as a whole.
     any later     replayed if everything that was recorded still holds, otherwise as ever; if what is new lasts, all
                   blocks are recorded anew
 
+Masks of dropout are drawn anew at each replay, from where the card's random numbers are, and are those that the block
+would draw as ever. A block that would draw them a second time, because it is computed again, cannot be recorded.
+
 What a replay takes for granted is compared at each call: shapes, every tensor's place, modes, hooks, which adapters act
 and how strongly (`Record.state`). Numbers in tensors may change, as an optimiser changes them; places may not. Where
 it keeps most calls from being replayed, what differs is said, once.
@@ -32,6 +35,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.modules.module import _has_any_global_hook
+from torch.random import fork_rng
 
 from veneer.errors import StateError
 from veneer.quant.eight import forget
@@ -291,7 +295,8 @@ class Record:
         if not recorder.warmed:
             torch.cuda.empty_cache()  # what the first calls left lying about would stand beside the records' memory
         recorder.warmed.add(self.signature[0])
-        with _beside(recorder.stream), torch.enable_grad():
+        assert self.x is not None
+        with _beside(recorder.stream), torch.enable_grad(), fork_rng([self.x.device] * self.x.is_cuda):
             y = run(self.x, **statics)
             torch.autograd.grad(y, _leaves(y), torch.zeros_like(y))
 

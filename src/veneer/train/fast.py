@@ -2,13 +2,15 @@
 
     fuse        auto: on where an adapter is trained on blocks that are known; what runs plainly is named, and why
     recompute   auto: the first level that fits by the memory model (advise/keep.py), then tried on the longest batch
-    graphs      auto: a denoiser's blocks are recorded as CUDA graphs where pictures have one size. on: those of a model
-                of words, too; its batches are filled up to one shape, by samples that count for nothing (`Mould` in
-                data/batch.py). What that gains in a run is measured by benchmarks/train_graphs.py
+    graphs      auto: blocks are recorded as CUDA graphs where pictures have one size, and where batches of words can be
+                filled up to one shape for next to nothing (train/moulds.py), by samples that count for nothing (`Mould`
+                in data/batch.py). On rows of a model of 0.5B that is 2.4 times the speed and more
+                (benchmarks/train_graphs.py)
 
-Two things can turn out otherwise, and both are said: memory that runs out although the estimate said it would not, then
-the second layout of an 8-bit base is given up, and after that the next level is taken; and a fused block that fails
-where it was tried for the first time, then blocks run plainly.
+Three things can turn out otherwise, and all are said: memory that runs out although the estimate said it would not,
+then the second layout of an 8-bit base is given up, after that the graphs, and then the next level is taken; a fused
+block that fails where it was tried for the first time, then blocks run plainly; and a recording that fails, then blocks
+run fused without one, on batches as they are.
 What was decided stands in config.yaml as a rule and its reason, what was replaced in run.json.
 """
 
@@ -24,7 +26,7 @@ import torch
 from torch import nn
 
 from veneer.advise.device import free_memory
-from veneer.advise.keep import choose, fusing, levels_of, stays
+from veneer.advise.keep import choose, fusing, levels_of, recorded, stays
 from veneer.advise.memory import gib
 from veneer.advise.plan import CHOICES, Plan
 from veneer.advise.shapes import shapes_of
@@ -38,6 +40,7 @@ from veneer.kernels.fuse import (
     FusedMlp,
     FusedModule,
     FusedNorm,
+    drop_graphs,
     fuse,
     is_fused,
     keep_layouts,
@@ -48,6 +51,8 @@ from veneer.kernels.fuse import (
 )
 from veneer.kernels.parts import AttentionParts, BlockParts, LayerNormParts, MlpParts, NormParts
 from veneer.train.base import dtype_of, recomputing
+from veneer.train.memory import is_out_of_memory
+from veneer.train.moulds import COST, FREE, Fit, Micro, fits, micro_batches, timing_of, tokens_of
 from veneer.train.offload import offloaded, pinned_bytes
 from veneer.train.prepare import Job
 from veneer.train.run import Run
@@ -59,7 +64,10 @@ SAME = (
     "quant", "batch_size", "optimizer",
 )  # fmt: skip
 AWAY = ("offload", "tiled")  # levels that put inputs of blocks on the host
+AGAIN = ("middle", "input", "full")  # levels that draw a block's masks of dropout a second time
+FEWEST = 24  # batches of a run for which recording is worth its while
 TURNING = ("cuda",)  # where a transpose lies in memory of its own
+RECORDING = ("cuda",)  # where blocks can be recorded
 WIDTHS = ("hidden_size", "n_embd", "d_model")
 FAILURES = (RuntimeError, TypeError, ValueError, AttributeError, KeyError, IndexError, AssertionError)
 
@@ -71,7 +79,6 @@ def way_of(job: Job, run: Run, tell: Callable[..., Any]) -> Iterator[Way]:
         way = Way(job, run, tell, stack)
         way.settle_blocks()
         way.settle_level()
-        way.settle_graphs()
         yield way
 
 
@@ -271,6 +278,11 @@ class Way:
                 "oom", text=f"out of memory ({message}): going on with one layout of the base", recompute=self.level
             )
             return True
+        if self.is_graphed and self._origin("graphs") == "rule":
+            drop_graphs(self.model)
+            self._leave_graphs("memory ran out with them, whatever the estimate said")
+            self.tell("oom", text=f"out of memory ({message}): going on without CUDA graphs", recompute=self.level)
+            return True
         rest = self.levels[self.levels.index(self.level) + 1 :] if self.level in self.levels else ()
         if not self.may_go_on or not rest:
             return False
@@ -290,48 +302,121 @@ class Way:
 
     # ---------------------------------------------------------------- graphs
 
-    def settle_graphs(self) -> None:
-        """Whether blocks are recorded, which makes of all batches one shape."""
+    def settle_graphs(self, rows: int, seconds: Callable[[Micro], float]) -> None:
+        """Whether blocks are recorded, which makes one shape of all batches of `rows`. After the first pass, which says
+        what fits; `seconds` is how long a pass takes over some rows."""
         if self.settings.graphs == "auto":
-            self.settings.settle("graphs", *self._graphs_rule())
+            self.settings.settle("graphs", *self._graphs_rule(rows, seconds))
             self.run.write_config(self.settings.resolved)
         if self.settings.graphs == "off":
             return
-        why = set_graphs(self.model, lambda text: self.tell("note", text=text))
+        why = set_graphs(self.model, self._without_graphs)
         self.is_graphed = why is None
-        self.tell("note", text=f"no CUDA graphs: {why}" if why else self._graphed())
+        self.tell("note", text=f"no CUDA graphs: {why}" if why else self._graphed(rows))
 
-    def _graphs_rule(self) -> tuple[str, str]:
-        if self.job.device.type != "cuda":
+    def _graphs_rule(self, rows: int, seconds: Callable[[Micro], float]) -> tuple[str, str]:
+        if self.job.device.type not in RECORDING:
             return "off", "they need a GPU"
         if self.job.task.paints:
             why = "nothing is fused" if not self.is_ours else self._unrecordable()
             return ("on", "pictures of one size") if why is None else ("off", why)
+        if (why := self._unfit_for_graphs()) is not None:
+            return "off", why
+        batches = micro_batches(self.job.train, self.settings.global_batch, rows, self.settings.seed)
+        if (count := self.job.steps * -(-self.settings.global_batch // rows)) < FEWEST:
+            return "off", f"recording is not worth its while for {count} batches"
+        choice = self._shape(batches, rows, seconds)
+        if isinstance(choice, str):
+            return "off", choice
+        self.run.update(one_shape=[choice.tokens, rows])
+        return "on", self._paying(choice)
+
+    def _unfit_for_graphs(self) -> str | None:
+        """Why blocks of a model of words are not recorded, however long its rows are."""
         if not (self.is_ours and self.is_whole and self.job.by_samples):
-            return "off", "only fused blocks are recorded, on batches without padding"
+            return "only fused blocks are recorded, on batches without padding"
         if self.level in AWAY:
-            return "off", "inputs of blocks are kept on the host"
-        return (
-            "off",
-            f"not taken unasked; with graphs: on, {self._filling():.1%} of a batch would be there for its shape",
-        )
+            return "inputs of blocks are kept on the host"
+        if self.level in AGAIN and (self.settings.dropout or draws(self.model)):
+            return "blocks that are computed again draw their masks of dropout a second time"
+        distributed = torch.distributed
+        if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
+            return "on several GPUs they are not tried"
+        return None
 
-    def _graphed(self) -> str:
+    def _shape(self, batches: Sequence[Micro], rows: int, seconds: Callable[[Micro], float]) -> Fit | str:
+        """The largest shape that costs next to nothing and has room, or why there is none."""
+        sizes = [tokens_of(batch) for batch in batches]
+        found = fits(sizes)
+        if found[0].filling > FREE:
+            try:
+                found = fits(sizes, timing_of(batches, seconds))
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                return "memory ran out as passes were timed"
+        if not (paying := [fit for fit in found if fit.cost <= COST]):
+            least = min(found, key=lambda fit: fit.cost)
+            return (
+                f"the card is busy with tokens as it is: filled up to one shape ({least.filling:.1%}), batches take "
+                f"{1 + least.cost:.2f} times as long"
+            )
+        refused = [self._no_room(fit, rows) for fit in paying]
+        return next((fit for fit, why in zip(paying, refused, strict=True) if why is None), refused[-1] or "")
+
+    def _no_room(self, fit: Fit, rows: int) -> str | None:
+        device = self.job.device
+        heavy = sum(map(len, heaviest(self.job.train, self.settings.batch_size)))
+        try:
+            plan = replace(self.plan(), recompute=self.level)
+            size = self.has_both * sum(codes.numel() for codes in turnable(self.model))
+            plan = replace(plan, weights=(plan.weights or 0) + size)
+            shapes = shapes_of(getattr(self.model, "config", None), self.settings.task, self._labels())
+            needed = recorded(shapes, plan, fit.tokens / heavy, not self.job.val and fit.share == 1)
+        except (UserError, *FAILURES) as error:
+            return f"their memory cannot be estimated ({_line(error)})"
+        there = available(self.model, device)
+        return None if needed <= there else f"records do not fit: {gib(needed)} needed, {gib(there)} are there"
+
+    def _paying(self, fit: Fit) -> str:
+        left = "" if fit.share == 1 else f"; the longest {1 - fit.share:.0%} of batches run as ever"
+        if fit.filling <= FREE:
+            return f"batches are nearly of one shape ({fit.filling:.1%} to fill up){left}"
+        times = f"passes take {1 + fit.cost:.2f} times as long, and replayed ones less"
+        return f"filled up to one shape ({fit.filling:.1%}), {times}{left}"
+
+    def _graphed(self, rows: int) -> str:
         what = "blocks are recorded as CUDA graphs"
-        return f"{what}, batches filled up to one shape ({self._filling():.1%})" if self.job.by_samples else what
+        if not self.job.by_samples or self.job.task.paints:
+            return what
+        tokens = self._mould_of(rows).tokens
+        taken = [n for n in self._sizes(rows) if n <= tokens]
+        return f"{what}, batches filled up to one shape ({1 - sum(taken) / (tokens * len(taken)):.1%})"
 
-    def _filling(self) -> float:
-        """The share of all tokens that would be there for the shape alone."""
-        rows = self.settings.batch_size
-        mean = sum(map(len, self.job.train)) / len(self.job.train)
-        return 1 - mean * rows / mould_of(self.job.train, rows).tokens
+    def _sizes(self, rows: int) -> list[int]:
+        batches = micro_batches(self.job.train, self.settings.global_batch, rows, self.settings.seed)
+        return [tokens_of(batch) for batch in batches]
+
+    def _without_graphs(self, why: str) -> None:
+        """What keeps blocks from being recorded or replayed. Where it is the recording, batches need no one shape."""
+        self.tell("note", text=why)
+        if any(each.why_not is not None for each in recorders(self.model)):
+            self._leave_graphs(why)
+
+    def _leave_graphs(self, why: str) -> None:
+        self.is_graphed = False
+        self.settings.settle("graphs", "off", why)
+        self.run.write_config(self.settings.resolved)
 
     def mould(self, rows: int) -> Mould | None:
         """The shape of batches of so many rows, where they have to be of one."""
-        if not (self.is_graphed and self.job.by_samples):
-            return None
+        return self._mould_of(rows) if self.is_graphed and self.job.by_samples else None
+
+    def _mould_of(self, rows: int) -> Mould:
         if rows not in self.moulds:
-            self.moulds[rows] = mould_of(self.job.train, rows)
+            tokens, count = self.run.info.get("one_shape", (None, 1))  # where a rule said it, perhaps before a resume
+            most = None if tokens is None else -(-tokens * rows // count)
+            self.moulds[rows] = mould_of(self.job.train, rows, most)
         return self.moulds[rows]
 
     # ---------------------------------------------------------------- what is written down
@@ -342,6 +427,19 @@ class Way:
 
     def _origin(self, name: str) -> str:
         return self.settings.resolved.origins[name].how
+
+
+def recorders(model: nn.Module) -> list[Any]:
+    """What fused modules are recorded by; they share it."""
+    held = [m.fused.recorder for m in model.modules() if isinstance(m, FusedModule)]
+    return list({id(each): each for each in held if each is not None}.values())
+
+
+def draws(model: nn.Module) -> bool:
+    """Whether fused blocks draw random numbers of their own, besides what their adapters do."""
+    blocks = [module for module in model.modules() if isinstance(module, FusedBlock)]
+    drops = (inside.p for block in blocks for inside in block.modules() if isinstance(inside, nn.Dropout))
+    return any(drops) or any(block.fused.parts.attention.dropout for block in blocks)
 
 
 def width_of(model: nn.Module) -> int | None:

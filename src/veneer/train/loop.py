@@ -139,7 +139,8 @@ class Loop:
             self.step()
 
     def begin(self) -> None:
-        """Remember the model as it is, take up the last checkpoint if there is one, and try the heaviest batches."""
+        """Remember the model as it is, take up the last checkpoint if there is one, and try the heaviest batches; then
+        it is known how steps are going to be computed."""
         job = self.job
         to_train(job.model)
         first = next(job.task.batches(job.val[:4] or job.train[:4], 4)).to(job.device)
@@ -156,6 +157,8 @@ class Loop:
             with same_random(), evaluating(job.model):
                 show(job, self.run, "before", self.tell)
         self.probe()
+        with same_random():
+            self.way.settle_graphs(self.progress.micro_batch, self.seconds)
 
     def probe(self) -> None:
         """The longest rows forward and backward, and one evaluation batch: what fits now will fit later, and every
@@ -192,6 +195,14 @@ class Loop:
             if not self.way.fell_back(error):
                 raise
         return self.fitting(lambda rows: self.gradients(samples, rows, collect=False), trains=True)
+
+    def seconds(self, samples: Sequence[Encoded]) -> float:
+        """Of a forward and a backward pass over these rows at once. Nothing of it stays."""
+        began = time.perf_counter()
+        self.gradients(samples, len(samples), collect=False)  # it ends in a number that the card is waited for
+        spent = time.perf_counter() - began
+        self.masters.zero_grad()
+        return spent
 
     # ---------------------------------------------------------------- one step
 

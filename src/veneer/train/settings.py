@@ -373,7 +373,7 @@ class Settings:
         "auto", "auto off on",
         "Record fused blocks as CUDA graphs: no waiting for Python. Batches of words are filled up to one shape.",
         also={True: "on", False: "off"}, group="run",
-        rule="on on a GPU for denoisers whose pictures have one size",
+        rule="on on a GPU where pictures have one size, and where filling batches up costs next to nothing",
     )  # fmt: skip
     save_every: int | None = of_run(
         None, "whole", optional(whole(1)), "Checkpoint every so many steps.", unit="steps",
