@@ -471,9 +471,9 @@ def test_a_denoiser_is_fused_where_its_blocks_can_be_recorded(
         assert wanted == (reason is None)
         assert (reason or "recorded as CUDA graphs") in why
         way.is_ours = True
-        assert way._graphs_rule()[0] == ("on" if reason is None else "off")
+        assert way._graphs_rule(1, lambda _: 0.0)[0] == ("on" if reason is None else "off")
         way.is_ours = False
-        assert way._graphs_rule()[0] == "off"
+        assert way._graphs_rule(1, lambda _: 0.0)[0] == "off"
 
 
 def test_what_was_chosen_is_said(run_of: Callable[..., Run]) -> None:
