@@ -149,8 +149,7 @@ class Diffusion(Task):
         return WithText(pipeline, pipeline.texts) if self.settings.text_encoders else pipeline.denoiser
 
     def idle(self, model: nn.Module) -> tuple[str, ...]:
-        pipeline = self.pipeline
-        return tuple(pipeline.prefix(model) + name for name in pipeline.family.idle(pipeline.denoiser))
+        return self.pipeline.idle(model)
 
     def unlike(self, samples: Sequence[Encoded]) -> str | None:
         if self.pipeline.family.is_transformer:

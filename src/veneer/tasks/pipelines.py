@@ -29,7 +29,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from veneer.ckpt.tensorfile import TensorFile
-from veneer.core.select import ends_with, places
+from veneer.core.select import block_index, ends_with, places
 from veneer.errors import ConfigError
 from veneer.extras import need
 
@@ -81,6 +81,7 @@ class Family:
         return {"text": (1, self.places_of_words, width), "pooled": (1, pooled)}
 
     places_of_words: ClassVar[int] = 77
+    read_early: ClassVar[tuple[str, ...]] = ()  # text encoders of which nothing is read behind the last block but one
 
 
 class Unet(Family):
@@ -105,6 +106,7 @@ class Unet(Family):
 
 class UnetXL(Unet):
     name, learning = "Stable Diffusion XL", ("text_encoder", "text_encoder_2")
+    read_early = ("text_encoder",)  # of the second the whole text is read at its end
 
     def spoken(self, config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
         pooled = config["projection_class_embeddings_input_dim"] - 6 * config["addition_time_embed_dim"]
@@ -315,6 +317,18 @@ class Pipeline:
     def prefix(self, model: nn.Module) -> str:
         """What names of the denoiser's layers begin with in the model that learns."""
         return f"{self.part}." if isinstance(model, WithText) else ""
+
+    def idle(self, model: nn.Module) -> tuple[str, ...]:
+        """Layers of the model that learns whose output nobody reads."""
+        found = [self.prefix(model) + name for name in self.family.idle(self.denoiser)]
+        for part in self.family.read_early if isinstance(model, WithText) else ():
+            last: int = model.get_submodule(part).config.num_hidden_layers - 1  # type: ignore[assignment, operator, union-attr]
+            found += [
+                f"{part}.{name}"
+                for name, module in model.get_submodule(part).named_modules()
+                if isinstance(module, nn.Linear) and block_index(name) == last
+            ]
+        return tuple(found)
 
     def targets(self, model: nn.Module, asked: str | tuple[str, ...], convolutions: bool) -> str | tuple[str, ...]:
         """The layers to adapt, by full name where a preset is asked for: of the denoiser's attention and, where they
