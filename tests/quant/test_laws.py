@@ -23,7 +23,7 @@ from veneer import LoRA
 from veneer.core.combine import COMBINES
 from veneer.core.delta import DELTAS
 from veneer.core.init import INITS, NEEDS
-from veneer.core.model import check_alive, disabled, parameters
+from veneer.core.model import check_alive, disabled, elements, parameters
 from veneer.core.observe import Sketch
 from veneer.core.weight import is_packed, read_weight
 from veneer.errors import ConfigError, StateError
@@ -184,6 +184,21 @@ def test_copies_pickles_and_state(storage: str, kind: str, adapted: bool) -> Non
         pack(fresh, storage)
         fresh.load_state_dict(net.state_dict())
         assert torch.equal(fresh(x), y)
+
+
+@pytest.mark.parametrize("storage", STORAGES)
+@pytest.mark.parametrize("kind", LAYERS)
+def test_numbers_are_counted_as_numbers(storage: str, kind: str) -> None:
+    """Codes of 4 bits lie two to a byte; what is reported, and the learning rate's rule, go by weights."""
+    net, _ = make(kind, torch.float32)
+    size = sum(p.numel() for p in net.parameters())
+    pack(net, storage)
+    assert elements(net) == size
+    attached = veneer.attach(net, LoRA(rank=2, targets=["layer"]))
+    trained = sum(p.numel() for p in parameters(net).values())
+    assert (attached.trainable, attached.total) == (trained, size + trained)
+    assert (veneer.summary(net).trainable, veneer.summary(net).total) == (trained, size + trained)
+    assert elements(net, adapted=False) == size
 
 
 @pytest.mark.parametrize("storage", STORAGES)

@@ -81,7 +81,7 @@ def learning_rate(
         _data(task, method, steps, rows),
     )
     value = ANCHOR * math.prod(factor for factor, _ in factors)
-    said = [f"x {factor:.2g} {why}" for factor, why in factors if factor != 1.0]
+    said = [f"x {float(f'{factor:.2g}'):g} {why}" for factor, why in factors if factor != 1.0]
     reason = ", ".join([f"rule: {ANCHOR:.1e} for 8 B at alpha {ANCHOR_STRENGTH:g}".replace("e-0", "e-"), *said])
     return LearningRate(_round(min(max(value, LOWEST), HIGHEST)), reason)
 
@@ -127,10 +127,11 @@ def _check(
 
 def _count(params: float) -> str:
     """
-    >>> _count(1.7e9), _count(135e6)
-    ('1.7 B', '135 M')
+    >>> _count(1.7e9), _count(135e6), _count(9560)
+    ('1.7 B', '135 M', '9.56 k')
     """
-    return f"{params / 1e9:.3g} B" if params >= 1e9 else f"{params / 1e6:.3g} M"
+    size, letter = next(((n, c) for n, c in ((1e9, "B"), (1e6, "M")) if params >= n), (1e3, "k"))
+    return f"{params / size:.3g} {letter}"
 
 
 def _round(value: float) -> float:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import math
 import re
 import warnings
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
@@ -71,6 +72,7 @@ __all__ = [
     "detach",
     "device_of",
     "disabled",
+    "elements",
     "is_merged",
     "merge",
     "mixture_of",
@@ -293,7 +295,7 @@ def attach(
     state.placed[name] = Placed(spec, tuple(new), tuple(copies))
     state.active.change((name,))
     trained = sum(p.numel() for m in (*new.values(), *copies.values()) for p in m.parameters())
-    return Attached(name, tuple(new), tuple(copies), trained if trainable else 0, _base_count(model) + trained)
+    return Attached(name, tuple(new), tuple(copies), trained if trainable else 0, elements(model, adapted=False) + trained)
 
 
 def _start(model: nn.Module) -> State:
@@ -305,13 +307,18 @@ def _start(model: nn.Module) -> State:
     return state
 
 
-def _base_count(model: nn.Module) -> int:
-    own = {id(p): p.numel() for m in plain_modules(model).values() for p in m._parameters.values() if p is not None}
+def elements(model: nn.Module, *, adapted: bool = True) -> int:
+    """How many numbers the parameters of a model stand for, shared ones once; 4-bit codes lie two to a byte. Without
+    `adapted` those of adapters are left out."""
+    modules = model.modules() if adapted else plain_modules(model).values()
+    own = {id(p): _stands_for(m, n, p) for m in modules for n, p in m._parameters.items() if p is not None}
     return sum(own.values())
 
 
-def _count(model: nn.Module) -> int:
-    return sum(p.numel() for p in model.parameters())
+def _stands_for(host: nn.Module, name: str, p: Tensor) -> int:
+    if name != "weight" or is_plain(p) or is_packed(host) is None or op_for(type(host)) is None:
+        return p.numel()
+    return math.prod(op_of(host).shape(host))
 
 
 def _check_name(name: str, state: State | None) -> None:
@@ -941,7 +948,7 @@ def summary(model: nn.Module) -> Summary:
     state = state_of(model)
     sizes = {n: sum(p.numel() * p.element_size() for p in parameters(model, n).values()) for n in state.placed}
     trained = sum(p.numel() for p in unwrapped(model).parameters() if p.requires_grad)
-    return Summary(trained, _count(unwrapped(model)), sizes, {n: len(p.sites) for n, p in state.placed.items()})
+    return Summary(trained, elements(unwrapped(model)), sizes, {n: len(p.sites) for n, p in state.placed.items()})
 
 
 def tensors(model: nn.Module, name: str = "default") -> dict[tuple[str, str], Tensor]:

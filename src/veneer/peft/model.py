@@ -39,6 +39,7 @@ from veneer.core.model import (
     attach,
     detach,
     disabled,
+    elements,
     is_merged,
     merge,
     parameters,
@@ -305,8 +306,7 @@ class PeftModel(nn.Module):
         """(trainable, all) as PEFT counts them: the trained change of a bias stands for the bias itself."""
         own = [name for name in adapters(self) if spec_of(self, name).bias != "lora"]  # that is a bias of its own
         changes = sum(v.numel() for n in own for (_, key), v in tensors(self, n).items() if key == "bias")
-        total = sum(elements(p) for p in self.parameters()) - changes
-        return sum(elements(p) for p in self.parameters() if p.requires_grad), total
+        return sum(p.numel() for p in self.parameters() if p.requires_grad), elements(self) - changes
 
     def print_trainable_parameters(self) -> None:
         trained, total = self.get_nb_trainable_parameters()
@@ -612,10 +612,3 @@ def _same_active(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         active.change(*before)
-
-
-def elements(p: Tensor) -> int:
-    """How many numbers a parameter stands for: packed 4-bit ones (bitsandbytes) hold two to a byte."""
-    packed = getattr(p, "quant_state", None)
-    shape = getattr(packed, "shape", None)
-    return int(torch.Size(shape).numel()) if shape is not None else p.numel()

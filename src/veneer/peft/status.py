@@ -14,7 +14,7 @@ from torch import nn
 
 from veneer.core.host import original_class
 from veneer.core.leaf import Leaf
-from veneer.core.model import active_of, adapters, is_merged, parameters
+from veneer.core.model import active_of, adapters, elements, is_merged, parameters
 from veneer.core.weight import is_plain
 from veneer.errors import StateError
 from veneer.peft.held import hosts, merged_names
@@ -119,7 +119,7 @@ def get_model_status(model: nn.Module) -> TunerModelStatus:
         adapter_model_type="LoraModel" if is_peft else "None",
         peft_types={name: str(model.peft_config[name].peft_type) for name in names} if is_peft else {},
         trainable_params=sum(p.numel() for p in model.parameters() if p.requires_grad),
-        total_params=model.get_nb_trainable_parameters()[1] if is_peft else sum(p.numel() for p in model.parameters()),  # type: ignore[operator]
+        total_params=model.get_nb_trainable_parameters()[1] if is_peft else elements(model),  # type: ignore[operator]
         num_adapter_layers=len(layers),
         enabled=layers[0].enabled,
         active_adapters=layers[0].active_adapters,

@@ -26,6 +26,7 @@ from veneer.advise.lr import learning_rate
 from veneer.ckpt.plan import originals
 from veneer.core.host import plain_modules
 from veneer.core.init import CHANGES_BASE, NEEDS
+from veneer.core.model import elements
 from veneer.data.dataset import Dataset, Split, load, split
 from veneer.data.encode import Encodings
 from veneer.data.isolation import check as check_isolation
@@ -348,10 +349,8 @@ def what_was_lost(run: Run, settings: Reads, source: Any, model: nn.Module) -> d
 
 
 def numbers_of(model: nn.Module, trained: Mapping[str, nn.Parameter]) -> dict[str, int]:
-    learned = {id(parameter) for parameter in trained.values()}
-    rest = sum(parameter.numel() for parameter in model.parameters() if id(parameter) not in learned)
     count = sum(parameter.numel() for parameter in trained.values())
-    return {"trainable": count, "frozen": rest}
+    return {"trainable": count, "frozen": elements(model) - count}
 
 
 def size_of(model: nn.Module, trained: Mapping[str, nn.Parameter]) -> str:
@@ -458,8 +457,7 @@ def settle_plan(settings: Reads, model: nn.Module, rows: int, tell: Tell) -> Non
 
 def _rate_rule(settings: Reads, model: nn.Module) -> tuple[float, str]:
     names = ("alpha", "scaling", "combine", "method", "task", "steps")
-    size = sum(parameter.numel() for parameter in model.parameters())
-    found = learning_rate(size, rank=settings.r, **{name: getattr(settings, name) for name in names})
+    found = learning_rate(elements(model, adapted=False), rank=settings.r, **{name: getattr(settings, name) for name in names})
     return found.value, found.reason.removeprefix("rule: ")
 
 
