@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -128,6 +129,21 @@ def test_several_adapters_become_one(make: Callable[..., Path], veneer: Callable
     assert veneer("merge", a, b, "--method", "ties", "--density", 0.3, "--out", "ties").code == 0
 
 
+def test_adapters_of_bases_that_were_packed_apart(
+    make: Callable[..., Path], veneer: Callable[..., Any], tiny_folder: Path
+) -> None:
+    """Mixing is on dW and goes; asking both on one base would give one of them answers that it was not trained for."""
+    a, b = make("a"), make("b", seed=1)
+    assert veneer("chat", a, "--vs", b, "-p", "hi", "--max-tokens", 2).code == 0
+    for folder, kind in ((a, "int8"), (b, "nf4")):
+        (folder / "task.json").write_text(json.dumps({"task": "causal_lm", "quant": {"kind": kind}}))
+    said = veneer("chat", a, "--vs", b, "-p", "hi", "--max-tokens", 2)
+    assert said.code == 2 and "in different storages: int8, nf4" in said.err
+    said = veneer("merge", f"{a}:0.7", f"{b}:0.3", "--out", "mix")
+    assert said.code == 0 and "their proofs are not replayed" in said.err
+    assert torch.allclose(logits(tiny_folder, Path("mix")), logits(tiny_folder, a, b, weights=(0.7, 0.3)), atol=1e-4)
+
+
 @pytest.mark.parametrize(
     "words, says",
     [
@@ -166,7 +182,9 @@ def test_recommend_says_when_lora_is_the_wrong_tool(veneer: Callable[..., Any], 
 
 def test_recommend_counts_rows_itself(veneer: Callable[..., Any], own_folder: Path) -> None:
     (own_folder / "d.jsonl").write_text('{"prompt": "a", "completion": "b"}\n' * 7)
-    assert veneer("recommend", "8B", "--data", "d.jsonl", "--json").json["rows"] == 7
+    for words in (["d.jsonl"], ["--data", "d.jsonl"]):
+        said = veneer("recommend", "8B", *words, "--json").json
+        assert said["rows"] == 7 and said["command"].startswith("veneer train 8B d.jsonl --")
     assert veneer("recommend", "8B", "--task", "clasification").code == 2
 
 

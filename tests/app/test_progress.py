@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import time
+import warnings
 from typing import Any
 
 import pytest
@@ -100,6 +101,20 @@ def test_a_wait_is_named_when_it_lasts() -> None:
 def test_lines_are_the_events_themselves() -> None:
     lines = [json.loads(line) for line in shown(Lines).splitlines()]
     assert [line["event"] for line in lines] == [event["event"] for event in EVENTS]
+
+
+@pytest.mark.parametrize("json_", [False, True])
+def test_what_a_library_warns_of_is_a_line_of_the_display(json_: bool) -> None:
+    """And not its place in somebody's source in the midst of a moving bar."""
+    out = Output("train", json=json_, stdout=io.StringIO(), stderr=io.StringIO())
+    with out.guarded():
+        warnings.simplefilter("always")
+        with display(out):
+            warnings.warn("no fp8\n  here", stacklevel=1)
+        warnings.warn("and afterwards", stacklevel=1)
+    said = out.stdout.getvalue()  # type: ignore[attr-defined]
+    assert json.loads(said) == {"event": "warning", "text": "no fp8 here"} if json_ else said == "! no fp8 here\n"
+    assert out.stderr.getvalue() == "! and afterwards\n"  # type: ignore[attr-defined]
 
 
 def test_quiet_keeps_warnings() -> None:

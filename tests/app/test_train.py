@@ -47,6 +47,8 @@ def test_a_run_from_the_command_line(veneer: Callable[..., Any], tiny_folder: Pa
     assert "\x1b" not in said.out and "Loading weights" not in said.err and "display failed" not in said.err
     assert Path("runs/a/report.html").exists() and Run("runs/a").status == "done"
     assert "next:  veneer chat runs/a --vs base" in said.out
+    said = veneer("export", "a", "--to", "kohya", "--out", "a.safetensors")
+    assert said.code == 2 and "trained for causal_lm" in said.err and "runs/a/adapter is a folder in PEFT's" in said.err
 
 
 def test_json_lines_and_nothing_else(veneer: Callable[..., Any], tiny_folder: Path, data: Path) -> None:

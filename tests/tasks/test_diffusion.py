@@ -308,9 +308,7 @@ def test_a_run_saves_its_average(run_of: Callable[..., Run]) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_text_encoders_learn_and_are_saved_as_a_part(
-    family: str, run_of: Callable[..., Run], pipelines: Path
-) -> None:
+def test_text_encoders_learn_and_are_saved_as_a_part(family: str, run_of: Callable[..., Run], pipelines: Path) -> None:
     run = run_of(family, text_encoders=True)
     assert run.proof["passed"]  # type: ignore[index]
     pipe = loaded(family, pipelines)

@@ -105,6 +105,7 @@ class Advice:
     wrong_tool: str | None = None
     memory: Estimate | None = None
     model: str = "MODEL"
+    data: str = "DATA"
     assumed: tuple[str, ...] = field(default=())
 
     def __getitem__(self, name: str) -> Any:
@@ -127,7 +128,10 @@ class Advice:
         """The command line that trains with this advice."""
         own = {n: v for n, v in self.values().items() if v is not None and _says_something(n, v)}
         return " ".join(
-            [f"veneer train {self.model} DATA", *(f"--{n.replace('_', '-')} {_shown(v)}" for n, v in own.items())]
+            [
+                f"veneer train {self.model} {self.data}",
+                *(f"--{n.replace('_', '-')} {_shown(v)}" for n, v in own.items()),
+            ]
         )
 
     def to_json(self) -> dict[str, Any]:

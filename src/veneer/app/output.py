@@ -2,7 +2,8 @@
 
 `Output` is the one object that commands write to. Answers go to stdout, and with `--json` they are the only thing
 there: one object, or for `train` one object per line while it runs. Notices, waits and errors go to stderr. Whatever a
-library prints while a command runs is sent to stderr too, so a stray `print` cannot break a reader's parser.
+library prints while a command runs is sent to stderr too, so a stray `print` cannot break a reader's parser; what it
+warns of is one line there, without the place in its source, or an event of the display that is on.
 
 rich is imported when the first styled thing is written, never by `--help`.
 """
@@ -14,14 +15,15 @@ import math
 import os
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, redirect_stdout, suppress
 from dataclasses import asdict, is_dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Protocol, cast, runtime_checkable
 
-from veneer.app.text import Signs
+from veneer.app.text import Signs, shorten
 from veneer.errors import VeneerError
 
 if TYPE_CHECKING:
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
 __all__ = ["Output", "Stream", "plain"]
 
 PIPE_WIDTH = 160  # columns of a table that nobody's terminal limits
+LONGEST_WARNING = 600  # characters; some libraries print whole configurations
 
 
 @runtime_checkable
@@ -77,6 +80,7 @@ class Output:
         self.stdout, self.stderr = stdout or sys.stdout, stderr or sys.stderr
         self.signs = Signs.of(self.stdout)
         self.log: Path | None = None  # where the traceback of an error already lies
+        self.warned: Callable[[str], object] = self.warn  # what is done with a library's warning
 
     @property
     def is_terminal(self) -> bool:
@@ -132,8 +136,14 @@ class Output:
 
     @contextmanager
     def guarded(self) -> Iterator[None]:
-        """While a command runs, `print` anywhere in any library goes to stderr."""
-        with redirect_stdout(cast(IO[str], self.stderr)):
+        """While a command runs, `print` anywhere in any library goes to stderr, and a warning is one line."""
+
+        def told(message: Warning | str, *_: object, **__: object) -> None:
+            with suppress(Exception):  # a terminal that has gone ends nobody's run
+                self.warned(shorten(" ".join(str(message).split()), LONGEST_WARNING, self.signs))
+
+        with redirect_stdout(cast(IO[str], self.stderr)), warnings.catch_warnings():
+            warnings.showwarning = told
             yield
 
     @contextmanager

@@ -192,7 +192,7 @@ class Progress:
             return ""
         rate, trained = (sum(row[i] for row in self.recent) / seconds for i in (1, 2))
         if self.in_rows:
-            return f"{rate:.3g} rows/s"
+            return f"{f'{rate:.3g}' if rate < 1000 else count(rate)} rows/s"
         return f"{count(rate)} tok/s ({count(trained)} trained)".replace(" k", "k")
 
     def memory(self) -> str:
@@ -331,7 +331,7 @@ class Terminal:
             self.out.console.print(self._marked("ok", self.progress.summary(self.out.signs)), soft_wrap=True)
         for style, line in lines_of(event, self.out.signs, colour=True):
             self.out.console.print(self._marked(style, line), soft_wrap=True)
-        return self.keys.take()
+        return None if event.get("event") == "warning" else self.keys.take()  # a library's has nobody to hear the key
 
     def _marked(self, style: str, line: str) -> RenderableType:
         from rich.text import Text
@@ -374,10 +374,15 @@ class Terminal:
 
 @contextlib.contextmanager
 def display(out: Output) -> Iterator[Callable[[dict[str, Any]], Any]]:
-    """The display that fits who is looking, for the length of a run."""
+    """The display that fits who is looking, for the length of a run. What a library warns of is one of its events."""
     shown = Lines(out) if out.json else Terminal(out) if out.is_terminal and not out.quiet else Plain(out)
+    before = out.warned
     with shown:
-        yield shown
+        out.warned = lambda text: shown({"event": "warning", "text": text})
+        try:
+            yield shown
+        finally:
+            out.warned = before
 
 
 # ------------------------------------------------------------------ at the end

@@ -241,7 +241,9 @@ def _part_by_names(modules: Collection[str]) -> str:
         return "text_encoder"
     if any("transformer_blocks." in name for name in modules):
         return "transformer"
-    fix = f"say which: {', '.join(PARTS)} (part=, --part)"
+    fix = (
+        f"say which: {', '.join(PARTS)} (part=, --part); an adapter of a text model is shared as the folder that it is"
+    )
     raise CheckpointError("The names of these layers do not say which part of a pipeline they are of.", None, fix)
 
 

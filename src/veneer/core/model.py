@@ -295,7 +295,9 @@ def attach(
     state.placed[name] = Placed(spec, tuple(new), tuple(copies))
     state.active.change((name,))
     trained = sum(p.numel() for m in (*new.values(), *copies.values()) for p in m.parameters())
-    return Attached(name, tuple(new), tuple(copies), trained if trainable else 0, elements(model, adapted=False) + trained)
+    return Attached(
+        name, tuple(new), tuple(copies), trained if trainable else 0, elements(model, adapted=False) + trained
+    )
 
 
 def _start(model: nn.Module) -> State:

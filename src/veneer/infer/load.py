@@ -14,6 +14,7 @@ asked. `Source` says all that has to be known of one word on a command line; who
 
 from __future__ import annotations
 
+import filecmp
 import json
 import re
 import warnings
@@ -39,7 +40,16 @@ from veneer.prove.canary import replay
 from veneer.prove.proof import Proof
 from veneer.tasks.base import TASKS, Task
 
-__all__ = ["Ready", "Source", "adapter_name", "load", "quiet_transformers", "source_of_folder", "told_by"]
+__all__ = [
+    "Ready",
+    "Source",
+    "adapter_name",
+    "load",
+    "quiet_transformers",
+    "same_storage",
+    "source_of_folder",
+    "told_by",
+]
 
 Say = Callable[[str], object]
 PEFT_TASKS = {"CAUSAL_LM": "causal_lm", "SEQ_2_SEQ_LM": "seq2seq", "SEQ_CLS": "sequence_classification"}
@@ -163,6 +173,7 @@ def load(sources: Sequence[Source], *, device: str | None = None, dtype: str | N
     if TASKS[first.task].paints:
         fix = "paint with it: pipeline = DiffusionPipeline.from_pretrained(...); veneer.load_shared(pipeline, ADAPTER)"
         raise ConfigError(f"{first.label or first.base} paints pictures; it does not answer", first.base, fix)
+    _refuse_other_storages(first, sources)
     task = _task(first)
     model = _base(first, task, place, _dtype(dtype, place))
     for source in sources:
@@ -175,6 +186,31 @@ def load(sources: Sequence[Source], *, device: str | None = None, dtype: str | N
         if source.name is not None:
             ready.evidence[source.name] = _prove(ready.asked_as(source), source)
     return ready
+
+
+def same_storage(one: Source, other: Source) -> bool:
+    """Whether both were trained on the same base as it was stored: in the same way, packed by the same inputs."""
+    a, b = dict(one.quant or {}), dict(other.quant or {})
+    seen, also = a.pop("energies", None), b.pop("energies", None)
+    same_inputs = seen == also or bool(seen and also and filecmp.cmp(seen, also, shallow=False))
+    return a == b and same_inputs
+
+
+def _refuse_other_storages(first: Source, sources: Sequence[Source]) -> None:
+    others = [s for s in sources if s.adapter is not None and not same_storage(first, s)]
+    if others:
+        raise ConfigError(
+            f"{first.label} and {others[0].label} were trained on one base in different storages: {_stored(first)}, "
+            f"{_stored(others[0])}; neither is right on the other's",
+            others[0].base,
+            "ask them one at a time; adapters that are to share a packed base are trained with quant_rows 0 or as int8",
+        )
+
+
+def _stored(source: Source) -> str:
+    quant = source.quant or {}
+    by_inputs = f" packed by what {source.label} saw" if quant.get("energies") else ""
+    return f"{quant.get('kind', 'not packed')}{by_inputs}"
 
 
 def _task(source: Source) -> Task:

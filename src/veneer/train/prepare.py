@@ -457,7 +457,9 @@ def settle_plan(settings: Reads, model: nn.Module, rows: int, tell: Tell) -> Non
 
 def _rate_rule(settings: Reads, model: nn.Module) -> tuple[float, str]:
     names = ("alpha", "scaling", "combine", "method", "task", "steps")
-    found = learning_rate(elements(model, adapted=False), rank=settings.r, **{name: getattr(settings, name) for name in names})
+    found = learning_rate(
+        elements(model, adapted=False), rank=settings.r, **{name: getattr(settings, name) for name in names}
+    )
     return found.value, found.reason.removeprefix("rule: ")
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from veneer.app.commands.convert import add_options, convert
 from veneer.app.output import Output
 from veneer.app.subjects import find_run
+from veneer.errors import ConfigError
 
 EXAMPLES = """  veneer export last --to diffusers --out style.safetensors
   veneer export runs/style-0917-a1 --to kohya --out style.safetensors
@@ -28,6 +29,12 @@ def run(args: argparse.Namespace, out: Output) -> int:
     if found is None:
         return convert(Path(args.source), args, out)
     settings = found.config().settings
+    if settings.task != "diffusion":
+        raise ConfigError(
+            f"files that people share hold adapters of image pipelines; {found.name} was trained for {settings.task}",
+            str(found.folder),
+            f"{found.adapter} is a folder in PEFT's layout as it is: copy it",
+        )
     if args.base is None and settings.task == "diffusion" and Path(str(settings.model)).is_dir():
         args.base = str(settings.model)  # the names of its own layers, whatever its shape
     return convert(found.learned, args, out)

@@ -95,10 +95,11 @@ def into_base(sources: list[Source], weights: list[float], args: argparse.Namesp
     import torch
 
     from veneer.ckpt.stream import merge_to_disk
+    from veneer.infer.load import quiet_transformers
 
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}.get(args.dtype)
     paths = {source.adapter: weight for source, weight in zip(sources, weights, strict=True)}
-    with out.wait(f"merging into {sources[0].base}"), warnings.catch_warnings():
+    with out.wait(f"merging into {sources[0].base}"), quiet_transformers(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the notes are printed below
         done = merge_to_disk(sources[0].base, paths, args.out, dtype=dtype, untie=args.untie, prove_logits=args.prove)
     value = {
@@ -128,9 +129,12 @@ def into_base(sources: list[Source], weights: list[float], args: argparse.Namesp
 def into_adapter(sources: list[Source], weights: list[float], args: argparse.Namespace, out: Output) -> int:
     from veneer.ckpt.peft import save
     from veneer.core.mixing import combine
-    from veneer.infer.load import load
+    from veneer.infer.load import load, same_storage
 
-    named = [replace(source, label=f"adapter{i}") for i, source in enumerate(sources)]
+    named = [replace(source, label=f"{source.label}#{i}") for i, source in enumerate(sources, 1)]
+    if not all(same_storage(named[0], source) for source in named):
+        out.note(f"{out.signs.dot} trained on one base in different storages, so their proofs are not replayed")
+        named = [replace(source, quant=None, proof=None) for source in named]
     with out.wait(f"loading {sources[0].base}"):
         ready = load(named, device="cpu", dtype="fp32", say=lambda line: None)
     mixture = {str(source.name): weight for source, weight in zip(named, weights, strict=True)}

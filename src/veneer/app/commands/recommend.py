@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from veneer.app.output import Output
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
     from veneer.advise.recommend import Advice
 
 EXAMPLES = """  veneer recommend 8B --task generation --rows 5000 --memory 24GB
-  veneer recommend Qwen/Qwen3-1.7B --task reasoning --data math.jsonl
+  veneer recommend Qwen/Qwen3-1.7B math.jsonl --task reasoning
   veneer recommend small --task classification"""
 
 
@@ -27,6 +28,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         metavar="MODEL",
         help="a model, a size such as 8B, or small, medium, large [medium]",
     )
+    parser.add_argument("data", nargs="?", metavar="DATA", help="count the rows of this data")
     parser.add_argument(
         "--task",
         default="generation",
@@ -34,7 +36,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--rows", type=int, metavar="N", help="rows of training data")
     parser.add_argument("--tokens", type=int, metavar="N", help="trained tokens in all rows, each once")
-    parser.add_argument("--data", metavar="FILE", help="count the rows of this data")
+    parser.add_argument("--data", dest="also_data", metavar="DATA", help=argparse.SUPPRESS)
     parser.add_argument("--memory", metavar="SIZE", help="what the device has, as in 24GB; `here` for this machine's")
     parser.add_argument("--device", choices=["cpu", "cuda"], help="where it would train [what this machine has]")
     parser.add_argument("--max-len", type=int, default=2048, metavar="N", help="longest sample, in tokens [2048]")
@@ -46,11 +48,12 @@ def run(args: argparse.Namespace, out: Output) -> int:
     from veneer.advise.device import free_memory, usual_device
     from veneer.advise.recommend import recommend
 
+    data = args.data or args.also_data
     memory = free_memory(args.device or usual_device()) if args.memory == "here" else args.memory
     advice = recommend(
         args.task,
         args.model,
-        rows=_rows(args.data, out) if args.data else args.rows,
+        rows=_rows(data, out) if data else args.rows,
         tokens=args.tokens,
         memory=memory,
         device=args.device,
@@ -58,6 +61,8 @@ def run(args: argparse.Namespace, out: Output) -> int:
         method=args.method,
         labels=args.labels,
     )
+    if data:
+        advice = replace(advice, data=data)
     out.result(advice.to_json(), lambda console: _print(console, advice, out))
     return 0
 
