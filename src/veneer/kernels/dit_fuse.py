@@ -4,8 +4,8 @@
     FluxSingleTransformerBlock                                                both as one
 
 The three kinds of two streams differ in names, in which stream comes first in the attention and in how heads are
-turned: one table says so. Adapters on what the time is turned into (norm1.linear, img_mod) make blocks run plainly,
-for then gates are learned, and must see what they multiply.
+turned: one table says so. All can be recorded as CUDA graphs. Adapters on what the time is turned into (norm1.linear,
+img_mod) make blocks run plainly, for then gates are learned, and must see what they multiply.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from veneer.kernels.block import Norm, Unit, norm, rotated
 from veneer.kernels.dit_blocks import Attend, Gate, Single, Stream, StreamEnd, run_single, run_streams
 from veneer.kernels.fuse import FAMILIES, Family, FusedModule, _argument_names, _is_resting
+from veneer.kernels.graphs import Unfit, replayed
 from veneer.kernels.group import Inside, all_bare, factors_of
 from veneer.kernels.image_blocks import LayerNorm
 from veneer.kernels.image_fuse import SIDE, WORDS, _differs, _waves
@@ -101,6 +102,12 @@ class StreamsParts:
     streams: tuple[StreamParts, ...]
     inside: Inside
 
+    @property
+    def says(self) -> tuple[Any, ...]:
+        """What may change about the block besides its modules and parameters."""
+        more = getattr(self.module, "_chunk_size", None), getattr(self.module, "zero_cond_t", False)
+        return *more, *_attention_says(self.module.attn)
+
     def now(self, xs: Sequence[Tensor], time: Tensor) -> list[Stream] | str:
         """The block as it is at this call: adapters, dropout and hooks may have changed since the last."""
         if (why := _touched(self.inside) or _other_attention(self.module.attn, self.build.processor)) is not None:
@@ -125,6 +132,10 @@ class SingleParts:
     head_norms: HeadNorms
     act: str
     inside: Inside
+
+    @property
+    def says(self) -> tuple[Any, ...]:
+        return _attention_says(self.module.attn)
 
     def now(self, x: Tensor, time: Tensor) -> Single | str:
         block, attention = self.module, self.module.attn
@@ -158,6 +169,12 @@ def _other_attention(attention: Any, processor: str) -> str | None:
     if getattr(attention.processor, "_parallel_config", None) or getattr(attention.processor, "_attention_backend", 0):
         return "its attention has another backend"
     return "its q, k and v are joined into one layer" if getattr(attention, "fused_projections", False) else None
+
+
+def _attention_says(attention: Any) -> tuple[Any, ...]:
+    how = attention.processor
+    ways = getattr(how, "_parallel_config", None), getattr(how, "_attention_backend", 0)
+    return type(how), *map(bool, ways), getattr(attention, "fused_projections", False)
 
 
 # ------------------------------------------------------------------ the attention
@@ -198,28 +215,88 @@ def _attend(attention: Any, norms: Sequence[Heads], turn: Turn, mask: Tensor | N
 
 
 class FusedDit(FusedModule):
-    """Every such block is called with the image and the text beside it, and returns text and image."""
+    """Every such block is called with the image and the text beside it, and returns text and image.
+
+    As CUDA graphs (graphs.py) a block is recorded with both in one tensor, the text first, as blocks of one stream have
+    them anyway; a block gives two views of one tensor, and the next takes that tensor as it is.
+    """
+
+    records = True
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         kwargs |= zip(_argument_names(type(self).__bases__[1]), args, strict=False)
         if _is_resting(hidden_states):
             return super().forward(hidden_states, **kwargs)
         named = {name: kwargs.get(name) for name in READ}
-        more = any(value is not None and value != {} for name, value in kwargs.items() if name not in READ)
-        found = "its attention is given more arguments" if more else self.fast(hidden_states, *named.values())
+        if any(value is not None and value != {} for name, value in kwargs.items() if name not in READ):
+            return self.plain("its attention is given more arguments", hidden_states, **kwargs)
+        given = hidden_states, *named.values()
+        found = self._by_replay(*given) or self.fast(*given)
         return self.plain(found, hidden_states, **kwargs) if isinstance(found, str) else found
 
+    def _by_replay(self, image: Tensor, text: Tensor, time: Tensor, turn: Any, words: Tensor | None) -> Any:
+        state = self.fused
+        if state.recorder is None or time.requires_grad:
+            return None
+        given = {"time": time, "words": words} | dict(zip(("one", "other"), turn or (), strict=False))
+        tensors = {name: t for name, t in given.items() if t is not None}
+        sizes = [text.shape[1], image.shape[1]]
+
+        def whole(x: Tensor, *, time: Tensor, words: Tensor | None = None, **turn: Tensor) -> Tensor:
+            text, image = x.split(sizes, dim=1)
+            found = self.fast(image, text, time, (turn["one"], turn["other"]) if turn else None, words, x)
+            if isinstance(found, str):
+                raise Unfit(found)
+            return found[1] if found[0] is None else _beside(*found)
+
+        y = replayed(
+            state.recorder, self, _beside(text, image), (state.recompute, *sizes, *state.parts.says), tensors, whole
+        )
+        if y is None:
+            return None
+        return (None, y) if y.shape[1] == sizes[1] else _parted(y, sizes[0])
+
     @abstractmethod
-    def fast(self, image: Tensor, text: Tensor, time: Tensor, turn: Any, words: Tensor | None) -> Any:
-        """Text and image after the block, or why it must run plainly."""
+    def fast(
+        self, image: Tensor, text: Tensor, time: Tensor, turn: Any, words: Tensor | None, both: Tensor | None = None
+    ) -> Any:
+        """Text and image after the block, or why it must run plainly. `both`: the two as one, where that is at hand."""
 
 
 READ = ("encoder_hidden_states", "temb", "image_rotary_emb", "encoder_hidden_states_mask")
+PARTED = "veneer_parted"  # on a tensor: what it is a part of
 LARGEST = 65504  # of fp16: FLUX and Qwen-Image clip there, and no number of SD 3's that is one lies beyond
 
 
+class Parted(NamedTuple):
+    """What two parts of one tensor know of it. Their `_base` is no help: that of what an autograd function gives may be
+    a tensor inside of it, without a gradient."""
+
+    whole: Tensor
+    version: int  # of its numbers, when it was parted
+
+
+def _parted(both: Tensor, words: int) -> tuple[Tensor, Tensor]:
+    parts = both[:, :words], both[:, words:]
+    vars(parts[0])[PARTED] = vars(parts[1])[PARTED] = Parted(both, both._version)
+    return parts
+
+
+def _beside(text: Tensor, image: Tensor) -> Tensor:
+    """Both as one tensor: the one that they are parts of, if a block gave them so and nobody looks at their gradients;
+    then nothing is copied, and on the way back nothing is added up."""
+    known: Parted | None = vars(text).get(PARTED)
+    if known is not None and known is vars(image).get(PARTED) and known.whole._version == known.version:
+        is_first = text.data_ptr() == known.whole.data_ptr()
+        if is_first and not any(part._backward_hooks or part.retains_grad for part in (text, image)):
+            return known.whole
+    return torch.cat([text, image], dim=1)
+
+
 class FusedStreams(FusedDit):
-    def fast(self, image: Tensor, text: Tensor, time: Tensor, turn: Any, words: Tensor | None) -> Any:
+    def fast(
+        self, image: Tensor, text: Tensor, time: Tensor, turn: Any, words: Tensor | None, both: Tensor | None = None
+    ) -> Any:
         if getattr(self, "zero_cond_t", False):
             return "a picture has two times"
         mask = None
@@ -242,14 +319,17 @@ def _turn(turn: Any) -> Turn:
 
 
 class FusedSingle(FusedDit):
-    def fast(self, image: Tensor, text: Tensor, time: Tensor, turn: Any, words: Tensor | None) -> Any:
+    def fast(
+        self, image: Tensor, text: Tensor, time: Tensor, turn: Any, words: Tensor | None, both: Tensor | None = None
+    ) -> Any:
         parts = self.fused.parts
         block, attend = parts.now(image, time), parts.attend(image.dtype, turn)
         if isinstance(block, str) or isinstance(attend, str):
             return block if isinstance(block, str) else attend
-        both = run_single(torch.cat([text, image], dim=1), block, attend, self.fused.recompute)
+        both = _beside(text, image) if both is None else both
+        both = run_single(both, block, attend, self.fused.recompute)
         both = both.clip(-LARGEST, LARGEST) if both.dtype == torch.float16 else both
-        return both[:, : text.shape[1]], both[:, text.shape[1] :]
+        return _parted(both, text.shape[1])
 
 
 # ------------------------------------------------------------------ finding the parts
