@@ -392,19 +392,26 @@ def main() -> None:
     for name in args.variants or USUAL:
         rows.append(apart(args, name))
         print(shown(rows[-1]), flush=True)
+        keep(args, [before], rows)
     after = ceiling()
+    keep(args, [before, after], rows)
     print(f"matrix product: {before:.0f} TFLOP/s before, {after:.0f} after")
-    if args.json:
-        record = {
-            "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
-            "device": torch.cuda.get_device_name() if CUDA else f"{os.cpu_count()} cores",
-            "torch": torch.__version__,
-            "shape": args.shape,
-            "batch": args.batch,
-            "ceiling_tflops": [before, after],
-            "rows": rows,
-        }
-        args.json.write_text(json.dumps(record, indent=1) + "\n")
+
+
+def keep(args: argparse.Namespace, ceilings: list[float], rows: list[dict[str, Any]]) -> None:
+    """What is measured by now: a run that is cut off has lost only what it had not finished."""
+    if not args.json:
+        return
+    record = {
+        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "device": torch.cuda.get_device_name() if CUDA else f"{os.cpu_count()} cores",
+        "torch": torch.__version__,
+        "shape": args.shape,
+        "batch": args.batch,
+        "ceiling_tflops": ceilings,
+        "rows": rows,
+    }
+    args.json.write_text(json.dumps(record, indent=1) + "\n")
 
 
 if __name__ == "__main__":
