@@ -31,11 +31,14 @@ VARIANTS: dict[
 ] = {  # the run's settings; "pack": options of veneer.quantize, for what has no setting
     "none": {},
     "nf4": {"quant": "nf4"},
+    "nf4, 128 rows looked at": {"quant": "nf4", "quant_rows": 128},
     "nf4, LoftQ": {"quant": "nf4", "init": "loftq"},
     "nf4, inputs not looked at": {"quant": "nf4", "quant_rows": 0},
     "int8": {"quant": "int8"},
     "int8, not rotated": {"quant": "int8", "pack": {"rotate": False}},
     "fp8": {"quant": "fp8"},
+    "fp8, inputs not rounded": {"quant": "fp8", "pack": {"dynamic": False}},
+    "fp8, inputs not looked at": {"quant": "fp8", "quant_rows": 0},
     "fp8, rotated": {"quant": "fp8", "pack": {"rotate": True}},
     "fp8, head too": {"quant": "fp8", "pack": {"head": True}},
 }
@@ -51,25 +54,42 @@ def measure(variant: str, seed: int, steps: int) -> dict[str, Any]:
 
     started = time.perf_counter()
     cuda = torch.cuda.is_available()
-    own = dict(VARIANTS[variant])
-    base: Any = str(model_folder("smollm2"))
-    if pack := own.pop("pack", None):
-        from transformers import AutoModelForCausalLM
-
-        dtype, device = (torch.bfloat16, "cuda") if cuda else (torch.float32, "cpu")
-        base = AutoModelForCausalLM.from_pretrained(base, dtype=dtype).to(device)
-        veneer.quantize(base, own["quant"], **pack)
+    settings = {**SETTINGS, **VARIANTS[variant], "steps": steps, "eval_every": steps, "seed": seed,
+                "precision": "bf16" if cuda else "fp32", "model": str(model_folder("smollm2")),
+                "data": str(data_file("shell", "train")), "val": str(data_file("shell", "val"))}  # fmt: skip
+    if pack := settings.pop("pack", None):
+        settings["model"] = packed(settings, pack)
     with tempfile.TemporaryDirectory() as out:
-        run = veneer.train(
-            **{**SETTINGS, **own, "steps": steps, "eval_every": steps, "seed": seed,
-               "precision": "bf16" if cuda else "fp32"},
-            model=base, data=str(data_file("shell", "train")), val=str(data_file("shell", "val")), out=out, name="run",
-        )  # fmt: skip
+        run = veneer.train(**settings, out=out, name="run")
         losses = [m["val_loss"] for m in run.metrics("val_loss")]
     return {
         "storage": variant, "seed": seed, "steps": steps, "before": losses[0], "after": losses[-1],
         "seconds": time.perf_counter() - started, "device": torch.cuda.get_device_name() if cuda else "cpu",
     }  # fmt: skip
+
+
+def packed(settings: dict[str, Any], pack: dict[str, Any]) -> Any:
+    """The base, stored with options that a run has no setting for; its inputs are looked at as a run would."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    import veneer
+    from veneer.train import prepare
+    from veneer.train.settings import Reads, resolve
+
+    def quiet(*_: Any, **__: Any) -> None: ...
+
+    cuda = torch.cuda.is_available()
+    model = AutoModelForCausalLM.from_pretrained(settings["model"], dtype=torch.bfloat16 if cuda else torch.float32)
+    model.to("cuda" if cuda else "cpu")
+    read = Reads(resolve(mapping=settings))
+    if prepare.looks_before_packing(read):
+        parts = prepare.read_data(read, None, quiet)
+        task = prepare.make_task(read, read.model, None, parts, quiet)
+        samples = prepare.encode_rows(task, read, parts, quiet)[0].samples
+        pack = {**pack, "data": prepare.rows_to_look_at(read, task, samples, next(model.parameters()).device, quiet)}
+    veneer.quantize(model, settings["quant"], **pack)
+    return model
 
 
 def apart(variant: str, seed: int, steps: int) -> dict[str, Any]:

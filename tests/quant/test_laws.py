@@ -356,14 +356,45 @@ def test_nf4_rounds_so_that_products_are_near(double: bool, shape: tuple[int, in
     assert off[1] < 0.8 * off[0] and off[2] < 0.8 * off[1]
 
 
+@pytest.mark.parametrize("kind", ["int8", "fp8"])
+@pytest.mark.parametrize("rotate", [True, False])
+@pytest.mark.parametrize("shape", [(48, 128), (7, 13), (33, 40)])
+@pytest.mark.parametrize("dtype", DTYPES.values())
+def test_8_bits_round_so_that_products_are_near(
+    kind: str, rotate: bool, shape: tuple[int, int], dtype: torch.dtype
+) -> None:
+    """Other codes under the same scales: whoever multiplies by them knows of no difference."""
+    torch.manual_seed(0)
+    w, x = torch.randn(shape).to(dtype), tilted(400, shape[1])
+    recipe, storage = Recipe(kind, rotate=rotate), storage_of(Recipe(kind))
+    (plain, scale), (codes, same) = (storage.pack(w, recipe, seen) for seen in (None, inputs_of(x[:200])))
+    assert codes.dtype == plain.dtype and torch.equal(same, scale) and not torch.equal(codes, plain)
+    qs = [storage.unpack((c, scale), shape, torch.float32, recipe) for c in (plain, codes)]
+    off = [error(x[200:] @ q.T, x[200:] @ w.float().T) for q in qs]
+    assert off[1] < 0.8 * off[0] and error(qs[1], w) < {"int8": 0.02, "fp8": 0.06}[kind]
+
+
+@pytest.mark.parametrize("width", [1, 4, 64])
+def test_inputs_are_turned_as_weights_are(width: int) -> None:
+    """Of inputs with no more than the directions that are kept, all is known, and so of what they are turned to."""
+    torch.manual_seed(0)
+    x = torch.randn(40, 128)
+    turned, wanted = eight.turned_alike(inputs_of(x), width), inputs_of(eight.rotated(x, width))
+    assert error(turned.energy, wanted.energy) < 1e-2
+    assert turned.directions is not None and wanted.directions is not None
+    assert error(turned.directions.double().T @ turned.directions.double(),
+                 wanted.directions.double().T @ wanted.directions.double()) < 1e-2  # fmt: skip
+
+
 @pytest.mark.parametrize("what", ["nothing seen", "one row", "zeros", "wide", "no weight"])
-def test_nf4_rounds_where_little_is_known(what: str) -> None:
+@pytest.mark.parametrize("kind", ["nf4", "int8", "fp8"])
+def test_rounds_where_little_is_known(kind: str, what: str) -> None:
     """Inputs that say little or nothing, and weights that are 0, cost no more than plain rounding."""
     torch.manual_seed(0)
     x = {"one row": torch.randn(1, 96), "wide": torch.randn(300, 96) * torch.logspace(-12, 12, 96)}.get(what)
     w = torch.randn(16, 96) if what != "no weight" else torch.zeros(16, 96)
     x = torch.zeros(3, 96) if x is None else x
-    recipe, storage = Recipe("nf4").checked(), storage_of(Recipe("nf4"))
+    recipe, storage = Recipe(kind).checked(), storage_of(Recipe(kind))
     known = Inputs(torch.zeros(96)) if what == "nothing seen" else inputs_of(x)
     plain, known = (storage.unpack(storage.pack(w, recipe, i), (16, 96), torch.float32, recipe) for i in (None, known))
     assert bool(torch.isfinite(known).all())
@@ -391,7 +422,8 @@ def test_rounding_in_turn_is_gptq() -> None:
     assert torch.allclose(plan.cost[plan.order], u.diagonal().square().reciprocal(), rtol=1e-3)
 
 
-def test_quantize_looks_at_data() -> None:
+@pytest.mark.parametrize("kind", ["nf4", "fp8"])
+def test_quantize_looks_at_data(kind: str) -> None:
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(64, 128), nn.GELU(), nn.Linear(128, 16))
     x = torch.randn(100, 64)
@@ -399,13 +431,13 @@ def test_quantize_looks_at_data() -> None:
     y, off = net(x).detach(), []
     for data in (None, [x[:50], x[50:]]):
         packed = copy.deepcopy(net)
-        veneer.quantize(packed, "nf4", targets=["0", "2"], data=data)
+        veneer.quantize(packed, kind, targets=["0", "2"], data=data)
         off.append(error(packed(x), y))
     assert off[1] < 0.8 * off[0]
     with pytest.raises(ConfigError, match="int8 makes no use of data"):
         veneer.quantize(net, "int8", targets=["0", "2"], data=[x])
     with pytest.raises(ConfigError, match="no batch"):
-        veneer.quantize(net, "nf4", targets=["0", "2"], data=[])
+        veneer.quantize(net, kind, targets=["0", "2"], data=[])
     assert type(net[0]) is nn.Linear
 
 

@@ -17,6 +17,7 @@ from veneer.infer.load import load, source_of_folder
 from veneer.quant.hf import VeneerConfig
 from veneer.quant.inputs import load_inputs
 from veneer.quant.layer import Packed
+from veneer.quant.storage import STORAGES
 from veneer.tasks import causal_lm
 from veneer.train.companions import ENERGIES
 from veneer.train.loop import train
@@ -25,7 +26,7 @@ from veneer.train.prepare import look_at_base
 ROWS = [{"prompt": f"say {word}", "completion": word} for word in ("tar", "find", "grep", "sort", "list", "file") * 2]
 
 
-@pytest.mark.parametrize("kind", ["nf4", "int8"])
+@pytest.mark.parametrize("kind", ["nf4", "int8", "fp8"])
 def test_a_run_on_a_packed_base(kind: str, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(causal_lm, "SHOWN_TOKENS", 3)
     events: list[dict[str, Any]] = []
@@ -36,7 +37,7 @@ def test_a_run_on_a_packed_base(kind: str, tiny_folder: Path, tmp_path: Path, mo
     assert run.status == "done" and run.proof["passed"]
     assert not any(check["id"] == "P5" and not check["passed"] for check in run.proof["checks"])
     told = json.loads((run.best / "task.json").read_text())
-    seen = {"energies": "inputs.safetensors"} if kind == "nf4" else {}
+    seen = {"energies": "inputs.safetensors"} if STORAGES[kind].weighs else {}
     assert told["quant"] == {"kind": kind, "whole": [], **seen}
     ready = load([source_of_folder(str(run.best), str(tiny_folder))], device="cpu", say=lambda _: None)
     assert any(isinstance(m, Packed) for m in ready.model.modules())
@@ -49,9 +50,12 @@ def parts_of(model: nn.Module) -> dict[str, Any]:
     }
 
 
-def test_a_base_that_was_looked_at_is_the_same_wherever_it_is_packed(tiny_folder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["nf4", "fp8"])
+def test_a_base_that_was_looked_at_is_the_same_wherever_it_is_packed(
+    kind: str, tiny_folder: Path, tmp_path: Path
+) -> None:
     """Packed as it is read or handed over as a model, in a run or when it is asked again; unlike one not looked at."""
-    common = {"quant": "nf4", "steps": 1, "r": 2, "val": 2, "batch_size": 2, "lr": 1e-2, "precision": "fp32"}
+    common = {"quant": kind, "steps": 1, "r": 2, "val": 2, "batch_size": 2, "lr": 1e-2, "precision": "fp32"}
     run = train(str(tiny_folder), ROWS, out=str(tmp_path / "read"), **common)
     ready = load([source_of_folder(str(run.best), str(tiny_folder))], device="cpu", say=lambda _: None)
     wanted = parts_of(ready.model)
@@ -59,10 +63,10 @@ def test_a_base_that_was_looked_at_is_the_same_wherever_it_is_packed(tiny_folder
     given = train(model, ROWS, out=str(tmp_path / "given"), **common)
     assert (given.best / "inputs.safetensors").exists()
     plain = AutoModelForCausalLM.from_pretrained(tiny_folder, dtype=torch.float32)
-    veneer.quantize(plain, "nf4")
+    veneer.quantize(plain, kind)
     assert parts_of(plain).keys() == wanted.keys()
     assert any(not torch.equal(t, wanted[n]) for n, t in parts_of(plain).items())
-    config = VeneerConfig("nf4", energies=str(run.best / ENERGIES))
+    config = VeneerConfig(kind, energies=str(run.best / ENERGIES))
     again = AutoModelForCausalLM.from_pretrained(tiny_folder, quantization_config=config, dtype=torch.float32)
     assert "energies" not in again.config.quantization_config.to_dict()
     assert all(torch.equal(t, wanted[n]) for n, t in parts_of(again).items())

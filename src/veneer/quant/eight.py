@@ -10,6 +10,9 @@ arXiv:2404.00456): x W^T = (x H)(W H)^T, and in x H a large value is spread over
 dx is turned back by it; nothing is measured or stored. With `outliers` such columns are multiplied apart instead, in
 x's own type (LLM.int8(), arXiv:2208.07339, section 3.2).
 
+Where something is known of the inputs (inputs.py), codes are chosen column by column, each making up for the errors of
+those before it (rounding.py); the scales are the same, and so is all that is done with the codes.
+
 int8.py and fp8.py say what a code is and which instruction multiplies. A device without the instruction unpacks W for
 each product and leaves inputs unrounded, or, with VENEER_KERNELS=emulate, rounds them all the same and multiplies the
 rounded numbers in fp32: the reference, and what quality is measured with where there is no such hardware.
@@ -30,6 +33,7 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from veneer.quant.inputs import Inputs
+from veneer.quant.rounding import plan_rounding, round_in_turn
 from veneer.quant.storage import Parts, Recipe, Storage, say_once, use_kernels
 
 __all__ = [
@@ -55,7 +59,11 @@ class RowScaled(Storage):
         """Codes (t, n) times codes (n, m), times the scale of each row and, where given, of each column."""
 
     def pack(self, w: Tensor, recipe: Recipe, inputs: Inputs | None = None) -> Parts:
-        codes, scale = quantize_rows(w.float(), self.code, width=self.width(w.shape[1], recipe))
+        width = self.width(w.shape[1], recipe)
+        if inputs is None:
+            codes, scale = quantize_rows(w.float(), self.code, width=width)
+        else:
+            codes, scale = in_turn(rotated(w.float(), width), self.code, turned_alike(inputs, width))
         return codes.view(self.held), scale
 
     def unpack(self, parts: Parts, shape: tuple[int, int], dtype: torch.dtype, recipe: Recipe) -> Tensor:
@@ -157,6 +165,36 @@ def rotated(x: Float[Tensor, "*t n"], width: int) -> Float[Tensor, "*t n"]:
     if width == 1:
         return x
     return (x.unflatten(-1, (-1, width)) @ hadamard(width, x.dtype, x.device)).flatten(-2)
+
+
+def in_turn(w: Float[Tensor, "rows cols"], dtype: torch.dtype, inputs: Inputs) -> tuple[Tensor, Float[Tensor, " rows"]]:
+    """W as 8-bit codes such that its products with these inputs are near, and a scale for each row."""
+    scale, values = _scales(w, dtype), code_values(dtype, w.device)
+    index = round_in_turn(w, scale, w.shape[1], values, plan_rounding(inputs))
+    return values[index.int()].to(dtype), scale
+
+
+def turned_alike(inputs: Inputs, width: int) -> Inputs:
+    """What is known of x as known of x H: H^T (D + V^T V) H, whose diagonal has the mean of D over each `width`."""
+    if width == 1 or inputs.directions is None:
+        return inputs if width == 1 else Inputs(_spread(inputs.energy, width))
+    v = inputs.directions.double()
+    turned = rotated(v, width)
+    rest = (inputs.energy.double() - v.square().sum(0)).clamp_min(0)
+    return Inputs(_spread(rest, width) + turned.square().sum(0), turned)
+
+
+def _spread(energy: Float[Tensor, " n"], width: int) -> Float[Tensor, " n"]:
+    return energy.view(-1, width).mean(1).repeat_interleave(width)
+
+
+@cache
+def code_values(dtype: torch.dtype, device: torch.device) -> Float[Tensor, " codes"]:
+    """The numbers that codes stand for, from the least to the largest."""
+    if dtype == torch.int8:
+        return torch.arange(-127.0, 128.0, device=device)
+    every = torch.arange(256, dtype=torch.uint8, device="cpu").view(dtype).float()
+    return every[every.isfinite()].unique().to(device)  # one zero, no NaN
 
 
 def quantize_rows(
@@ -274,12 +312,16 @@ def turn(*codes: Tensor) -> Tensor:
 def quantize_plain(x: Tensor, dtype: torch.dtype, columns: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """The reference; under torch.compile this very code, which the compiler fuses with what made x."""
     wide = x.float() if columns is None else x.float() * columns
-    scale = (wide.abs().amax(dim=1) / LARGEST[dtype]).clamp_min(TINY)
+    scale = _scales(wide, dtype)
     scaled = wide * (1 / scale)[:, None]
     if dtype == torch.int8:
         scaled = scaled.round()
     limit = LARGEST[dtype]
     return scaled.clamp(-limit, limit).to(dtype), scale
+
+
+def _scales(wide: Tensor, dtype: torch.dtype) -> Float[Tensor, " rows"]:
+    return (wide.abs().amax(dim=1) / LARGEST[dtype]).clamp_min(TINY)
 
 
 def _against(device: torch.device, kind: str) -> str | None:

@@ -1,7 +1,9 @@
 """FP8: each row of W as e4m3 floats with one fp32 scale, multiplied as such (Hopper, Ada and later).
 
 e4m3 keeps three bits after the leading one at every size, where INT8 keeps a fixed step; a row with a few large values
-suffers less.
+suffers less. But every number is off by up to 6 %, on average by 2.6 %, where INT8 with turned inputs is off by less
+than 1 % of a typical one; squared, that is some nine times as much, and turning does not lessen it. So W is rounded
+with regard to its inputs wherever they are known; x is rounded as it comes.
 
 The instruction wants its right matrix by columns. W^T is, by nature; W itself is turned for each backward pass, which
 costs about a fiftieth of a step and saves a second copy of the codes.
@@ -25,6 +27,7 @@ __all__ = ["Fp8"]
 
 class Fp8(RowScaled):
     kind, code, held = "fp8", torch.float8_e4m3fn, torch.uint8
+    weighs = True
 
     def multiply(self, a: Tensor, rows: Tensor, b: Tensor, columns: Tensor | None, dtype: torch.dtype) -> Tensor:
         columns = _ones(b.shape[1], rows.device) if columns is None else columns

@@ -26,7 +26,7 @@ from veneer.errors import ConfigError, StateError, TargetError
 from veneer.quant.inputs import Inputs, save_inputs, summed_up
 from veneer.quant.layer import Packed, is_packable, pack_layer, unpack_layer
 from veneer.quant.stack import PackedStack, pack_stack, unpack_stack
-from veneer.quant.storage import Recipe, storage_of
+from veneer.quant.storage import STORAGES, Recipe, storage_of
 
 __all__ = [
     "Quantized",
@@ -85,7 +85,7 @@ def quantize(
     targets, exclude: as in LoRA. embedding, head: pack the token embedding and the output head, too; where they share
     one weight, either packs both. compute_dtype: what products run in; the input's own type when None. whole:
     modules that will be trained whole, by their names' endings; all inside them stays as it is. data: a few batches
-    (mappings are passed to the model by keyword); nf4 then rounds with more care what their large values meet.
+    (mappings are passed to the model by keyword); nf4 and fp8 then round with more care what their large values meet.
     energies: what `look` saw of such data, in its place. The other options are those of `Recipe`. Layers stay the same
     objects; adapters may be there already or come later.
     """
@@ -95,7 +95,7 @@ def quantize(
     chosen, left = choose(model, targets, exclude, embedding, head, whole)
     _check(chosen, kind)
     if data is not None and not storage_of(recipe).weighs:
-        raise ConfigError(f"{recipe.kind} makes no use of data; it is for nf4", fix="leave data out")
+        raise ConfigError(f"{recipe.kind} makes no use of data; it is for {' and '.join(k for k in STORAGES if STORAGES[k].weighs)}", fix="leave data out")
     energies = look(model, chosen, data) if data is not None else energies or {}
     before = weight_bytes(model)
     done: dict[int, Packed] = {}
