@@ -95,7 +95,10 @@ def quantize(
     chosen, left = choose(model, targets, exclude, embedding, head, whole)
     _check(chosen, kind)
     if data is not None and not storage_of(recipe).weighs:
-        raise ConfigError(f"{recipe.kind} makes no use of data; it is for {' and '.join(k for k in STORAGES if STORAGES[k].weighs)}", fix="leave data out")
+        raise ConfigError(
+            f"{recipe.kind} makes no use of data; it is for {' and '.join(k for k in STORAGES if STORAGES[k].weighs)}",
+            fix="leave data out",
+        )
     energies = look(model, chosen, data) if data is not None else energies or {}
     before = weight_bytes(model)
     done: dict[int, Packed] = {}

@@ -191,7 +191,7 @@ class Settings:
     quant: str = choice("none", "none nf4 int8 fp8", "How the frozen base is stored.", group="method", only_for=LORA)
     quant_rows: int = key(
         32, "whole", whole(0),
-        "Training rows that are looked at before nf4 or fp8 packs: weights are rounded so that their products are near.",
+        "Training rows that nf4 and fp8 look at before they pack: weights are rounded so that their products are near.",
         unit="rows", group="method", only_for={"method": ("lora",), "quant": ("nf4", "fp8")},
     )  # fmt: skip
 
