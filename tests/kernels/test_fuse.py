@@ -72,13 +72,18 @@ BUILDS: dict[str, Callable[[], Any]] = {
     ),
 }
 WHOLE = tuple(BUILDS)  # builds whose blocks are taken
+RESIDUAL = ("gpt2", "phi", "phi3")  # that may drop out of what is added to their residual stream
 NEAR = 1e-9  # in fp64, relative to each gradient; what is measured lies below 1e-11
 
 
-def model_of(build: str, dtype: torch.dtype = torch.float64, seed: int = 0, **spec: Any) -> nn.Module:
+def model_of(
+    build: str, dtype: torch.dtype = torch.float64, seed: int = 0, residual: float = 0.0, **spec: Any
+) -> nn.Module:
     torch.manual_seed(seed)
-    attention = "eager" if build == "gemma2" else "sdpa"
-    model = AutoModelForCausalLM.from_config(BUILDS[build](), attn_implementation=attention).to(dtype)
+    attention, config = "eager" if build == "gemma2" else "sdpa", BUILDS[build]()
+    if build in RESIDUAL:
+        config.resid_pdrop = residual
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=attention).to(dtype)
     for p in model.parameters():
         if p.ndim == 1:  # biases start at zero and gains at one; what is forgotten must show
             nn.init.normal_(p, 0.5, 0.3)
@@ -258,7 +263,7 @@ AXES: dict[str, list[str]] = {
     "build": list(BUILDS),
     "parts": list(PARTS),
     "method": list(METHODS),
-    "dropout": ["", "dropout"],
+    "dropout": ["", "dropout", "everywhere"],  # of adapters; and of the residual stream, where a build has that
     "acting": list(ACTING),
     "storage": ["dense", "nf4", "int8", "fp8"],
     "level": list(LEVELS),
@@ -299,7 +304,7 @@ def holds(build: str, parts: str, method: str, dropout: str, acting: str, storag
     spec = {"targets": PARTS[parts], "dropout": 0.3 if dropout else 0.0, "tied": tied} | METHODS[method]
     if routed and "bias" in spec:
         spec["bias"] = "lora_only"  # and not the head's
-    model = model_of(build, getattr(torch, dtype), **spec)
+    model = model_of(build, getattr(torch, dtype), residual=0.2 if dropout == "everywhere" else 0.0, **spec)
     if storage != "dense":
         veneer.quantize(model, storage)
     with ACTING[acting](model), unrounded(model):
@@ -600,19 +605,35 @@ def test_a_model_of_no_known_build_is_said_to_run_plainly(capsys: pytest.Capture
     assert "plain: Sequential: no part of it is of a build that is known" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("build", ["gpt2", "phi"])
-def test_blocks_that_drop_out_of_their_residual_stream_are_said_to_run_plainly(build: str) -> None:
-    config = BUILDS[build]()
-    config.resid_pdrop = 0.1
-    model = AutoModelForCausalLM.from_config(config)
-    veneer.attach(model, LoRA(rank=4, alpha=6, targets="all-linear"))
-    report = fuse(spread(model), verbose=False)
-    wanted = "and 1 more: while it trains it drops out of its residual stream (p = 0.1)"
-    assert wanted in str(report) and "resid_pdrop" in str(report)
-    fused = outcome(model)
-    assert "drops out" in said()
-    unfuse(model)
-    assert all(torch.equal(value, fused[name]) for name, value in outcome(model).items())
+@pytest.mark.parametrize("build", RESIDUAL)
+@pytest.mark.parametrize("level", LEVELS)
+def test_blocks_drop_out_of_their_residual_stream_as_plain_ones_do(build: str, level: str) -> None:
+    """Also where p is set later, all of it, or where an adapter and the attention drop out besides."""
+    model = model_of(build, dropout=0.3, residual=0.25)
+    report = fuse(model, level, verbose=False)
+    assert report.replaced["blocks"] == 2 and not report.skipped
+    drops = [m for n, m in model.named_modules() if isinstance(m, nn.Dropout) and ("resid" in n or "mlp" in n)]
+    for p in (0.25, 0.0, 0.6, 1.0):
+        for drop in drops:
+            drop.p = p
+        fused = outcome(model)
+        unfuse(model)
+        agree(fused, outcome(model))
+        fuse(model, level, verbose=False)
+    assert not said() and [drop.p for drop in drops] == [1.0] * len(drops)
+
+
+def test_dropout_in_a_place_that_is_not_known_runs_plainly() -> None:
+    model = model_of("llama")
+    for block in model.model.layers:  # type: ignore[union-attr]
+        block.self_attn.sneaky = nn.Dropout(0.0)
+    fuse(model, verbose=False)
+    wanted = outcome(model)
+    assert not said()
+    for block in model.model.layers:  # type: ignore[union-attr]
+        block.self_attn.sneaky.p = 0.1
+    agree(outcome(model), wanted)
+    assert "drops out in a place that is not known" in said()
 
 
 def test_an_unknown_level_names_the_known_ones() -> None:

@@ -48,11 +48,11 @@ def llama(
     return model
 
 
-def gpt2(device: str) -> nn.Module:
+def gpt2(device: str, residual: float = 0.0) -> nn.Module:
     torch.manual_seed(0)
     config = GPT2Config(
-        n_embd=64, n_layer=3, n_head=4, vocab_size=97, n_positions=32, use_cache=False, resid_pdrop=0, embd_pdrop=0,
-        attn_pdrop=0, attn_implementation="eager",
+        n_embd=64, n_layer=3, n_head=4, vocab_size=97, n_positions=32, use_cache=False, resid_pdrop=residual,
+        embd_pdrop=0, attn_pdrop=0, attn_implementation="eager",
     )  # fmt: skip
     model = GPT2LMHeadModel(config).to(device).train()
     veneer.attach(model, LoRA(rank=4, alpha=8))
@@ -106,8 +106,9 @@ def test_a_replay_is_the_same_to_the_last_bit(recompute: str, storage: str | Non
 
 
 @pytest.mark.parametrize("recompute", ["none", "gate_up", "middle"])
-def test_a_replay_draws_the_masks_that_would_be_drawn_as_ever(recompute: str, device: str) -> None:
-    ever = llama(device, dropout=0.3)
+@pytest.mark.parametrize("build", ["llama", "gpt2"])
+def test_a_replay_draws_the_masks_that_would_be_drawn_as_ever(build: str, recompute: str, device: str) -> None:
+    ever = llama(device, dropout=0.3) if build == "llama" else gpt2(device, residual=0.2)
     graphed = copy.deepcopy(ever)
     fuse(ever, recompute, verbose=False)
     fuse(graphed, recompute, graphs=True, verbose=False)

@@ -124,14 +124,16 @@ def test_rows_packed_behind_each_other(ran: list[int]) -> None:
     assert ran[-2:] == [3, 3]
 
 
-@pytest.mark.parametrize("combine", ["add", "dora"])
-@pytest.mark.parametrize("attention", [0.0, 0.3])
+@pytest.mark.parametrize(
+    "build, combine, attention",
+    [("llama", "add", 0.0), ("llama", "add", 0.3), ("llama", "dora", 0.3), ("gpt2", "add", 0.0), ("phi", "dora", 0.0)],
+)
 def test_with_dropout_gradients_are_those_of_what_was_computed(
-    combine: str, attention: float, ran: list[int], monkeypatch: pytest.MonkeyPatch
+    build: str, combine: str, attention: float, ran: list[int]
 ) -> None:
     """Masks are drawn tile by tile, so there is nothing to compare with but the function itself. DoRA takes the rows'
     norms for constants, so of it only the magnitudes are moved."""
-    model = model_of("llama", dropout=0.3, combine=combine)
+    model = model_of(build, dropout=0.3, residual=0.2, combine=combine)
     model.set_attn_implementation("eager")  # type: ignore[operator]
     for module in model.modules():
         if hasattr(module, "attention_dropout"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -133,12 +134,17 @@ def test_a_family_that_is_not_known_runs_plainly_and_says_so(run_tiny: Runs) -> 
     assert "blocks" not in run.info["fused"]["replaced"]
 
 
-def test_blocks_that_drop_out_of_their_residual_stream_are_named_before_the_first_step(run_tiny: Runs) -> None:
+@pytest.mark.parametrize("recompute", ["none", "input"])
+def test_blocks_that_drop_out_of_their_residual_stream_learn_the_same_fused(run_tiny: Runs, recompute: str) -> None:
     torch.manual_seed(0)
-    config = GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=384, n_positions=128)
-    run, heard, _ = run_tiny(**SHORT, model=GPT2LMHeadModel(config))
-    assert "and 1 more: while it trains it drops out of its residual stream (p = 0.1)" in said(heard, "note")
-    assert "blocks" not in run.info["fused"]["replaced"]
+    config = GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=384, n_positions=128, attn_pdrop=0.0)
+    model = GPT2LMHeadModel(config)
+    settings = {**SHORT, "dropout": 0.1, "recompute": recompute, "init": "gaussian"}
+    _, plain, one = run_tiny(**settings, fuse="off", model=copy.deepcopy(model))
+    run, heard, two = run_tiny(**settings, model=model)
+    assert config.resid_pdrop == 0.1 and run.info["fused"]["replaced"]["blocks"] == 2
+    assert heard.losses == pytest.approx(plain.losses, rel=1e-5) and run.proof["passed"]
+    assert all(torch.allclose(value, trained(two)[name], atol=1e-4) for name, value in trained(one).items())
 
 
 def test_a_level_that_needs_fused_blocks_says_so_without_them(run_tiny: Runs) -> None:

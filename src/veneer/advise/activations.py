@@ -87,7 +87,8 @@ def kept_fused(block: Block, how: Pass, level: str) -> float:
     heads = block.heads + block.kv_heads if block.head_norms else 0  # normed by themselves, before they are turned
     attention = _attention(block, how) + heads * (block.head_dim * how.width + 4)
     gates = 2 * block.mid * how.width if level == "none" else 0
-    return 2 * entry + thin + rows + attention + gates
+    masks = block.dropouts * block.hidden if block.dropout else 0
+    return 2 * entry + thin + rows + attention + gates + masks
 
 
 def _norms(block: Block, how: Pass) -> float:

@@ -16,7 +16,8 @@ wide, one number a row or shared by all blocks hangs on the function itself.
 
 Blocks of other builds differ in the tail: Gemma 2 and 3 norm what the attention and the unit give before it is added,
 and keep that, too, as wide as x each (or compute it again); in Phi the unit reads x's norm like the attention, and
-there is no middle; GPT-2's unit has no gate.
+there is no middle; GPT-2's unit has no gate, and both it and Phi drop out of what is added to the residual stream (its
+masks, a byte a number, are kept with none and gate_up and else drawn again).
 
 DoRA's magnitudes need what their layers gave. q, k and v are there (turned back), gate and up, too, with their biases,
 which are taken off again: in half precision that costs places where a bias is much larger than what the magnitude
@@ -40,10 +41,23 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from veneer.kernels.graphs import room_for
-from veneer.kernels.group import Factors, Group, Thin, factors_of, token_sum
+from veneer.kernels.group import Factors, Group, Thin, drawn, dropped, factors_of, token_sum
 from veneer.kernels.pieces import Pair, activated, activated_back, kernels_for
 
-__all__ = ["LEVELS", "Attend", "Block", "Ending", "Norm", "Unit", "norm", "rotated", "run_block", "run_mlp", "through"]
+__all__ = [
+    "LEVELS",
+    "Attend",
+    "Block",
+    "Drop",
+    "Ending",
+    "Norm",
+    "Unit",
+    "norm",
+    "rotated",
+    "run_block",
+    "run_mlp",
+    "through",
+]
 
 THIN = 64  # ranks up to this are added inside other kernels
 LEVELS = ("none", "gate_up", "middle", "input", "tiled")  # the last: tiled.py
@@ -68,6 +82,23 @@ class Norm(NamedTuple):
 
     def back(self, g: Tensor, x: Tensor, rstd: Tensor, plus: Tensor | None = None, out: Tensor | None = None) -> Tensor:
         return kernels_for(x).rms_norm_back(g, x, rstd, self.weight, self.offset, plus, out)
+
+
+class Drop(NamedTuple):
+    """Dropout of what a layer gives before it is added: where Gemma has a norm. To go back it needs its mask alone."""
+
+    p: float
+
+    reads_output = False
+
+    def drawn(self, x: Tensor, width: int) -> Tensor:
+        return drawn(x.new_empty(len(x), width), self.p)
+
+    def onto(self, plus: Tensor, y: Tensor, mask: Tensor) -> Tensor:
+        return dropped(y, mask, self.p).add_(plus)
+
+    def back(self, g: Tensor, *kept: Tensor) -> Tensor:
+        return dropped(g, kept[-1], self.p)
 
 
 @dataclass(slots=True)
@@ -131,7 +162,10 @@ class Block:
     attend: Attend
     random: bool  # whether anything draws random numbers
     factors: tuple[Factors, Factors, Factors, Factors]  # of qkv, out, and the unit's two
-    posts: tuple[Any, Any] = (None, None)  # norms of what the attention and the unit give, before it is added
+    posts: tuple[Any, Any] = (
+        None,
+        None,
+    )  # norm or dropout of what the attention and the unit give, before it is added
     parallel: bool = False  # the unit reads the block's input, as the attention does
 
     @property
@@ -246,19 +280,20 @@ def unit_forward(
 def through(
     group: Group, x: Tensor, thin: Thin, factors: Factors, plus: Tensor | None, want: bool = True, post: Any = None
 ) -> tuple[Tensor | None, tuple[Tensor, ...], Any]:
-    """A single layer's output, normed by `post`, plus `plus`, where it is wanted; the output without its bias, where a
-    magnitude or the norm needs it; and what the norm keeps of each row."""
+    """A single layer's output, through `post`, plus `plus`, where it is wanted; the output without its bias, where a
+    magnitude or the norm needs it; and what `post` keeps: a norm something of each row, dropout its mask."""
     (layer,), (b,) = group.layers, factors.bs
     if not group.magnitudes and post is None:
         wanted = None if not want else layer.forward(x, thin.h, b) if plus is None else layer.onto(plus, x, thin.h, b)
         return wanted, (), None
     gates = not getattr(post, "reads_output", True)
+    kept = post.drawn(x, layer.weight.shape[0]) if gates else None
     if gates and not group.magnitudes:
-        return (None if not want else post.onto(plus, layer.forward(x, thin.h, b))), (), None
+        return (None if not want else post.onto(plus, layer.forward(x, thin.h, b), kept)), (), kept
     y = layer.unbiased(x, thin.h, b)
     whole = with_bias(group, y)
     if gates:
-        return (None if not want else post.onto(plus, whole)), (y,), None
+        return (None if not want else post.onto(plus, whole, kept)), (y,), kept
     normed, stats = (whole, None) if post is None else post.forward(whole)
     return (None if not want else normed if plus is None else normed + plus), (y,), stats
 
@@ -269,7 +304,7 @@ def with_bias(group: Group, y: Tensor) -> Tensor:
 
 
 def before_post(post: Any, g: Tensor, group: Group, ys: Sequence[Tensor], stats: Any) -> Tensor:
-    """The gradient of what `through` gave, before the norm or gate that it went through."""
+    """The gradient of what `through` gave, before the norm, gate or dropout that it went through."""
     return g if post is None else post.back(g, *(with_bias(group, y) for y in ys), stats)
 
 

@@ -42,7 +42,10 @@ class Gate(NamedTuple):
 
     reads_output = False
 
-    def onto(self, plus: Tensor, y: Tensor) -> Tensor:
+    def drawn(self, x: Tensor, width: int) -> None:
+        return None
+
+    def onto(self, plus: Tensor, y: Tensor, _: None = None) -> Tensor:
         return torch.addcmul(self._by_picture(plus), self._by_picture(y), self.gate[:, None]).view(y.shape)
 
     def back(self, g: Tensor, *_: Any) -> Tensor:

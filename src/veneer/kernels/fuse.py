@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from veneer.core.host import Hosted, original_class, plain_modules
 from veneer.errors import ConfigError, StateError
-from veneer.kernels.block import LEVELS, Block, norm, run_mlp
+from veneer.kernels.block import LEVELS, Block, Drop, RandomState, norm, run_mlp
 from veneer.kernels.graphs import Recorder, Unfit, replayed
 from veneer.kernels.group import factors_of
 from veneer.kernels.parts import (
@@ -211,13 +211,11 @@ def _block_now(parts: BlockParts, x: Tensor, kwargs: dict[str, Any]) -> Block | 
     positions = kwargs.get("position_embeddings")
     if (positions[0].shape[-1] if isinstance(positions, tuple) else 0) != parts.attention.turned:
         return "its positions do not rotate what it rotates"
-    norms = [None if norm is None else norm.now(x.dtype) for norm in (parts.first, parts.second, *parts.posts)]
+    first, second, posts = parts.first.now(x.dtype), parts.second.now(x.dtype), parts.endings(x.dtype)
     unit, attention = parts.mlp.now(x.dtype, len(x)), parts.attention.now(x.dtype, len(x))
-    for part in (*norms, unit, attention):
+    for part in (first, second, posts, unit, attention):
         if isinstance(part, str):
             return part
-    if any(drop.p and drop.training for drop in parts.drops):
-        return "it drops out of its residual stream"
     options = {key: value for key, value in kwargs.items() if key not in PASSED_ON}
     qkv, out = attention
     attend = parts.attention.attend(
@@ -225,11 +223,10 @@ def _block_now(parts: BlockParts, x: Tensor, kwargs: dict[str, Any]) -> Block | 
     )
     groups = (qkv, out, unit.entry, unit.down)
     is_random = bool(parts.attention.dropout) or any(layer.dropout for group in groups for layer in group.layers)
-    factors = tuple(factors_of(groups, x.dtype))
-    first, second, *posts = norms
+    is_random |= any(isinstance(post, Drop) for post in posts)
     return Block(
         first, qkv, parts.attention.heads, parts.attention.head_dim, parts.attention.turns, out, second, unit, attend,
-        is_random, factors, (posts[0], posts[1]), parts.parallel,
+        is_random, tuple(factors_of(groups, x.dtype)), posts, parts.parallel,
     )  # fmt: skip
 
 
@@ -238,8 +235,8 @@ class FusedMlp(FusedModule):
         if args or kwargs or _is_resting(x):
             return super().forward(x, *args, **kwargs)
         unit = self.fused.parts.now(x.dtype, len(x))
-        if isinstance(unit, str):
-            return self.plain(unit, x)
+        if isinstance(unit, str) or self.fused.parts.is_dropping:
+            return self.plain(unit if isinstance(unit, str) else "it drops out of what it gives", x)
         return run_mlp(x, unit, self.fused.recompute != "none")
 
 
@@ -393,8 +390,6 @@ def _take(module: nn.Module, name: str, kind: type, parts: Any, recompute: str, 
         report.skipped[name] = why
         return False
     report.replaced[{FusedBlock: "blocks", FusedMlp: "gated units", FusedNorm: "norms"}[kind]] += 1
-    if isinstance(parts, BlockParts) and (why := parts.dropping()) is not None:
-        report.skipped[name] = why
     return True
 
 
@@ -451,14 +446,34 @@ def _differs(block: nn.Module) -> str | None:
         return None
     x = _trial(_routed_rows(block), len(weight), weight)
     positions = _trial_positions(parts.attention.turned, x)
-    with _at_rest(block), torch.random.fork_rng([x.device] if x.is_cuda else []):
-        fused = _outcome(block, x, positions)
-        if isinstance(fused, str):
-            return fused
-        plain = _outcome(_Plainly(block), x, positions)
-    if isinstance(plain, str):
-        return plain
-    near = 1e-3 if x.dtype in (torch.float32, torch.float64) else 5e-2
+    for drops in (False, True) if any(parts.drops) else (False,):
+        found, state = [], RandomState.now(x)
+        for way in (block, _Plainly(block)):
+            with _at_rest(block), _dropping(parts, drops), RandomState.again(state, x):
+                found.append(_outcome(way, x, positions))
+            if isinstance(found[-1], str):
+                return found[-1]
+        if (why := _apart(*found)) is not None:
+            return why
+    return None
+
+
+@contextmanager
+def _dropping(parts: BlockParts, drops: bool) -> Iterator[None]:
+    """Whether it drops out of what is added to its residual stream, of half of it then: so its places are proved, too,
+    whatever p is now."""
+    known = {drop: drop.p for drop in parts.drops if drop is not None}
+    for drop in known:
+        drop.training, drop.p = drops, 0.5
+    try:
+        yield
+    finally:
+        for drop, p in known.items():
+            drop.p = p
+
+
+def _apart(fused: tuple[Tensor, Tensor], plain: tuple[Tensor, Tensor]) -> str | None:
+    near = 1e-3 if fused[0].dtype in (torch.float32, torch.float64) else 5e-2
     for mine, own in zip(fused, plain, strict=True):
         off = float((mine - own).float().norm() / own.float().norm().clamp_min(1e-30))
         if not off <= near:

@@ -53,6 +53,8 @@ __all__ = [
     "Thin",
     "Unformed",
     "all_bare",
+    "drawn",
+    "dropped",
     "factors_of",
     "lay_bare",
     "token_sum",
@@ -374,8 +376,8 @@ class Group:
             return Thin(self._pick_(x @ a.T if h is None else h), nothing)
         h, masks = x.new_empty(x.shape[0], a.shape[0]), []
         for layer, span in zip(self.layers, self.spans, strict=True):
-            mask = None if not layer.dropout or not layer.rank else F.dropout(torch.ones_like(x), layer.dropout) != 0
-            h[:, span] = _dropped(x, mask, layer.dropout) @ a[span].T
+            mask = None if not layer.dropout or not layer.rank else drawn(x, layer.dropout)
+            h[:, span] = dropped(x, mask, layer.dropout) @ a[span].T
             masks.append(mask)
         return Thin(h, tuple(masks))
 
@@ -457,19 +459,19 @@ class Group:
         return self._pick_(d)
 
     def input_gradient(self, gs: Sequence[Tensor], d: Tensor | None, thin: Thin, factors: Factors) -> Tensor:
-        dropped = any(mask is not None for mask in thin.masks)
+        is_dropping = any(mask is not None for mask in thin.masks)
         stored = [w for w in self.weights if isinstance(w, Store) and w.multiplies_itself]
-        if len(stored) == len(gs) and len({w.recipe for w in stored}) == 1 and not dropped:
+        if len(stored) == len(gs) and len({w.recipe for w in stored}) == 1 and not is_dropping:
             recipe = stored[0].recipe
             dx = storage_of(recipe).products_back(gs, [(w.parts, w.shape) for w in stored], recipe)
             return dx if d is None else dx.addmm_(d, factors.a)
         dx = None
-        if d is not None and not dropped:
+        if d is not None and not is_dropping:
             dx = d @ factors.a
         elif d is not None:
             for layer, span, mask in zip(self.layers, self.spans, thin.masks, strict=True):
                 if layer.rank:
-                    own = _dropped(d[:, span] @ factors.a[span], mask, layer.dropout)
+                    own = dropped(d[:, span] @ factors.a[span], mask, layer.dropout)
                     dx = own if dx is None else dx.add_(own)
         for layer, g in zip(self.layers, gs, strict=True):
             dx = layer.back(g, dx)
@@ -493,7 +495,7 @@ class Group:
         else:
             x = x if isinstance(x, Tensor) else x.formed()
             spans = zip(self.layers, self.spans, thin.masks, strict=True)
-            da = torch.cat([token_sum(d[:, s].T, _dropped(x, m, layer.dropout), dtype) for layer, s, m in spans])
+            da = torch.cat([token_sum(d[:, s].T, dropped(x, m, layer.dropout), dtype) for layer, s, m in spans])
         return self.split_a(da)
 
     def split_a(self, da: Tensor) -> list[Tensor | None]:
@@ -538,7 +540,12 @@ def _joined(bs: list[Tensor]) -> Tensor | None:
     return None if not bs else bs[0] if len(bs) == 1 else torch.cat(bs, dim=1)
 
 
-def _dropped(x: Tensor, mask: Tensor | None, p: float) -> Tensor:
+def drawn(x: Tensor, p: float) -> Tensor:
+    """The mask that dropout would draw for something like x."""
+    return F.dropout(torch.ones_like(x), p) != 0
+
+
+def dropped(x: Tensor, mask: Tensor | None, p: float) -> Tensor:
     return x if mask is None else (x * mask).mul_(1 / (1 - p)) if p < 1 else torch.zeros_like(x)
 
 

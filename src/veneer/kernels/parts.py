@@ -22,9 +22,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from veneer.core.host import Hosted, original_class
+from veneer.core.host import Hosted, original_class, plain_modules
 from veneer.core.op import LinearOp, op_for
-from veneer.kernels.block import Norm, Unit, rotated
+from veneer.kernels.block import Drop, Norm, Unit, rotated
 from veneer.kernels.group import Group, Inside, all_bare, untouched
 from veneer.kernels.image_blocks import LayerNorm
 from veneer.kernels.pieces import ACTIVATIONS, glu
@@ -44,7 +44,10 @@ __all__ = [
 ]
 
 OTHERS = ("ffn_norm", "post_mlp_layernorm", "post_self_attn_layernorm", "crossattention", "cross_attn")
-DROPS = ("resid_attn_dropout", "resid_mlp_dropout", "resid_dropout", "hidden_dropout")
+DROPS = (  # of the residual stream, by whom they belong to: after the attention, after the unit
+    (("resid_attn_dropout", "resid_dropout"), ("resid_dropout",)),
+    (("resid_mlp_dropout", "resid_dropout", "dropout"), ("dropout",)),
+)
 CAPPING = ("transformers.models.gemma2.modeling_gemma2.Gemma2Attention",)  # they tell their kernel to cap scores
 GAUGE = 64  # numbers an activation is tried on
 
@@ -94,12 +97,14 @@ class MlpParts:
     gated: bool = True
     drops: tuple[nn.Dropout, ...] = ()
 
+    @property
+    def is_dropping(self) -> bool:
+        return any(drop.p and drop.training for drop in self.drops)
+
     def now(self, dtype: torch.dtype, batch: int) -> Unit | str:
         entry, down = all_bare(self.entry, dtype, batch), all_bare([self.down], dtype, batch)
         if isinstance(entry, str) or isinstance(down, str):
             return entry if isinstance(entry, str) else str(down)
-        if any(drop.p and drop.training for drop in self.drops):
-            return "it drops out of what it gives"
         return Unit(entry, down, self.act, self.gated)
 
 
@@ -175,16 +180,21 @@ class BlockParts:
     mlp: MlpParts
     posts: tuple[AnyNorm | None, AnyNorm | None]
     parallel: bool
-    drops: tuple[nn.Dropout, ...]
+    drops: tuple[nn.Dropout | None, nn.Dropout | None]  # of what the attention and the unit give, before it is added
+    others: tuple[nn.Dropout, ...]  # that nobody here knows
     inside: Inside
 
-    def dropping(self) -> str | None:
-        """Why it will run plainly as soon as it trains."""
-        p = max((drop.p for drop in (*self.drops, *self.mlp.drops)), default=0)
-        if not p:
-            return None
-        what = f"while it trains it drops out of its residual stream (p = {p:g}), and is not fused then"
-        return f"{what}; with resid_pdrop 0 in the model's config it would be"
+    def endings(self, dtype: torch.dtype) -> tuple[Any, Any] | str:
+        """What the attention and the unit give goes through before it is added, as it is now."""
+        if any(drop.p and drop.training for drop in self.others):
+            return "it drops out in a place that is not known"
+        found = []
+        for post, drop in zip(self.posts, self.drops, strict=True):
+            is_dropping = drop is not None and bool(drop.p) and drop.training
+            if is_dropping and post is not None:
+                return "it drops out of what a norm gives"
+            found.append(Drop(drop.p) if drop is not None and is_dropping else post and post.now(dtype))
+        return next((each for each in found if isinstance(each, str)), None) or (found[0], found[1])
 
     def touched(self) -> str | None:
         return self.inside.touched()
@@ -235,9 +245,15 @@ def block_parts(block: nn.Module) -> BlockParts | str:
     found = own, attention_parts(attention), own if second is None else norm_parts(second), mlp_parts(mlp)
     if (why := next((part for part in (*found, *posts) if isinstance(part, str)), None)) is not None:
         return why
-    inside = [named(module, name) for module in (block, attention) for name in DROPS]
-    drops = tuple(drop for drop in inside if isinstance(drop, nn.Dropout))
-    return BlockParts(*found, posts, second is None, drops, Inside.of(block))  # type: ignore[arg-type]
+    drops = tuple(
+        next((drop for names, of in zip(ending, (block, owner), strict=True) for name in names
+              if isinstance(drop := getattr(of, name, None), nn.Dropout)), None)
+        for ending, owner in zip(DROPS, (attention, mlp), strict=True)
+    )  # fmt: skip
+    known = {id(drop) for drop in (*drops, getattr(attention, "attn_dropout", None))}
+    others = tuple(m for m in plain_modules(block).values() if isinstance(m, nn.Dropout) and id(m) not in known)
+    inside = Inside.of(block)
+    return BlockParts(*found, posts, second is None, drops, others, inside)  # type: ignore[arg-type]
 
 
 @torch.no_grad()

@@ -438,8 +438,10 @@ def recorders(model: nn.Module) -> list[Any]:
 def draws(model: nn.Module) -> bool:
     """Whether fused blocks draw random numbers of their own, besides what their adapters do."""
     blocks = [module for module in model.modules() if isinstance(module, FusedBlock)]
-    drops = (inside.p for block in blocks for inside in block.modules() if isinstance(inside, nn.Dropout))
-    return any(drops) or any(block.fused.parts.attention.dropout for block in blocks)
+    drops = (drop for block in blocks for drop in block.fused.parts.drops)
+    return any(drop is not None and drop.p for drop in drops) or any(
+        block.fused.parts.attention.dropout for block in blocks
+    )
 
 
 def width_of(model: nn.Module) -> int | None:
@@ -477,8 +479,8 @@ def _now(parts: Any, dtype: torch.dtype) -> Iterator[Any]:
     elif isinstance(parts, (NormParts, LayerNormParts)):
         yield parts.now(dtype)
     elif isinstance(parts, BlockParts):
-        yield parts.dropping()
-        for part in (parts.first, parts.attention, parts.second, parts.mlp, *parts.posts):
+        yield parts.endings(dtype)
+        for part in (parts.first, parts.attention, parts.second, parts.mlp):
             yield from _now(part, dtype)
 
 
