@@ -139,7 +139,35 @@ def test_fused_and_plain_are_one(build: str, targets: str, level: str) -> None:
     report = fuse(model, level, verbose=False)
     assert not report.skipped, str(report)
     assert report.replaced == TAKEN | {"transformer blocks": {"sd1": 4, "sdxl": 8}[build]}
-    agree(outcome(model), wanted)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*run plainly")
+        agree(outcome(model), wanted)
+
+
+def test_adapters_on_convolutions_of_every_kind() -> None:
+    """Some of a block's convolutions, several adapters with weights, DoRA, routed rows; on samplers, too."""
+    model = model_of("sd1", targets=["conv1", "to_q"], combine="dora")
+    veneer.attach(model, LoRA(rank=2, alpha=5, targets=["conv2", "conv_shortcut", "conv"]), name="second")
+    spread(model)
+    for acting in ({"default": 0.7, "second": -1.3}, "second"):
+        veneer.activate(model, acting)
+        wanted = outcome(model)
+        fuse(model, verbose=False)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", message=".*run plainly")
+            agree(outcome(model), wanted)
+        unfuse(model)
+    with veneer.routed(model, ["second", "default"]):
+        wanted = outcome(model)
+        fuse(model, verbose=False)
+        agree(outcome(model), wanted)
+
+
+def test_of_adapted_residual_blocks_less_is_kept() -> None:
+    model = model_of("sd1", torch.float32, ["conv1", "conv2"])
+    plain = kept_bytes(model)
+    fuse(model, verbose=False)
+    assert kept_bytes(model) < 0.8 * plain
 
 
 @pytest.mark.parametrize("level", ["none", "middle"])

@@ -45,9 +45,13 @@ def records(model: Any) -> list[bool]:
     return [record.forward_graph is not None for record in recorder.records.values()]
 
 
-@pytest.mark.parametrize("recompute,build", [("none", "sdxl"), ("input", "sd1")])
-def test_a_recorded_unet_trains_as_one_that_is_not(recompute: str, build: str, device: str) -> None:
-    ever = model_of(build, torch.float64 if device == "cpu" else torch.float32, TARGETS["attention"]).to(device)
+@pytest.mark.parametrize(
+    "recompute,build,targets",
+    [("none", "sdxl", ["attention"]), ("input", "sd1", ["attention"]), ("none", "sd1", ["convolutions", "queries"])],
+)
+def test_a_recorded_unet_trains_as_one_that_is_not(recompute: str, build: str, targets: list[str], device: str) -> None:
+    asked = [each for name in targets for each in TARGETS[name]]
+    ever = model_of(build, torch.float64 if device == "cpu" else torch.float32, asked).to(device)
     graphed = copy.deepcopy(ever)
     fuse(ever, recompute, verbose=False)
     fuse(graphed, recompute, graphs=True, verbose=False)
@@ -100,7 +104,9 @@ def test_a_recorded_transformer_trains_as_one_that_is_not(
         warnings.simplefilter("error")
         got = moved(graphed, words, device, of_transformer)
     for mine, plain in zip(got, moved(ever, words, device, of_transformer), strict=True):
-        torch.testing.assert_close(mine, plain, rtol=1e-9 if device == "cpu" else 1e-3, atol=1e-9)
+        torch.testing.assert_close(
+            mine, plain, rtol=1e-9 if device == "cpu" else 1e-3, atol=1e-9 if device == "cpu" else 1e-5
+        )
     count = sum(test_dit.TAKEN[build].values())
     assert records(graphed) == [True] * count if len(set(words)) == 1 else len(records(graphed)) == count
 
@@ -150,4 +156,4 @@ def test_what_a_recorded_transformer_cannot_have_runs_as_ever(device: str) -> No
         got = moved(model, (5, 5, 5, 5), device, of_transformer)
     assert not any(records(model))
     for mine, plain in zip(got, moved(ever, (5, 5, 5, 5), device, of_transformer), strict=True):
-        torch.testing.assert_close(mine, plain, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(mine, plain, rtol=1e-3, atol=1e-5)

@@ -5,7 +5,8 @@
     Between   x, attention -> out + x -> norm -> siblings (q)   keeps the attention's output and the sum
     Tail      x, attention -> out + x -> norm -> unit -> + x    as in block.py: the same, and gate and up
     Resnet    x -> norm, SiLU, conv -> + time -> norm, SiLU, conv -> + x
-                                                                keeps x and what the first convolution gave
+                                                                keeps x and what the first convolution gave; with
+                                                                adapters on its convolutions, their inputs as well
 
 What is written for the text, k and v of the cross-attention, needs no gradient of the text where the text encoder is
 frozen. Norms, activations and the unit's product are formed again; a frozen convolution keeps nothing. In autograd's
@@ -38,6 +39,7 @@ __all__ = [
     "entered",
     "frozen_convolution",
     "group_normed",
+    "layered",
     "run_image",
     "run_residual",
 ]
@@ -278,6 +280,7 @@ class Residual:
     second: GroupNorm
     conv2: nn.Conv2d
     shortcut: nn.Conv2d | None
+    adapted: tuple[nn.Conv2d, ...] = ()  # those of them on which adapters act
 
 
 class Resnet(torch.autograd.Function):
@@ -324,4 +327,22 @@ def _sum(one: Tensor | None, other: Tensor | None) -> Tensor | None:
 
 
 def run_residual(x: Tensor, time: Tensor | None, block: Residual) -> Tensor:
+    if block.adapted:
+        return _by_layers(x, time, block)
     return Resnet.apply(x, time, block)  # type: ignore[return-value]
+
+
+def _by_layers(x: Tensor, time: Tensor | None, block: Residual) -> Tensor:
+    """A convolution with adapters keeps its input for their gradients, so it runs as the layer that it is; norms and
+    activations around it run as ever. Four images are kept at most."""
+    h = layered(group_normed(x, block.first), block.conv1, block.adapted)
+    h = h if time is None else h + time[:, :, None, None]
+    h = layered(group_normed(h, block.second), block.conv2, block.adapted)
+    return h + (x if block.shortcut is None else layered(x, block.shortcut, block.adapted))
+
+
+def layered(x: Tensor, conv: nn.Conv2d, adapted: tuple[nn.Conv2d, ...]) -> Tensor:
+    """x through the convolution, by itself where adapters act on it."""
+    if not any(conv is each for each in adapted):
+        return frozen_convolution(x, conv)
+    return conv(x.contiguous(memory_format=torch.channels_last))

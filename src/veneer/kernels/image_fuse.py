@@ -25,12 +25,13 @@ from torch import Tensor, nn
 from veneer.kernels.fuse import FAMILIES, Family, FusedModule, _at_rest, _is_resting, _Plainly
 from veneer.kernels.graphs import Unfit, replayed
 from veneer.kernels.group import untouched
-from veneer.kernels.image_blocks import frozen_convolution, group_normed, run_image, run_residual
+from veneer.kernels.image_blocks import group_normed, layered, run_image, run_residual
 from veneer.kernels.image_parts import (
     image_parts,
     residual_parts,
     sampler_parts,
     stage_parts,
+    with_adapters,
 )
 
 __all__ = ["FusedImage", "FusedResidual", "FusedSampler", "FusedStage"]
@@ -162,7 +163,7 @@ class FusedSampler(FusedModule):
         if parts.doubles:
             scale = 2.0 if size is None else None
             hidden_states = F.interpolate(hidden_states, size=size, scale_factor=scale, mode="nearest")
-        return frozen_convolution(hidden_states, parts.conv)
+        return layered(hidden_states, parts.conv, with_adapters(parts.conv))
 
 
 # ------------------------------------------------------------------ the experiment

@@ -43,14 +43,17 @@ def group_norm_now(norm: Any, dtype: torch.dtype, act: bool) -> GroupNorm | str:
 
 def conv_now(conv: nn.Conv2d, dtype: torch.dtype) -> str | None:
     """Why a convolution cannot be taken as a frozen weight now."""
-    if isinstance(conv, Hosted):
-        return "a convolution has an adapter" if conv.active.names else None
     weight, bias = conv._parameters.get("weight"), conv._parameters.get("bias")
     if weight is None or not is_plain(weight) or weight.dtype != dtype:
         return f"a convolution's weight is no plain tensor of {dtype}"
     if weight.requires_grad or (bias is not None and bias.requires_grad):
         return "a convolution is trained"
     return untouched(conv)
+
+
+def with_adapters(*convs: nn.Conv2d) -> tuple[nn.Conv2d, ...]:
+    """Those on which adapters act."""
+    return tuple(conv for conv in convs if isinstance(conv, Hosted) and conv.active.names)
 
 
 def _is_plain_conv(conv: Any) -> bool:
@@ -256,7 +259,8 @@ class ResidualParts:
         convs = [conv for conv in (block.conv1, block.conv2, block.conv_shortcut) if conv is not None]
         if (why := either(first, second, *(conv_now(conv, dtype) for conv in convs))) is not None:
             return why
-        return Residual(first, block.conv1, second, block.conv2, block.conv_shortcut)  # type: ignore[arg-type]
+        own = block.conv1, second, block.conv2, block.conv_shortcut
+        return Residual(first, *own, with_adapters(*convs))  # type: ignore[arg-type]
 
     def time(self, temb: Tensor | None) -> Tensor | None:
         """The time's share of each channel, by the block's own layer, whatever adapters are on it."""

@@ -156,8 +156,6 @@ class Diffusion(Task):
             return f"blocks of {self.pipeline.family.name} cannot be recorded"
         if self.settings.text_encoders:
             return "the text encoders learn, and recorded blocks have no gradient of the text"
-        if self.settings.convolutions:
-            return "adapters on convolutions run plainly"
         sizes = {cast(Canvas, sample.pixels).size for sample in samples}
         return f"pictures come in {len(sizes)} sizes (buckets: no makes them one)" if len(sizes) > 1 else None
 
