@@ -22,6 +22,7 @@ from veneer.core.model import parameters
 from veneer.kernels import fuse as home
 from veneer.kernels.even import even_gradients
 from veneer.kernels.fuse import fuse, is_fused, set_recompute, unfuse
+from veneer.kernels.parts import quickest
 from veneer.kernels.pieces import rotate
 
 diffusers = pytest.importorskip("diffusers")
@@ -380,6 +381,21 @@ def test_gradients_of_attention_lie_alike(monkeypatch: pytest.MonkeyPatch) -> No
         with even_gradients(model) as count:
             assert count == 0 and len(layouts(model, monkeypatch)) == 1
         unfuse(model)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_the_quickest_attention_with_a_mask_has_a_plainest_gradient_too() -> None:
+    """Of rows whose scores are all far below zero, with half a tile of keys at the end."""
+    places = 192
+    q, k, v = (torch.randn(1, places, 2, 64, device="cuda", dtype=torch.bfloat16) for _ in range(3))
+    q[..., 0], k[..., 0] = 1.0, -1000.0  # every score is about -125
+    q.requires_grad_()
+    mask = torch.ones(1, 1, places, places, dtype=torch.bool, device="cuda").tril()
+    with quickest(q, mask):
+        o = torch.nn.functional.scaled_dot_product_attention(*(t.transpose(1, 2) for t in (q, k, v)), attn_mask=mask)
+    o.sum().backward()
+    assert q.grad is not None and bool(q.grad.isfinite().all())
 
 
 @pytest.mark.gpu

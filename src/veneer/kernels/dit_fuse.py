@@ -201,7 +201,7 @@ def _attend(attention: Any, norms: Sequence[Heads], turn: Turn, mask: Tensor | N
         q, k, v = (torch.cat(each, dim=1) for each in zip(*order, strict=True)) if len(order) > 1 else order[0]
         if turn is not None:
             q, k = (rotated(t, *turn, True) for t in (q, k))
-        with quickest(q):
+        with quickest(q, mask):
             o = F.scaled_dot_product_attention(*(t.transpose(1, 2) for t in (q, k, v)), attn_mask=mask)
         sizes = [each[0].shape[1] for each in order]
         # split's gradient has rows of its own, also that of a single part, as cuDNN needs it (even.py)
