@@ -11,13 +11,14 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, MixtralConfig
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, MixtralConfig
 
 import veneer
 import veneer.prove
 from veneer.ckpt.peft import save
 from veneer.core.combine import COMBINES
 from veneer.core.delta import DELTAS
+from veneer.core.host import Active
 from veneer.core.init import INITS, NEEDS
 from veneer.core.model import activate, active_of, adapters, attach, detach, disabled, merge, parameters, unmerge
 from veneer.core.spec import LoRA
@@ -449,3 +450,42 @@ def test_the_canary_of_classifiers_and_pairs(make_model: Callable[..., nn.Module
 def test_a_proof_without_a_canary_says_so() -> None:
     with pytest.raises(StateError, match="no canary"):
         replay(nn.Linear(2, 2), Proof([]))
+
+
+# ---------------------------------------------------------------- models that make much of a rounding
+
+
+def chaotic() -> nn.Module:
+    """Twelve layers of large weights in bf16: what two orders of a sum differ by grows from layer to layer."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=12, num_attention_heads=4, num_key_value_heads=2,
+        vocab_size=384, initializer_range=0.6,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config).bfloat16()
+    attach(model, LoRA(rank=4))
+    return moved(model)
+
+
+def test_where_logits_cannot_tell_each_layer_is_asked() -> None:
+    torch.manual_seed(0)
+    check = prove(chaotic(), {"input_ids": torch.randint(7, 384, (4, 24))})["P6"]
+    assert check.figures["largest_difference"] > check.figures["allowed"]
+    assert check.passed and "one by one" in check.statement
+    assert all(by < 0.5 for by in check.figures["layers"].values())
+
+
+MIXED_WRONGLY = {
+    "squared": lambda ws: [w * w for w in ws],
+    "lost": lambda ws: [1.0] * len(ws),
+    "without signs": lambda ws: [abs(w) for w in ws],
+    "the first alone": lambda ws: [w if i == 0 else 0 * w for i, w in enumerate(ws)],
+}
+
+
+@pytest.mark.parametrize("how", MIXED_WRONGLY)
+def test_layers_tell_what_is_wrong(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, plain = chaotic(), Active.weights
+    monkeypatch.setattr(Active, "weights", lambda self: MIXED_WRONGLY[how](plain(self)))
+    check = prove(model, {"input_ids": torch.randint(7, 384, (4, 24))})["P6"]
+    assert not check.passed and max(check.figures["layers"].values()) > 1.5
