@@ -10,11 +10,13 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import re
+import shlex
 from types import ModuleType
 
 from veneer.errors import UserError
 
-__all__ = ["need"]
+__all__ = ["need", "pip_line"]
 
 
 def need(package: str, *, extra: str, use: str) -> ModuleType:
@@ -22,3 +24,13 @@ def need(package: str, *, extra: str, use: str) -> ModuleType:
     if importlib.util.find_spec(package.partition(".")[0]) is None:
         raise UserError(f"The package {package!r} is needed to {use}.", fix=f"pip install 'veneer[{extra}]'")
     return importlib.import_module(package)
+
+
+def pip_line(error: ImportError) -> str:
+    """What another library says is to be installed, as a shell takes it.
+
+    >>> pip_line(ImportError("needs it: `pip install -U it>=0.4`")), pip_line(ImportError("no it"))
+    ("pip install -U 'it>=0.4'", 'install it')
+    """
+    found = re.search(r"pip install [^`\n]+", str(error))
+    return shlex.join(found.group().split()) if found else "install it"

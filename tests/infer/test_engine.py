@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from veneer.core.model import activate, attach, parameters
 from veneer.core.spec import LoRA
-from veneer.errors import DataError
+from veneer.errors import CheckpointError, DataError
 from veneer.infer.engine import Engine, TextStream
 from veneer.infer.sampling import Sampling
 
@@ -45,6 +45,12 @@ def test_greedy_equals_transformers(kind: str, make_model: Callable[..., PreTrai
     for prompt, answer in zip(PROMPTS, answers, strict=True):
         assert answer.tokens == reference(model, prompt), kind
         assert answer.stopped == "length" and answer.prompt_tokens == len(prompt)
+
+
+def test_what_is_no_number_is_not_answered_with(tiny_llama: PreTrainedModel, tiny_tokenizer: Any) -> None:
+    tiny_llama.model.layers[1].mlp.up_proj.weight.data[0, 0] = float("nan")
+    with pytest.raises(CheckpointError, match="are not numbers"):
+        Engine(tiny_llama, tiny_tokenizer).generate(PROMPTS)
 
 
 def test_repetition_penalty_equals_transformers(tiny_llama: PreTrainedModel, tiny_tokenizer: Any) -> None:

@@ -14,7 +14,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import veneer
 from veneer import LoRA
+from veneer.core.weight import ELSEWHERE
 from veneer.errors import ConfigError, StateError, TargetError, VeneerError
+from veneer.quant import foreign
 
 
 def net() -> nn.Sequential:
@@ -91,17 +93,16 @@ def test_states_in_which_nothing_can_be_packed_or_merged() -> None:
         veneer.dequantize(net())
 
 
-def test_a_tensor_of_a_package_that_is_not_here(monkeypatch: pytest.MonkeyPatch) -> None:
-    from veneer.quant.foreign import register_bitsandbytes
-
-    register_bitsandbytes.cache_clear()
-    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
-    kind = type("Params9bit", (torch.Tensor,), {"__module__": "bitsandbytes.nn.modules"})
+@pytest.mark.parametrize("package", ELSEWHERE)
+def test_a_tensor_of_a_package_that_is_not_here(package: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    getattr(foreign, f"register_{package}").cache_clear()
+    monkeypatch.setitem(sys.modules, package, None)
+    kind = type("Params9bit", (torch.Tensor,), {"__module__": f"{package}.nn.modules"})
     model = nn.Sequential(nn.Linear(8, 8))
     model[0]._parameters["weight"] = torch.zeros(8, 8).as_subclass(kind)  # type: ignore[assignment]
-    with pytest.raises(TargetError, match="a weight that bitsandbytes packed cannot be read") as told:
+    with pytest.raises(TargetError, match=f"a weight that {package} packed cannot be read") as told:
         veneer.attach(model, LoRA(rank=2, targets=["0"], combine="dora"))
-    assert "pip install bitsandbytes" in str(told.value)
+    assert f"pip install {package}" in str(told.value)
 
 
 def test_a_checkpoint_that_needs_a_package_that_is_not_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -33,12 +33,12 @@ def fresh(folder: Path, **settings: Any) -> Run:
 
 def test_a_run_never_overwrites(tmp_path: Path) -> None:
     fresh(tmp_path / "a")
-    with pytest.raises(ConfigError, match="already a run here, and nothing is ever overwritten") as caught:
+    with pytest.raises(ConfigError, match="is a run here already, and nothing is ever overwritten") as caught:
         fresh(tmp_path / "a")
     assert "--resume" in str(caught.value)
     (tmp_path / "b").mkdir()
     (tmp_path / "b" / "notes.txt").write_text("mine")
-    with pytest.raises(ConfigError, match="already files here"):
+    with pytest.raises(ConfigError, match="are files here already"):
         fresh(tmp_path / "b")
 
 

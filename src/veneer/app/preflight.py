@@ -36,7 +36,7 @@ from veneer.tasks.base import Task
 from veneer.train.base import DTYPES, config_of, precision_of, quiet, recomputing
 from veneer.train.fast import heaviest
 from veneer.train.method import place, to_train
-from veneer.train.prepare import encode_rows, make_task, read_data, settle_length
+from veneer.train.prepare import encode_rows, make_task, read_data, refuse_packed_twice, settle_length
 from veneer.train.settings import Reads, Resolved
 
 __all__ = ["Checked", "preflight"]
@@ -106,6 +106,7 @@ def preflight(resolved: Resolved, tell: Tell) -> Checked:
     parts = read_data(settings, None, tell)
     task = make_task(settings, settings.model, None, parts, tell)
     settle_length(settings, settings.model)
+    refuse_packed_twice(settings, settings.model)
     train, _ = encode_rows(task, settings, parts, tell)
     mask = _told_mask(train, task.renderer.tokenizer if task.renderer else task.tokenizer, tell)
     memory, free, longest, duration = None, free_memory(usual_device()), None, None

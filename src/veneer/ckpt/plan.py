@@ -177,12 +177,14 @@ class Plan:
                 if edit.deltas or edit.added or sum(w for _, w in edit.whole) != 1:
                     problems.append(f"{parameter}: not in the files as one tensor; merge() in memory can do it")
             elif stored.dtype not in FLOATS and edit.deltas:
-                problems.append(f"{parameter}: stored as {stored.dtype}: quantised; merge into the full weights")
+                problems.append(f"{parameter}: packed, as {stored.dtype}")
             elif parameter in self.parameters and tuple(self.parameters[parameter].shape) != stored.shape:
                 shape = list(self.parameters[parameter].shape)
                 problems.append(f"{parameter}: {list(stored.shape)} in the files, {shape} by config.json")
         if problems:
-            raise CheckpointError("These weights cannot be merged into.", str(self.folder), problems=problems)
+            packed = any(": packed, as" in problem for problem in problems)
+            fix = "name the folder of the unpacked weights: base=, or --base on the command line" if packed else None
+            raise CheckpointError("These weights cannot be merged into.", str(self.folder), fix, problems)
 
     def changes(self, parameter: str, stored: Stored, expert: int | None = None) -> list[Change]:
         """The low-rank changes of a stored matrix: of a whole tensor, or of one expert's slice of a stack."""

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from veneer.core.model import routed
 from veneer.data.template import Renderer
 from veneer.data.types import Message
-from veneer.errors import DataError
+from veneer.errors import CheckpointError, DataError
 from veneer.infer.sampling import Sampling, generators, pick
 from veneer.tasks.cross_entropy import evaluating
 
@@ -280,6 +280,9 @@ class Engine:
         rows = [_Row(i, list(p), TextStream(self.tokenizer, sampling.stop), dice[i]) for i, p in enumerate(prompts)]
         with self._routed(adapters):
             logits = batch.start()
+        if bool(logits.isnan().any()):  # the likeliest of them would be some token, and the answer some nonsense
+            fix = "`veneer inspect` finds NaN in an adapter; fp16 overflows where bf16 and fp32 do not"
+            raise CheckpointError("the model's logits are not numbers, so it cannot answer", "the model", fix)
         while True:
             tokens = pick(logits, [row.seen for row in rows], sampling, [row.dice for row in rows])
             pieces = [self._advance(row, int(t), sampling) for row, t in zip(rows, tokens, strict=True)]

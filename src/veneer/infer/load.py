@@ -33,7 +33,8 @@ from veneer.core.model import activate, adapters, disabled
 from veneer.data.labels import LabelSet
 from veneer.data.template import Renderer
 from veneer.data.types import Message
-from veneer.errors import CheckpointError, ConfigError, ProofFailed
+from veneer.errors import CheckpointError, ConfigError, ProofFailed, UserError
+from veneer.extras import pip_line
 from veneer.infer.engine import Engine
 from veneer.prove.answers import call, first_tensor
 from veneer.prove.canary import replay
@@ -256,9 +257,10 @@ def _base(source: Source, task: Task, device: torch.device, dtype: torch.dtype) 
     from veneer.quant.hf import VeneerConfig  # transformers then also knows a folder that was saved packed
 
     options = task.model_options() if source.labels is not None else {}
-    if source.quant is not None:
-        options |= {"quantization_config": VeneerConfig(**source.quant), "device_map": {"": device}}
     with _plain_errors(source.base, "model"), quiet_transformers():
+        config = transformers.AutoConfig.from_pretrained(source.base)
+        if source.quant is not None and not hasattr(config, "quantization_config"):  # else it was packed when saved
+            options |= {"quantization_config": VeneerConfig(**source.quant), "device_map": {"": device}}
         model = getattr(transformers, task.auto_class).from_pretrained(source.base, dtype=dtype, **options)
     return model.to(device).eval()
 
@@ -270,6 +272,13 @@ def _plain_errors(where: str, what: str) -> Any:
 
     try:
         yield
+    except UserError:  # ours, and plain
+        raise
+    except ImportError as error:
+        short = str(error).strip().splitlines()[0].partition(": `pip")[0]
+        raise CheckpointError(
+            f"the {what} needs a package that is not here: {short}", where, pip_line(error)
+        ) from error
     except (OSError, ValueError, SafetensorError) as error:
         here = Path(where).exists()
         short = str(error).strip().splitlines()[0]

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from veneer.ckpt.tensorfile import TensorFile
 from veneer.core.select import block_index, ends_with, places
-from veneer.errors import ConfigError
+from veneer.errors import ConfigError, UserError
 from veneer.extras import need
 
 __all__ = ["FAMILIES", "Family", "Pipeline", "WithText"]
@@ -413,6 +413,8 @@ def _of_models(pipe: Any) -> tuple[dict[str, str], dict[str, Any]]:
 def _from_pretrained(diffusers: Any, where: str, dtype: torch.dtype) -> Any:
     try:
         return diffusers.DiffusionPipeline.from_pretrained(where, torch_dtype=dtype)
+    except UserError:
+        raise
     except (OSError, ValueError, KeyError) as error:
         raise _unreadable(where, error) from error
 

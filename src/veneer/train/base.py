@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 from veneer.data.batch import pad_id_of
-from veneer.errors import ConfigError
+from veneer.errors import ConfigError, UserError
+from veneer.extras import need, pip_line
 from veneer.tasks.base import Task
 
 __all__ = [
@@ -88,6 +89,8 @@ def tokenizer_of(model: nn.Module | str, reader: str = "AutoTokenizer") -> Any:
         )
     import transformers
 
+    if reader != "AutoTokenizer":
+        need("PIL.Image", extra="vision", use="read pictures")
     with quiet():
         return _from_pretrained(getattr(transformers, reader), where)
 
@@ -162,15 +165,24 @@ def _from_pretrained(kind: Any, where: str, **options: Any) -> Any:
         raise ConfigError("no model was named", fix="give a folder or a hub id: veneer train MODEL DATA")
     try:
         return kind.from_pretrained(where, **options)
+    except UserError:
+        raise
     except ImportError as error:
-        what = str(error).strip().splitlines()[0]
-        raise ConfigError(f"this model needs a package that is not here: {what}", where, "install it") from error
+        what = str(error).strip().splitlines()[0].partition(": `pip")[0]
+        raise ConfigError(f"this model needs a package that is not here: {what}", where, pip_line(error)) from error
     except (OSError, ValueError, KeyError) as error:
         what = str(error).strip().splitlines()[0]
         raise ConfigError(
             f"this model cannot be loaded as {kind.__name__.removeprefix('Auto')}: {what}", where,
             "check the spelling; a folder needs config.json, the weights as safetensors, and the tokenizer's files",
         ) from error  # fmt: skip
+
+
+def stored_as(config: Any) -> str | None:
+    """What a folder's weights are packed in, by its config.json."""
+    held = getattr(config, "quantization_config", None)
+    told = held if isinstance(held, dict) else vars(held) if held is not None else {}
+    return next((str(told[key]) for key in ("kind", "quant_method") if told.get(key)), None)
 
 
 def context_of(config: Any) -> int | None:

@@ -91,6 +91,7 @@ def prepare(run: Run, settings: Reads, model: Any, data: Any, tokenizer: Any, te
     parts = read_data(settings, data, tell)
     task = make_task(settings, source, tokenizer, parts, tell)
     settle_length(settings, source)
+    refuse_packed_twice(settings, source)
     train, val = encode_rows(task, settings, parts, tell)
     check_token_rows(settings, task, train.samples, tell)
 
@@ -229,6 +230,18 @@ def settle_length(settings: Reads, source: Any) -> None:
     context = base.context_of(base.config_of(source))
     if context is not None and context < settings.max_len:
         settings.settle("max_len", context, f"the model has {context:,} positions")
+
+
+def refuse_packed_twice(settings: Reads, source: Any) -> None:
+    """A folder that holds packed weights loads as they are, whatever is asked for; then asking is a mistake."""
+    if settings.quant == "none" or not isinstance(source, str) or TASKS[settings.task].paints:
+        return
+    if (held := base.stored_as(base.config_of(source))) is not None:
+        raise ConfigError(
+            f"{source} is packed already ({held}), so it cannot be packed as {settings.quant}",
+            "quant",
+            "leave quant out to train on it as it is, or name the folder of the unpacked weights",
+        )
 
 
 # ------------------------------------------------------------------ the model

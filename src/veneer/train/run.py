@@ -279,9 +279,9 @@ def _new_folder(out: str | None, name: str | None, data: Any, root: Path) -> Pat
     if out or name:
         folder = Path(out) if out else root / str(name)
         if folder.exists() and any(folder.iterdir()):
-            holds = "a run" if (folder / "run.json").exists() else "files"
+            holds = "is a run" if (folder / "run.json").exists() else "are files"
             raise ConfigError(
-                f"there are already {holds} here, and nothing is ever overwritten", str(folder),
+                f"there {holds} here already, and nothing is ever overwritten", str(folder),
                 f"go on with the run (--resume {folder}), or choose another --out or --name",
             )  # fmt: skip
         folder.mkdir(parents=True, exist_ok=True)
