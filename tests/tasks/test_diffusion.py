@@ -21,9 +21,11 @@ from veneer.data.captions import Canvas
 from veneer.data.dataset import load
 from veneer.data.types import Captioned
 from veneer.errors import ConfigError, DataError, VeneerError
+from veneer.kernels import fuse as home
 from veneer.tasks.diffusion import Diffusion
 from veneer.tasks.pipelines import FAMILIES as KNOWN
 from veneer.tasks.pipelines import Flux, Pipeline
+from veneer.train import fast
 from veneer.train.ema import Average, decay_at
 from veneer.train.fast import Way
 from veneer.train.run import Run
@@ -33,6 +35,7 @@ diffusers = pytest.importorskip("diffusers")
 Image = pytest.importorskip("PIL.Image")
 
 COLOURS = ("red", "green", "blue")
+gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 TINY: dict[str, Any] = {
     "task": "diffusion", "r": 2, "lr": 1e-2, "batch_size": 3, "steps": 2, "resolution": 16, "sample_steps": 2,
     "sample_prompts": "a photo of red dot|a blue bar", "sample_every": 0, "save_every": 1,
@@ -457,7 +460,8 @@ def test_a_canvas_tells_sdxl_where_it_was_cut(pipelines: Path, photos: str) -> N
         ("sd", {}, "pictures come in 2 sizes"),
         ("sdxl", {"buckets": False, "text_encoders": True}, "recorded blocks have no gradient of the text"),
         ("sd", {"buckets": False, "convolutions": True}, None),
-        ("flux", {"buckets": False}, "blocks of FLUX cannot be recorded"),
+        ("flux", {"buckets": False}, None),
+        ("sd3", {"buckets": False, "text_encoders": True}, "recorded blocks have no gradient of the text"),
     ],
 )
 def test_a_denoiser_is_fused_where_its_blocks_can_be_recorded(
@@ -473,7 +477,7 @@ def test_a_denoiser_is_fused_where_its_blocks_can_be_recorded(
         reason = "there is no GPU" if device == "cpu" else said
         assert wanted == (reason is None)
         assert (reason or "recorded as CUDA graphs") in why
-        way.is_ours = True
+        way.is_ours, way.level = True, "none"
         assert way._graphs_rule(1, lambda _: 0.0)[0] == ("on" if reason is None else "off")
         way.is_ours = False
         assert way._graphs_rule(1, lambda _: 0.0)[0] == "off"
@@ -488,13 +492,24 @@ def test_what_was_chosen_is_said(run_of: Callable[..., Run]) -> None:
     )
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_a_run_on_recorded_blocks_learns_what_one_on_plain_blocks_does(run_of: Callable[..., Run]) -> None:
+@pytest.fixture(params=[pytest.param("cuda", marks=[gpu, pytest.mark.gpu]), "cpu"])
+def recording(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A card that records, or its stand-in."""
+    if request.param == "cpu":
+        request.getfixturevalue("graphs_on_cpu")
+        monkeypatch.setattr(fast, "RECORDING", ("cpu",))
+        monkeypatch.setattr(fast, "set_graphs", lambda *args: home.set_graphs(*args) and None)
+
+
+@pytest.mark.parametrize("family,more", [("sd", {"convolutions": True}), ("flux", {}), ("sd3", {})])
+def test_a_run_on_recorded_blocks_learns_what_one_on_plain_blocks_does(
+    run_of: Callable[..., Run], recording: None, family: str, more: dict[str, Any]
+) -> None:
     heard: list[Any] = []
-    same = {"buckets": False, "steps": 12, "precision": "fp32", "sample_every": 4, "batch_size": 3}
-    run = run_of(report=lambda event: heard.append(event.get("text", "")), **same)
+    same = {"buckets": False, "steps": 6, "precision": "fp32", "sample_every": 3, "batch_size": 3} | more
+    run = run_of(family, report=lambda event: heard.append(event.get("text", "")), **same)
     assert (run.config().settings.fuse, run.config().settings.graphs) == ("on", "on")
     assert any("blocks are recorded as CUDA graphs" in text for text in heard), heard
-    plain = run_of(fuse="off", **same)
+    assert not any("slower" in text for text in heard), heard
+    plain = run_of(family, fuse="off", **same)
     assert losses(run) == pytest.approx(losses(plain), rel=1e-3)

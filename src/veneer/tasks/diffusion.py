@@ -152,8 +152,6 @@ class Diffusion(Task):
         return self.pipeline.idle(model)
 
     def unlike(self, samples: Sequence[Encoded]) -> str | None:
-        if self.pipeline.family.is_transformer:
-            return f"blocks of {self.pipeline.family.name} cannot be recorded"
         if self.settings.text_encoders:
             return "the text encoders learn, and recorded blocks have no gradient of the text"
         sizes = {cast(Canvas, sample.pixels).size for sample in samples}

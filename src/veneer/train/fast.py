@@ -132,7 +132,7 @@ class Way:
 
     def _unrecordable(self) -> str | None:
         """Why a denoiser's blocks are not recorded as CUDA graphs."""
-        if self.job.device.type != "cuda":
+        if self.job.device.type not in RECORDING:
             return "there is no GPU"
         return "graphs are off" if self.settings.graphs == "off" else self.job.task.unlike(self.job.train)
 
@@ -318,7 +318,7 @@ class Way:
         if self.job.device.type not in RECORDING:
             return "off", "they need a GPU"
         if self.job.task.paints:
-            why = "nothing is fused" if not self.is_ours else self._unrecordable()
+            why = "nothing is fused" if not self.is_ours else self._unrecordable() or self._draws_again()
             return ("on", "pictures of one size") if why is None else ("off", why)
         if (why := self._unfit_for_graphs()) is not None:
             return "off", why
@@ -337,11 +337,16 @@ class Way:
             return "only fused blocks are recorded, on batches without padding"
         if self.level in AWAY:
             return "inputs of blocks are kept on the host"
-        if self.level in AGAIN and (self.settings.dropout or draws(self.model)):
-            return "blocks that are computed again draw their masks of dropout a second time"
+        if (why := self._draws_again()) is not None:
+            return why
         distributed = torch.distributed
         if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
             return "on several GPUs they are not tried"
+        return None
+
+    def _draws_again(self) -> str | None:
+        if self.level in AGAIN and (self.settings.dropout or draws(self.model)):
+            return "blocks that are computed again draw their masks of dropout a second time"
         return None
 
     def _shape(self, batches: Sequence[Micro], rows: int, seconds: Callable[[Micro], float]) -> Fit | str:
