@@ -347,7 +347,7 @@ def diffusion_gpu(found: dict[str, Any]) -> str:
     peer = done.get("peft-compiled", {}).get("images_per_second", float("nan"))
     rows = [
         (
-            name,
+            f"{name}, without cuDNN's attention" if "died" in r else name,
             f"{r['images_per_second']:.2f}",
             f"{r['images_per_second'] / peer:.2f}",
             "-" if r["peak_gib"] is None else f"{r['peak_gib']:.1f}",
@@ -374,6 +374,12 @@ def diffusion_gpu(found: dict[str, Any]) -> str:
         f"{before:.0f} TFLOP/s before and {after:.0f} after.",
         table([*head, "loss", "step 3", "step 6", "step 9"], rows),
     ]
+    evened = [f"`{name}`" for name, r in done.items() if r.get("evened")]
+    if evened:
+        lines.append(
+            f"The gradients of attention were laid alike for {', '.join(evened)} (`even_gradients`): by diffusers' own "
+            "forward FLUX dies of an illegal memory access in cuDNN's attention, with or without PEFT."
+        )
     return "\n\n".join([*lines, *([found["note"]] if "note" in found else [])])
 
 
