@@ -64,10 +64,12 @@ def joined_loss(own: Any) -> Callable[..., Any] | None:
 class Joined:
     """Before a criterion of transformers: a batch is one picture."""
 
-    def get_loss(self, loss: str, outputs: dict[str, Any], targets: Any, indices: Pairs, *rest: Any) -> Any:
+    def get_loss(
+        self, loss: str, outputs: dict[str, Any], targets: Any, indices: Pairs, *rest: Any, **more: Any
+    ) -> Any:
         if loss in SHARES:
             outputs, targets, indices = as_one(outputs, targets, indices)
-        return super().get_loss(loss, outputs, targets, indices, *rest)  # type: ignore[misc]
+        return super().get_loss(loss, outputs, targets, indices, *rest, **more)  # type: ignore[misc]
 
 
 def as_one(
