@@ -46,9 +46,11 @@ ORIGIN: Any = None  # the event from which moments are counted
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
-def base(shape: str, device: str, storage: str = "", ends: bool = False, head: bool = False) -> nn.Module:
+def base(
+    shape: str, device: str, storage: str = "", ends: bool = False, head: bool = False, rotate: bool | None = None
+) -> nn.Module:
     """Made, and packed where that is wanted, one layer after the other. `ends`: the embedding is packed, too; `head`:
-    what gives the logits."""
+    what gives the logits; `rotate` as in `veneer.quantize`."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(**SHAPES[shape], use_cache=False, attn_implementation="sdpa", max_position_embeddings=1 << 20)
@@ -66,18 +68,18 @@ def base(shape: str, device: str, storage: str = "", ends: bool = False, head: b
             from veneer.quant.layer import pack_layer
             from veneer.quant.storage import Recipe
 
-            pack_layer(module, Recipe(storage), None, None)
+            pack_layer(module, Recipe(storage, rotate=rotate), None, None)
         if hasattr(module, "original_inv_freq"):  # not a parameter, and made without values
             module.inv_freq, module.attention_scaling = module.compute_default_rope_parameters(config, device=device)
             module.original_inv_freq = module.inv_freq
     return model.train()
 
 
-def plain(shape: str, device: str, storage: str = "", ends: bool = False, head: bool = False) -> nn.Module:
+def plain(shape: str, device: str, storage: str = "", **packing: Any) -> nn.Module:
     import veneer
     from veneer import LoRA
 
-    model = base(shape, device, storage, ends, head)
+    model = base(shape, device, storage, **packing)
     veneer.attach(model, LoRA(rank=16, alpha=32, targets=TARGETS))
     return model
 
@@ -86,14 +88,13 @@ def fused(
     recompute: str = "none",
     storage: str = "",
     graphs: bool = True,
-    ends: bool = False,
     turned: bool = False,
-    head: bool = False,
+    **packing: Any,
 ) -> Callable[[str, str], nn.Module]:
     def build(shape: str, device: str) -> nn.Module:
         import veneer
 
-        model = plain(shape, device, storage, ends, head)
+        model = plain(shape, device, storage, **packing)
         veneer.fuse(model, recompute, graphs=graphs, turned=turned, verbose=False)
         return model
 
@@ -165,6 +166,7 @@ VARIANTS: dict[str, Variant] = {
     "fused-input-away": (fused("input", graphs=False), away),
     "fp8": (fused(storage="fp8"), chunked_loss),
     "fp8-turned": (fused(storage="fp8", turned=True), chunked_loss),
+    "fp8-rotated": (fused(storage="fp8", turned=True, rotate=True), chunked_loss),
     "fp8-head": (fused(storage="fp8", turned=True, head=True), chunked_loss),
     "fp8-input-asked": (fused("input", "fp8", graphs=False), chunked_loss),
     "fp8-asked": (fused(storage="fp8", graphs=False), chunked_loss),
