@@ -134,6 +134,8 @@ CASES: list[tuple[str, dict[str, Any], torch.dtype]] = [
     ("llama", {}, torch.bfloat16),
     ("llama", {"dropout": 0.1}, torch.float32),
     ("llama", {"targets": ["q_proj", "down_proj"]}, torch.float32),
+    ("llama", {"combine": "dora"}, torch.float32),
+    ("qwen2", {"combine": "dora"}, torch.float32),  # with biases at q, k and v
     ("qwen3", {}, torch.float32),
 ]
 
@@ -148,9 +150,10 @@ def test_one_more_fused_block_keeps_what_the_table_says(
     (block,) = shapes_of(config).blocks
     adapted = [m for m in block.matrices if "targets" not in spec or m.name.endswith(tuple(spec["targets"]))]
     how = Pass(
-        tokens=TOKENS, width=dtype.itemsize, ranks={m.name: 8 for m in adapted}, dropout=spec.get("dropout", 0.0)
-    )
-    factors = sum(8 * (m.out + m.n) for m in adapted) * dtype.itemsize
+        tokens=TOKENS, width=dtype.itemsize, ranks={m.name: 8 for m in adapted}, dropout=spec.get("dropout", 0.0),
+        dora="combine" in spec,
+    )  # fmt: skip
+    factors = sum(8 * (m.out + m.n) for m in adapted) * dtype.itemsize + sum(4 * m.out for m in adapted) * how.dora
     state = torch.get_rng_state().nbytes if "dropout" in spec and level in ("middle", "input", "tiled") else 0
     told = kept_fused(block, how, level) * ROWS * TOKENS + factors + state
     assert told == pytest.approx(sizes[1] - sizes[0], rel=0.02)

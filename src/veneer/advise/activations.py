@@ -88,7 +88,13 @@ def kept_fused(block: Block, how: Pass, level: str) -> float:
     attention = _attention(block, how) + heads * (block.head_dim * how.width + 4)
     gates = 2 * block.mid * how.width if level == "none" else 0
     masks = block.dropouts * block.hidden if block.dropout else 0
-    return 2 * entry + thin + rows + attention + gates + masks
+    return 2 * entry + thin + rows + attention + gates + masks + _outputs(adapted, how)
+
+
+def _outputs(adapted: list[tuple[Matrix, int]], how: Pass) -> float:
+    """Of layers with magnitudes what nobody else keeps: all that o and down gave, q, k and v where they have biases."""
+    kept = [m for m, _ in adapted if m.reads in ("attention", "product") or (m.bias and m.reads == "x")]
+    return how.width * sum(m.out for m in kept) if how.dora else 0.0
 
 
 def _norms(block: Block, how: Pass) -> float:

@@ -19,10 +19,10 @@ and keep that, too, as wide as x each (or compute it again); in Phi the unit rea
 there is no middle; GPT-2's unit has no gate, and both it and Phi drop out of what is added to the residual stream (its
 masks, a byte a number, are kept with none and gate_up and else drawn again).
 
-DoRA's magnitudes need what their layers gave. q, k and v are there (turned back), gate and up, too, with their biases,
-which are taken off again: in half precision that costs places where a bias is much larger than what the magnitude
-scales. The outputs of o and of down are kept besides with none and gate_up, without their biases, as wide as x each,
-and computed again with middle and input.
+DoRA's magnitudes need what their layers gave, without the biases: next to a large one, what a magnitude scales has few
+places left in half precision. q, k and v are there (turned back), gate and up, too; with biases gate and up are kept
+without them, and q, k and v once more. The outputs of o and of down are kept besides with none and gate_up, as wide as
+x each, and computed again with middle and input.
 
 Rotations and the activation's product are always formed again, each in one pass over memory; so are norms, unless all
 that is wanted of what they gave is a thin product (`Normed`). Everywhere the gradient that flows past a norm is added
@@ -230,17 +230,27 @@ def rotated(x: Tensor, cos: Tensor, sin: Tensor, pairs: bool = False) -> Tensor:
 class UnitKept(NamedTuple):
     """What a gated unit keeps besides its input."""
 
-    gate_up: list[Tensor]  # empty where they are computed again; emptied by the backward pass when it is done with them
+    gate_up: list[Tensor]  # what `entered` gave; empty where it is computed again
     entry: Thin
     down: Thin
     ys: tuple[Tensor, ...]  # what down gave, without its bias, where it has a magnitude or a norm follows
     stats: Any = None  # of that norm
 
 
-def unit_gates(unit: Unit, x: Tensor, entry: Thin, factors: Factors) -> tuple[Tensor, ...]:
-    """gate and up, in a lean unit without the adapters' share; slices of one tensor where one layer gives both."""
-    ys = unit.entry.outputs(x, None if unit.is_lean else entry.h, factors.bs)
-    return tuple(ys) if len(ys) == 2 or not unit.gated else _halves(unit, ys[0], -1)
+def entered(unit: Unit, x: Tensor, entry: Thin, factors: Factors) -> list[Tensor]:
+    """What the entry's layers give, as it is kept: in a lean unit without the adapters' share, with magnitudes without
+    the biases; slices of one tensor where one layer gives gate and up."""
+    ys = unit.entry.outputs(x, None if unit.is_lean else entry.h, factors.bs, not unit.entry.splits_biases)
+    return list(ys) if len(ys) == 2 or not unit.gated else list(_halves(unit, ys[0], -1))
+
+
+def gates_of(unit: Unit, kept: list[Tensor]) -> list[Tensor]:
+    """gate and up, or what goes through the activation where there is no gate."""
+    if not unit.entry.splits_biases:
+        return kept
+    if len(unit.entry.layers) == len(kept):
+        return unit.entry.with_biases(kept)
+    return list(_halves(unit, unit.entry.with_biases(_entry_outputs(unit, kept))[0], -1))
 
 
 def _halves(unit: Unit, t: Tensor, dim: int) -> tuple[Tensor, Tensor]:
@@ -265,7 +275,8 @@ def unit_forward(
 ) -> tuple[Tensor | None, UnitKept]:
     """down(act(gate(x)) * up(x)) + plus; without the result where only what is kept is wanted."""
     entry = unit.entry.thin(x, factors[0].a)
-    gates, h = unit_gates(unit, x, entry, factors[0]), None
+    own, h = entered(unit, x, entry, factors[0]), None
+    gates = gates_of(unit, own)
     if unit.is_lean:
         rounded = unit.down.rounds_to if want or post is not None else None
         pairs = gate_pairs(unit, entry, factors[0])
@@ -274,7 +285,7 @@ def unit_forward(
         product = unit.product(gates)
     down = unit.down.thin(product, factors[1].a, h)
     y, ys, stats = through(unit.down, product, down, factors[1], plus, want, post)
-    return y, UnitKept(list(gates), entry, down, ys, stats)
+    return y, UnitKept(own, entry, down, ys, stats)
 
 
 def through(
@@ -312,10 +323,11 @@ def unit_back(
     unit: Unit, g: Tensor, x: Tensor | Normed, kept: UnitKept, factors: tuple[Factors, Factors]
 ) -> tuple[Tensor, list[Tensor | None]]:
     """The gradients of x and of the factors of gate, up and down."""
-    gates = list(kept.gate_up)
-    if not gates:
-        gates += unit_gates(unit, x if isinstance(x, Tensor) else x.formed(), kept.entry, factors[0])
+    own = list(kept.gate_up)
+    if not own:
+        own += entered(unit, x if isinstance(x, Tensor) else x.formed(), kept.entry, factors[0])
     kept.gate_up.clear()
+    gates = gates_of(unit, own)
     d_rest, gs = unit.down.rest_gradients([g], kept.ys, biased=False), unit.down.scaled([g])
     d = unit.down.thin_gradients(gs, factors[1])
     if unit.is_lean:
@@ -325,9 +337,9 @@ def unit_back(
     into, product = _gates_back(unit, d_product, gates)
     d_down = unit.down.factor_gradients(product, gs, d, kept.down)
     del product, d_product
-    ys = _entry_outputs(unit, gates) if unit.entry.magnitudes else []
-    gates.clear()
-    dx, d_entry = unit.entry.back(x, into, kept.entry, factors[0], ys)
+    ys = _entry_outputs(unit, own) if unit.entry.magnitudes else []
+    gates.clear(), own.clear()
+    dx, d_entry = unit.entry.back(x, into, kept.entry, factors[0], ys, biased=not unit.entry.splits_biases)
     assert dx is not None
     return dx, [*d_entry, *d_down, *d_rest]
 
@@ -422,7 +434,9 @@ class Front(torch.autograd.Function):
         thin = block.qkv.thin(normed, factors.a)
         inside = block.adds_in_turning
         bs = [None, None, factors.bs[2]] if inside else factors.bs
-        ys = [y.view(*x.shape[:2], -1, block.head_dim) for y in block.qkv.outputs(normed, thin.h, bs)]
+        splits = block.qkv.splits_biases
+        bare = block.qkv.outputs(normed, thin.h, bs, not splits)
+        ys = [y.view(*x.shape[:2], -1, block.head_dim) for y in (block.qkv.with_biases(bare) if splits else bare)]
         q, k, v = ys if len(ys) == 3 else ys[0].split([block.heads[0], block.heads[1], block.heads[1]], dim=2)
         if block.turns:
             owns = (None, None)
@@ -431,7 +445,7 @@ class Front(torch.autograd.Function):
                 owns = tuple(b if b is None else (thin.h[:, span], b) for b, span in pairs)
             for t, own in zip((q, k), owns, strict=True):
                 kernels_for(t).rotate(t, rows_of(cos), rows_of(sin), t, thin=own)
-        ctx.save_for_backward(x, *((q, k, v) if block.qkv.magnitudes else ()))
+        ctx.save_for_backward(x, *(bare if splits else (q, k, v) if block.qkv.magnitudes else ()))
         ctx.rest = block, rstd, cos, sin, thin
         return q, k, v, x.view_as(x)
 
@@ -443,10 +457,14 @@ class Front(torch.autograd.Function):
         x, *outputs = ctx.saved_tensors
         block, rstd, cos, sin, thin = ctx.rest
         gs = _turned_back(block, (gq, gk, gv), cos, sin)
-        ys = _turned_back(block, outputs, *(_inverse(cos, sin) if block.turns else (cos, sin))) if outputs else []
+        if (splits := block.qkv.splits_biases) or not outputs:
+            ys = outputs
+        else:
+            ys = _turned_back(block, outputs, *(_inverse(cos, sin) if block.turns else (cos, sin)))
         rows = rows_of(x)
         normed = Normed(block.first, rows, rstd)
-        d_normed, d_tensors = block.qkv.back(normed, gs, thin, block.factors[0], ys, ctx.needs_input_grad[0])
+        need_x = ctx.needs_input_grad[0]
+        d_normed, d_tensors = block.qkv.back(normed, gs, thin, block.factors[0], ys, need_x, biased=not splits)
         dx = None
         if d_normed is not None:
             out = {} if not isinstance(block.first, Norm) or (room := room_for(x)) is None else {"out": rows_of(room)}

@@ -389,11 +389,22 @@ class Group:
                 rows.mul_(layer.picks.to(h.dtype)[:, None])
         return h
 
-    def outputs(self, x: Tensor, h: Tensor | None, bs: Sequence[Tensor | None]) -> list[Tensor]:
+    def outputs(self, x: Tensor, h: Tensor | None, bs: Sequence[Tensor | None], biased: bool = True) -> list[Tensor]:
         return [
-            layer.forward(x, h[:, span] if h is not None and b is not None else None, b)
+            (layer.forward if biased else layer.unbiased)(x, h[:, span] if h is not None and b is not None else None, b)
             for layer, span, b in zip(self.layers, self.spans, bs, strict=True)
         ]
+
+    @property
+    def splits_biases(self) -> bool:
+        """Whether outputs are kept without their biases: next to a large one, what a magnitude scales has few places
+        left in 16 bits."""
+        return any(layer.magnitude is not None and layer.bias is not None for layer in self.layers)
+
+    def with_biases(self, ys: Sequence[Tensor]) -> list[Tensor]:
+        """Outputs that come without them, in memory of their own."""
+        pairs = zip(ys, self.layers, strict=True)
+        return [y if layer.bias is None else y.clone().add_(layer.bias) for y, layer in pairs]
 
     @property
     def rounds_to(self) -> torch.dtype | None:
@@ -428,8 +439,7 @@ class Group:
         return dx, [*self.factor_gradients(x, gs, d, thin), *rest]
 
     def rest_gradients(self, gs: Sequence[Tensor], ys: Sequence[Tensor], biased: bool = True) -> list[Tensor]:
-        """Of magnitudes and of trained biases. Next to a large bias what a magnitude scales has few places left in a
-        16-bit y, so y is kept without it where it has to be kept anyway."""
+        """Of magnitudes and of trained biases."""
         found = []
         if self.magnitudes:
             for layer, g, y in zip(self.layers, gs, ys, strict=True):
