@@ -338,7 +338,8 @@ def unit_back(
     d_down = unit.down.factor_gradients(product, gs, d, kept.down)
     del product, d_product
     ys = _entry_outputs(unit, own) if unit.entry.magnitudes else []
-    gates.clear(), own.clear()
+    gates.clear()
+    own.clear()
     dx, d_entry = unit.entry.back(x, into, kept.entry, factors[0], ys, biased=not unit.entry.splits_biases)
     assert dx is not None
     return dx, [*d_entry, *d_down, *d_rest]

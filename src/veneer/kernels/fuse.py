@@ -449,7 +449,7 @@ def _differs(block: nn.Module) -> str | None:
     for drops in (False, True) if any(parts.drops) else (False,):
         found, state = [], RandomState.now(x)
         for way in (block, _Plainly(block)):
-            with _at_rest(block), _dropping(parts, drops), RandomState.again(state, x):
+            with _at_rest(block), _dropping(block, drops), RandomState.again(state, x):
                 found.append(_outcome(way, x, positions))
             if isinstance(found[-1], str):
                 return found[-1]
@@ -459,15 +459,19 @@ def _differs(block: nn.Module) -> str | None:
 
 
 @contextmanager
-def _dropping(parts: BlockParts, drops: bool) -> Iterator[None]:
+def _dropping(block: nn.Module, drops: bool) -> Iterator[None]:
     """Whether it drops out of what is added to its residual stream, of half of it then: so its places are proved, too,
-    whatever p is now."""
-    known = {drop: drop.p for drop in parts.drops if drop is not None}
+    whatever p is now. Not in tiles, which draw their own masks."""
+    state: FusedState = block.fused  # type: ignore[assignment]
+    known = {drop: drop.p for drop in state.parts.drops if drop is not None}
+    level = state.recompute
+    state.recompute = "none" if drops else level
     for drop in known:
         drop.training, drop.p = drops, 0.5
     try:
         yield
     finally:
+        state.recompute = level
         for drop, p in known.items():
             drop.p = p
 
