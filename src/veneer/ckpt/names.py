@@ -18,7 +18,7 @@ from veneer.ckpt.tensorfile import Stored, TensorFile
 from veneer.core.op import op_for
 from veneer.errors import CheckpointError
 
-__all__ = ["Found", "Renaming", "best_renaming", "renamed", "renamings", "sort_keys"]
+__all__ = ["Found", "Renaming", "best_renaming", "renamed", "renamed_in", "renamings", "sort_keys"]
 
 
 @dataclass
@@ -124,16 +124,18 @@ def best_renaming(
 
 
 def renamed(found: Found, forward: Callable[[str], str]) -> Found:
-    def parameter(full: str) -> str:
-        module, _, leaf = full.rpartition(".")
-        return f"{forward(module)}.{leaf}" if module else full
-
     return Found(
         {forward(site): fields for site, fields in found.adapted.items()},
-        {parameter(full): stored for full, stored in found.plain.items()},
-        {parameter(full): stored for full, stored in found.base.items()},
+        {renamed_in(full, forward): stored for full, stored in found.plain.items()},
+        {renamed_in(full, forward): stored for full, stored in found.base.items()},
         found.shared,
     )
+
+
+def renamed_in(full: str, rename: Callable[[str], str]) -> str:
+    """A tensor's full name with its module renamed."""
+    module, _, leaf = full.rpartition(".")
+    return f"{rename(module)}.{leaf}" if module else full
 
 
 def _some(names: Sequence[str]) -> str:

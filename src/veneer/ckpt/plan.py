@@ -22,7 +22,8 @@ from veneer.ckpt.config import CONFIG, RECOMPUTED, parse, read_config
 from veneer.ckpt.fit import Fit, fit
 from veneer.ckpt.hub import WEIGHTS
 from veneer.ckpt.methods import built, drawn
-from veneer.ckpt.names import Renaming, renamings
+from veneer.ckpt.names import renamed_in
+from veneer.ckpt.origin import best_places
 from veneer.ckpt.peft import check_base, refuse_broken
 from veneer.ckpt.rows import Change
 from veneer.ckpt.shards import Shards, model_folder
@@ -86,21 +87,9 @@ class Plan:
         self.notes: list[str] = []
         self.edits: dict[str, Edit] = {}
         self.adapters: list[TensorFile] = []
-        self.renaming, self.place = self._places()
+        self.renaming, self.place = best_places(skeleton, self.parameters, self.shards)
+        self.notes += [f"{folder}: {self.renaming.note}"] if self.renaming.note else []
         self.untied: dict[str, Stored] = {}  # parameters that get a weight of their own, and where its values are
-
-    def _places(self) -> tuple[Renaming, dict[str, Stored]]:
-        """The model's names of what is in the files, under the renaming that explains most of them."""
-        best: tuple[Renaming, dict[str, Stored]] | None = None
-        for renaming in renamings(self.skeleton):
-            places = {_renamed(name, renaming.forward): stored for name, stored in self.shards}
-            if best is None or len(places.keys() & self.parameters) > len(best[1].keys() & self.parameters):
-                best = renaming, places
-            if best[1].keys() >= self.parameters.keys():
-                break
-        assert best is not None
-        self.notes += [f"{self.folder}: {best[0].note}"] if best[0].note else []
-        return best
 
     def add(self, path: Path, weight: float, *, allow_other_base: bool, allow_nan: bool) -> None:
         """Check one adapter against the base, and note what it changes."""
@@ -137,7 +126,7 @@ class Plan:
             shards[index[stored.file.path]].append(self._item(stored.name, parameter, stored, dtype))
         for parameter in {**self.untied, **self.edits}:
             if parameter not in self.place:
-                name = _renamed(parameter, self.renaming.backward)
+                name = renamed_in(parameter, self.renaming.backward)
                 shards[-1].append(self._item(name, parameter, self.untied.get(parameter), dtype))
         return shards if max_shard_size is None else _redivide([i for s in shards for i in s], max_shard_size)
 
@@ -220,11 +209,6 @@ def _factors(fitted: Fit, site: str) -> dict[str, Tensor]:
         delta.project(fitted.shared["A"], fitted.shared["B"])
     a, b = (factor.detach() for factor in delta.factors())
     return {"A": a, "B": b * (delta.scale / spec.scale)}
-
-
-def _renamed(name: str, rename: Callable[[str], str]) -> str:
-    module, _, leaf = name.rpartition(".")
-    return f"{rename(module)}.{leaf}" if module else name
 
 
 def _is_transposed(host: nn.Module, shape: tuple[int, ...]) -> bool:

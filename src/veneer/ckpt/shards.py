@@ -76,8 +76,8 @@ def shard_names(count: int) -> list[str]:
     return [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
 
 
-def model_folder(where: str | os.PathLike[str], revision: str | None = None) -> Path:
-    """The folder of a model: as given, or downloaded from a hub into its cache."""
+def model_folder(where: str | os.PathLike[str], revision: str | None = None, download: bool = True) -> Path:
+    """The folder of a model: as given, or downloaded from a hub into its cache (or only looked for there)."""
     folder = Path(where).expanduser()
     if folder.is_dir():
         return folder
@@ -86,7 +86,8 @@ def model_folder(where: str | os.PathLike[str], revision: str | None = None) -> 
     try:
         from huggingface_hub import snapshot_download
 
-        return Path(snapshot_download(str(where), revision=revision, allow_patterns=list(DOWNLOADED)))
+        options = {"revision": revision, "allow_patterns": list(DOWNLOADED), "local_files_only": not download}
+        return Path(snapshot_download(str(where), **options))
     except (ImportError, OSError, ValueError) as error:
         first = str(error).split("\n")[0]
         raise CheckpointError(

@@ -9,8 +9,9 @@ from typing import Any
 
 _HOME = {
     **dict.fromkeys(["prove", "prove_run"], "veneer.prove.run"),
-    **dict.fromkeys(["Check", "LeftOut", "Proof"], "veneer.prove.proof"),
+    **dict.fromkeys(["Check", "LeftOut", "Outcome", "Proof"], "veneer.prove.proof"),
     **dict.fromkeys(["Before", "snapshot"], "veneer.prove.frozen"),
+    **dict.fromkeys(["is_as_filed"], "veneer.prove.base"),
     **dict.fromkeys(["every_key_read"], "veneer.prove.consumed"),
     **dict.fromkeys(["every_sample_teaches"], "veneer.prove.masks"),
     **dict.fromkeys(["few"], "veneer.prove.answers"),

@@ -7,6 +7,7 @@
     P4  the adapter changes the answers, and switching it off gives the base back bit for bit
     P5  merged equals adapted as far as the stored type can tell, and unmerging gives the base back bit for bit
     P6  adapters add up: weight 1 is the adapter itself, shares of one adapter are the adapter, a sum is the joined pair
+    P7  the base is what its files hold: a few rows of every tensor, within what packing leaves; seen when it was loaded
 
 A claim that cannot be tested on a model (merging on a base that is stored in four bits) is not counted as passed: it is
 left out, with the reason. This module knows no torch, so a report can read a proof without it.
@@ -24,7 +25,7 @@ from typing import Any
 from veneer.ckpt.atomic import atomic_write
 from veneer.errors import CheckpointError, ProofFailed
 
-__all__ = ["Check", "LeftOut", "Proof"]
+__all__ = ["Check", "LeftOut", "Outcome", "Proof"]
 
 FILE = "proof.json"
 
@@ -51,6 +52,9 @@ class LeftOut:
     id: str
     title: str
     reason: str
+
+
+Outcome = Check | LeftOut
 
 
 @dataclass(frozen=True)

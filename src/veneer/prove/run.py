@@ -21,6 +21,7 @@ from veneer.core.model import activate, active_of, adapters, is_merged
 from veneer.data.types import Encoded
 from veneer.errors import StateError
 from veneer.prove.answers import Inputs, Subject, batches, full_precision
+from veneer.prove.base import is_as_filed
 from veneer.prove.canary import canary_of
 from veneer.prove.consumed import every_key_read
 from veneer.prove.effect import differs_and_returns
@@ -29,7 +30,7 @@ from veneer.prove.frozen import Before, frozen_and_learning
 from veneer.prove.masks import every_sample_teaches
 from veneer.prove.merging import merges_and_returns
 from veneer.prove.mixing import adds_up
-from veneer.prove.proof import Check, LeftOut, Proof
+from veneer.prove.proof import Check, LeftOut, Outcome, Proof
 from veneer.prove.reload import reloads_equal
 from veneer.quant.layer import rounds_inputs, unrounded
 
@@ -43,8 +44,8 @@ TITLES = {
     "P4": "Effect",
     "P5": "Merge",
     "P6": "Mixing",
+    "P7": "Base",
 }
-Outcome = Check | LeftOut
 
 
 def prove(
@@ -55,14 +56,17 @@ def prove(
     folder: str | Path | None = None,
     before: Before | None = None,
     tokenizer: Any | None = None,
+    base: str | Path | None = None,
 ) -> Proof:
     """Prove adapter `name` (the active one) of any module on `inputs`, and leave the model as it was.
 
     inputs: what forward takes - a mapping of keyword arguments, a tuple, a tensor - or a list of such; a few rows are
     enough. folder: where the adapter was saved, to prove that very file. before: `snapshot(model)` before training.
+    base: the folder or hub id of the files that the base is loaded from, to hold it against them.
     """
     name = name or _only_active(model)
-    return prove_run(model, name, inputs=inputs, folder=folder, before=before, tokenizer=tokenizer)
+    found = is_as_filed(model, base) if base is not None else None
+    return prove_run(model, name, inputs=inputs, folder=folder, before=before, tokenizer=tokenizer, base=found)
 
 
 @full_precision()
@@ -79,11 +83,13 @@ def prove_run(
     given: Mapping[str, str] | None = None,
     read: Collection[str] | None = None,
     tokenizer: Any | None = None,
+    base: Outcome | None = None,
 ) -> Proof:
-    """P0 to P6 at the end of a training. The live weights must be those that `folder` is said to hold.
+    """P0 to P7 at the end of a training. The live weights must be those that `folder` is said to hold.
 
     inputs: those of `before` when None, which must then have some. samples, ends, may_be_cut: see
-    `every_sample_teaches`. given, read: see `every_key_read`. Without adapters P3 to P6 are left out.
+    `every_sample_teaches`. given, read: see `every_key_read`. base: what `is_as_filed` found when the base was loaded;
+    P2 holds it from there on. Without adapters P3 to P6 are left out.
     """
     if is_merged(model):
         raise StateError("a merged model holds no adapter to prove", fix="veneer.unmerge(model) first")
@@ -104,6 +110,7 @@ def prove_run(
             canary = canary_of(subject, tokenizer)
     else:
         found += [LeftOut(id, TITLES[id], "The model carries no adapter.") for id in ("P3", "P4", "P5", "P6")]
+    found.append(base or LeftOut("P7", TITLES["P7"], "It was not said which files the base was loaded from."))
     checks = [each for each in found if isinstance(each, Check)]
     left_out = [each for each in found if isinstance(each, LeftOut)]
     return Proof(checks, left_out, name, canary, time.perf_counter() - started)

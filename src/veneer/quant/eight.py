@@ -33,8 +33,8 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from veneer.quant.inputs import Inputs
-from veneer.quant.rounding import plan_rounding, round_in_turn
-from veneer.quant.storage import Parts, Recipe, Storage, say_once, use_kernels
+from veneer.quant.rounding import off_in_turn, plan_rounding, round_in_turn
+from veneer.quant.storage import NEAREST, Parts, Recipe, Rounding, Storage, say_once, use_kernels
 
 __all__ = [
     "LARGEST", "RowScaled", "forget", "keep_turned", "quantize_plain", "quantize_rows", "remember",
@@ -43,6 +43,7 @@ __all__ = [
 
 LARGEST = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
 TINY = 1e-12  # a row of zeros gets this scale
+LAST_PLACE, SCALE_OFF = 2**-10, 2**-7  # what turning in TF32, or a scale kept in fp16, may add: shares of the largest
 WIDTHS = (64, 16, 4)  # of H: powers of 4, whose entries +-1/8, +-1/4 and +-1/2 are exact in every type
 
 
@@ -74,6 +75,32 @@ class RowScaled(Storage):
         self, parts: Parts, shape: tuple[int, int], index: Int[Tensor, " n"], dtype: torch.dtype, recipe: Recipe
     ) -> Tensor:
         return self.unpack((parts[0][index], parts[1][index]), (len(index), shape[1]), dtype, recipe)
+
+    @abstractmethod
+    def step(self, q: Tensor, scale: Tensor) -> Tensor:
+        """The most by which a number may lie from q, the nearest that there is a code for."""
+
+    def off_by(
+        self,
+        w: Float[Tensor, "n cols"],
+        parts: Parts,
+        shape: tuple[int, int],
+        index: Int[Tensor, " n"],
+        recipe: Recipe,
+        rounding: Rounding = NEAREST,
+    ) -> Float[Tensor, " n"]:
+        """In the turned columns, where codes are chosen. A row's largest size has the largest code."""
+        width = self.width(shape[1], recipe)
+        w, scale = rotated(w.float(), width), parts[1][index][:, None]
+        q, largest = parts[0][index].view(self.code).float() * scale, w.abs().amax(dim=1, keepdim=True)
+        allowed = (self.step(q, scale) + LAST_PLACE * largest).clamp_min(TINY)
+        if rounding.weighed:
+            inputs = None if rounding.inputs is None else turned_alike(rounding.inputs, width)
+            off = off_in_turn(w, q, allowed, inputs)
+        else:
+            off = ((w - q).abs() / allowed).amax(dim=1)
+        wanted = (largest / LARGEST[self.code]).clamp_min(TINY)
+        return torch.maximum(off, ((wanted - scale).abs() / (SCALE_OFF * wanted))[:, 0])
 
     def product(self, x: Float[Tensor, "t cols"], parts: Parts, shape: tuple[int, int], recipe: Recipe) -> Tensor:
         if (multiply := self._way(x, shape, recipe)) is None:

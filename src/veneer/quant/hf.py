@@ -132,7 +132,7 @@ class Pack(ConversionOps):
             assert isinstance(layer, Packed)
             inputs = self.hf_quantizer.inputs.get(prefix)
             codes, *rest = storage_of(layer.recipe).pack(to_matrix(layer, w), layer.recipe, inputs)
-            layer.weight_dtype = w.dtype
+            layer.weight_dtype, layer.weighed = w.dtype, inputs is not None
             names = storage_of(layer.recipe).part_names(layer.recipe)
             result[name] = nn.Parameter(codes, requires_grad=False)
             result |= {f"{prefix}.{part}": tensor for part, tensor in zip(names, rest, strict=True)}
@@ -158,6 +158,7 @@ class VeneerQuantizer(HfQuantizer):
                 layer = model.get_submodule(name)
                 layer.weight.data = layer.weight.data.to(getattr(torch, dtype))
                 pack_layer(layer, config.recipe, config.options["compute_dtype"], None)
+                layer.weighed = None
             head = output_head(model)
             if isinstance(head, Packed) and getattr(model.config, "tie_word_embeddings", False):
                 name = next(n for n, m in model.named_modules() if m is head)  # its parts are the embedding's
@@ -216,3 +217,4 @@ def share_parts(model: nn.Module) -> None:
             twin = first.setdefault(id(layer._parameters["weight"]), layer)
             if twin is not layer:
                 put_parts(layer, twin.parts)
+                layer.weighed = twin.weighed

@@ -20,6 +20,9 @@ class Int8(RowScaled):
     kind, code, held = "int8", torch.int8, torch.int8
     rotates = True
 
+    def step(self, q: Tensor, scale: Tensor) -> Tensor:
+        return scale / 2
+
     def multiply(self, a: Tensor, rows: Tensor, b: Tensor, columns: Tensor | None, dtype: torch.dtype) -> Tensor:
         return _scaled(int_product(a, b), rows, columns, dtype)
 

@@ -57,6 +57,7 @@ class Packed(nn.Module, metaclass=PackedType):
     weight_shape: torch.Size  # as the layer itself would hold it
     weight_dtype: torch.dtype  # what it unpacks to
     compute_dtype: torch.dtype | None  # what products run in; the input's type when None
+    weighed: bool | None = None  # whether it was rounded with regard to inputs; None where nobody knows
 
     @property
     def parts(self) -> Parts:
@@ -225,6 +226,7 @@ def pack_layer(
     layer.__class__ = adapted_class(type(layer).__mro__[1], kind) if isinstance(layer, Hosted) else kind
     layer.recipe, layer.compute_dtype = recipe, compute_dtype  # type: ignore[assignment]
     layer.weight_shape, layer.weight_dtype = shape, dtype  # type: ignore[assignment]
+    layer.weighed = (inputs is not None) if shared is None else shared.weighed  # type: ignore[assignment]
     put_parts(layer, parts)  # type: ignore[arg-type]
 
 
@@ -246,6 +248,7 @@ def unpack_layer(layer: Any, dtype: torch.dtype, shared: nn.Parameter | None) ->
     layer._parameters["weight"] = weight
     for name in ("recipe", "compute_dtype", "weight_shape", "weight_dtype"):
         del layer.__dict__[name]
+    layer.__dict__.pop("weighed", None)
     kind = original_class(type(layer)).__mro__[2]
     layer.__class__ = adapted_class(type(layer).__mro__[1], kind) if isinstance(layer, Hosted) else kind
     return weight

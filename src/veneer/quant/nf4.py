@@ -22,8 +22,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from veneer.quant.inputs import Inputs
-from veneer.quant.rounding import plan_rounding, round_in_turn
-from veneer.quant.storage import STORAGES, Parts, Recipe, Storage, use_kernels
+from veneer.quant.rounding import off_in_turn, plan_rounding, round_in_turn
+from veneer.quant.storage import NEAREST, STORAGES, Parts, Recipe, Rounding, Storage, use_kernels
 
 __all__ = ["NESTED_BLOCK", "QUANTILES", "Nf4", "dynamic_values", "unpack_absmax"]
 
@@ -35,6 +35,9 @@ QUANTILES = (
 NESTED_BLOCK = 256
 PIECE = {"cpu": 1 << 19, "cuda": 1 << 22}  # weights packed at a time: about 20 bytes of scratch for each
 SHARES = (0.76, 0.86, 0.96, 1.04)  # of the largest size that are tried as scales
+LAST_PLACE = 1e-5  # of a scale: it is rounded twice on its way
+MISFIT, SPREAD = 0.08, 0.2  # by which scales may miss their codes' best, and more where few of them stand for a row
+ALIKE = 0.06  # by which they all may miss it alike
 CACHED = 1 << 17  # bytes unpacked at a time on a CPU
 PAIR = {2: torch.int32, 4: torch.int64}  # an integer that holds two weights
 
@@ -193,6 +196,32 @@ class Nf4(Storage):
         absmax = unpack_absmax(parts).view(shape[0], cols // block)[index]
         return unpack_plain((parts[0][index], absmax.flatten()), block, len(index) * cols, dtype).view(-1, cols)
 
+    def off_by(
+        self,
+        w: Float[Tensor, "n cols"],
+        parts: Parts,
+        shape: tuple[int, int],
+        index: Int[Tensor, " n"],
+        recipe: Recipe,
+        rounding: Rounding = NEAREST,
+    ) -> Float[Tensor, " n"]:
+        """Weight by weight within half a gap, and each block's largest size as its scale; or in turn."""
+        w = w.float()
+        codes, blocks = _codes_of(parts, shape[1], index, recipe.block)
+        scale, slack = _scales_at(parts, blocks)
+        values = quantiles(w.device)
+        q = values[codes] * scale
+        if rounding.weighed:
+            step = half_gaps(values)[codes] * scale.abs()
+            return torch.maximum(off_in_turn(w, q, step, rounding.inputs), _misfit(w, q, recipe.block))
+        allowed = half_gaps(values)[codes] * (scale.abs() + slack) + values[codes].abs() * slack
+        off = ((w - q).abs() / allowed.clamp_min(1e-30)).amax(dim=1)
+        if shape[1] % recipe.block:
+            return off
+        largest = w.unflatten(1, (-1, recipe.block)).abs().amax(dim=2)  # in each block: what its scale is kept of
+        apart = (largest - scale[:, :: recipe.block]).abs() / slack[:, :: recipe.block].clamp_min(1e-30)
+        return torch.maximum(off, apart.amax(dim=1))
+
 
 STORAGES["nf4"] = Nf4()
 
@@ -236,3 +265,40 @@ def nf4_unpack(parts: list[Tensor], block: int, n: int, dtype: torch.dtype) -> T
 @nf4_unpack.register_fake
 def _(parts: list[Tensor], block: int, n: int, dtype: torch.dtype) -> Tensor:
     return parts[0].new_empty(n, dtype=dtype)
+
+
+# --- what a packed matrix may differ by from the one that was packed --------------------------------------------------
+
+
+def half_gaps(values: Tensor) -> Tensor:
+    """How far from each value a number may lie whose nearest it is."""
+    gaps = values.diff() / 2
+    return torch.maximum(torch.cat([gaps[:1], gaps]), torch.cat([gaps, gaps[-1:]]))
+
+
+def _codes_of(parts: Parts, cols: int, index: Tensor, block: int) -> tuple[Tensor, Tensor]:
+    """Of some rows, each weight's code and the number of its block."""
+    at = index[:, None] * cols + torch.arange(cols, device=index.device)
+    byte = parts[0].reshape(-1)[at // 2].int()
+    return torch.where(at % 2 == 0, byte >> 4, byte & 15), at // block
+
+
+def _scales_at(parts: Parts, blocks: Tensor) -> tuple[Tensor, Tensor]:
+    """The scales of these blocks, and how far each may be from the one that was kept as it."""
+    if len(parts) == 2:
+        scale = parts[1][blocks]
+        return scale, LAST_PLACE * scale.abs()
+    _, codes, nested, offset = parts
+    values, code, step = dynamic_values(codes.device), codes[blocks].int(), nested[blocks // NESTED_BLOCK]
+    scale = values[code] * step + offset
+    return scale, half_gaps(values)[code] * step + LAST_PLACE * scale.abs()
+
+
+def _misfit(w: Tensor, q: Tensor, block: int) -> Float[Tensor, " n"]:
+    """Scales are those that fit their codes best, but for the codes' own moves: each block's, and all alike."""
+    off = ((w * q).sum() / q.square().sum().clamp_min(1e-30) - 1).abs() / ALIKE
+    if w.shape[1] % block:
+        return off.expand(len(w))
+    of_w, of_q = (t.unflatten(1, (-1, block)) for t in (w, q))
+    misfit = ((of_w * of_q).sum(2) / of_q.square().sum(2).clamp_min(1e-30) - 1).where(of_q.any(2), 0)
+    return torch.maximum(off, misfit.square().mean(1).sqrt() / (MISFIT + SPREAD * (block / w.shape[1]) ** 0.5))

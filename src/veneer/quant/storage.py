@@ -28,7 +28,9 @@ from veneer.core.registry import Registry
 from veneer.errors import ConfigError
 from veneer.quant.inputs import Inputs
 
-__all__ = ["EIGHT", "STORAGES", "Parts", "Recipe", "Storage", "say_once", "storage_of", "use_kernels"]
+__all__ = [
+    "EIGHT", "NEAREST", "STORAGES", "Parts", "Recipe", "Rounding", "Storage", "say_once", "storage_of", "use_kernels",
+]  # fmt: skip
 
 Parts = tuple[Tensor, ...]
 """The tensors that a packed matrix is made of, the codes first."""
@@ -77,6 +79,17 @@ class Recipe(NamedTuple):
         return self if self.rotate is not None else self._replace(rotate=storage_of(self).rotates)
 
 
+class Rounding(NamedTuple):
+    """How a matrix was rounded: each weight to its nearest code, or (`weighed`) so that its products are near, for the
+    inputs that are given where they are known."""
+
+    weighed: bool = False
+    inputs: Inputs | None = None
+
+
+NEAREST = Rounding()
+
+
 class Storage(ABC):
     """One way to hold a frozen matrix. All methods get the recipe and the parts; nothing is kept here."""
 
@@ -99,6 +112,20 @@ class Storage(ABC):
         self, parts: Parts, shape: tuple[int, int], index: Int[Tensor, " n"], dtype: torch.dtype, recipe: Recipe
     ) -> Float[Tensor, "n cols"]:
         """Some rows of the matrix: what an embedding looks up."""
+
+    @abstractmethod
+    def off_by(
+        self,
+        w: Float[Tensor, "n cols"],
+        parts: Parts,
+        shape: tuple[int, int],
+        index: Int[Tensor, " n"],
+        recipe: Recipe,
+        rounding: Rounding = NEAREST,
+    ) -> Float[Tensor, " n"]:
+        """How far these rows of the packed matrix are from w, 1 being the most that rounding and its scales leave.
+
+        Written from the format alone: it is what a proof holds `pack` against."""
 
     def rounds_to(self, recipe: Recipe, device: torch.device) -> torch.dtype | None:
         """The type to which a product rounds its input, row by row; whoever makes the input may do it in passing."""

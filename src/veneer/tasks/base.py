@@ -69,6 +69,7 @@ class Task(ABC):
     labelled: ClassVar[bool] = False  # whether rows hold classes, and the model a head for them
     exact: ClassVar[bool] = False  # whether the loss needs fp32
     paints: ClassVar[bool] = False  # whether the base is a pipeline of diffusers, and what it makes are pictures
+    drawn: ClassVar[tuple[str, ...]] = ()  # modules as large as there are classes that no answer depends on: left new
     holds_out: ClassVar[bool] = True  # whether rows are held out when nobody says so
 
     def __init__(self, tokenizer: Any = None, labels: LabelSet | None = None, renderer: Renderer | None = None) -> None:
@@ -169,6 +170,10 @@ class Task(ABC):
     def heads(self, model: nn.Module) -> tuple[str, ...]:
         """Modules that are new to the model and must be trained whole."""
         return new_heads(model) if self.labelled else ()
+
+    def filed(self, model: nn.Module, source: str) -> tuple[nn.Module, str]:
+        """What of the model was read from files, and where these lie."""
+        return model, source
 
     def idle(self, model: nn.Module) -> tuple[str, ...]:
         """Layers of this model of which nothing that an adapter learns could be seen; they are left alone."""

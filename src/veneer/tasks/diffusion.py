@@ -148,6 +148,9 @@ class Diffusion(Task):
         pipeline.load(dtype, device)
         return WithText(pipeline, pipeline.texts) if self.settings.text_encoders else pipeline.denoiser
 
+    def filed(self, model: nn.Module, source: str) -> tuple[nn.Module, str]:
+        return self.pipeline.denoiser, str(Path(source) / self.pipeline.part)
+
     def idle(self, model: nn.Module) -> tuple[str, ...]:
         return self.pipeline.idle(model)
 

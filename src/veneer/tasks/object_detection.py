@@ -59,6 +59,7 @@ class ObjectDetection(Task):
     kinds = (Boxed,)
     labelled = True
     exact = True
+    drawn = ("denoising_class_embed",)  # RT-DETR's: what its training adds to the queries
 
     def __init__(self, tokenizer: Any = None, labels: Any = None, renderer: Any = None) -> None:
         super().__init__(of_one_size(tokenizer) if tokenizer is not None else None, labels, renderer)

@@ -46,6 +46,7 @@ def finish(job: Job, run: Run, progress: Progress, before: Before | None, tell: 
         given=job.settings.given,
         read=job.settings.consumed,
         tokenizer=job.task.tokenizer,
+        base=job.base,
     )
     proof.save(run.folder)
     tell("proof", passed=proof.passed, text=proof.line(), failed=[check.id for check in proof.failed])

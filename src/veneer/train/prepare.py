@@ -36,6 +36,8 @@ from veneer.data.template import Renderer
 from veneer.data.types import Encoded, Example
 from veneer.errors import ConfigError, DataError, StateError
 from veneer.kernels import varlen
+from veneer.prove.base import is_as_filed, refuse_unless_as_filed
+from veneer.prove.proof import Check, Outcome
 from veneer.quant.inputs import load_inputs
 from veneer.quant.layer import Packed, unrounded
 from veneer.quant.model import choose, note_packing, quantize, save_energies
@@ -70,6 +72,7 @@ class Job:
     trained: Mapping[str, nn.Parameter]
     samples: list[Encoded]  # the training samples before packing
     shown: list[Example]  # rows that are looked at before and after
+    base: Outcome | None = None  # whether the base is what its files hold
     by_samples: bool = False  # batches are one row each, without padding, and attention stays within the samples
 
     @property
@@ -105,6 +108,7 @@ def prepare(run: Run, settings: Reads, model: Any, data: Any, tokenizer: Any, te
         pack_base(run, model, settings, task, train.samples, tell)
     else:
         model = load_base(run, source, settings, task, train.samples, device, tell)
+    filed = hold_to_files(run, model, source, settings, task, tell) if isinstance(source, str) else None
     base.fit_head(model, task)
     if idle := task.idle(model):
         tell("note", text=f"left alone, for nothing they learn could be seen: {', '.join(idle)}")
@@ -123,7 +127,7 @@ def prepare(run: Run, settings: Reads, model: Any, data: Any, tokenizer: Any, te
     run.update(device=device_name(device), base=named or type(model).__name__)
     shown = (parts.validation.examples or parts.train.examples)[:SHOWN]
     held_out = by_length(val.samples)
-    return Job(settings, task, model, rows, held_out, trained, train.samples, list(shown), by_samples)
+    return Job(settings, task, model, rows, held_out, trained, train.samples, list(shown), filed, by_samples)
 
 
 # ------------------------------------------------------------------ data and tokens
@@ -260,6 +264,17 @@ def load_base(
         rows = rows_to_look_at(settings, task, samples, device, tell)
         look_at_base(lambda kind: load(quant=kind), settings.quant, rows, path, device, tell)
     return load(quant=settings.quant, energies=str(path))
+
+
+def hold_to_files(run: Run, model: nn.Module, source: str, settings: Reads, task: Task, tell: Tell) -> Outcome:
+    """What was read, beside its files: every later proof compares the adapter with this base, right or wrong."""
+    path, (part, where) = run.folder / ENERGIES, task.filed(model, source)
+    inputs, fresh = load_inputs(path) if path.exists() else {}, (*task.heads(model), *task.drawn)
+    found = is_as_filed(part, where, fresh=(*fresh, *settings.modules_to_save), inputs=inputs)
+    refuse_unless_as_filed(found, where)
+    took = f" ({found.figures['seconds']:.2g} s)" if isinstance(found, Check) else ""
+    tell("note", text=f"base: {found.statement if isinstance(found, Check) else found.reason}{took}")
+    return found
 
 
 def look_at_base(
