@@ -119,6 +119,28 @@ def test_forward_replaced_after_attach_is_found() -> None:
     assert "attach last" in str(error.value)
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_gradient_that_is_no_number_is_not_alive(value: float) -> None:
+    """A product that overflows on the way back: the loss is finite, and all before it learns nothing that is of use."""
+    model = Toy()
+    veneer.attach(model, LoRA(rank=2))
+    spread(model)
+    model.layers[1].up_proj.register_full_backward_hook(lambda module, grads, out: (grads[0] * value,))
+    model(IDS).sum().backward()
+    with pytest.raises(StateError, match="adapters got a gradient that is NaN or infinite") as error:
+        veneer.check_alive(model)
+    assert error.value.problems == ["layers.0.up_proj (default)", "layers.0.down_proj (default)"]
+    assert "layers.0.down_proj" in str(error.value.fix) and "fp16" in str(error.value.fix)
+    assert "got no gradient" not in str(error.value)
+    veneer.check_alive(model, finite=False)  # a scaler of gradients sees to it
+    silenced = model.layers[1].down_proj
+    silenced.forward = lambda x: nn.functional.linear(x, silenced.weight, silenced.bias)  # type: ignore[method-assign]
+    model.zero_grad()
+    model(IDS).sum().backward()
+    with pytest.raises(StateError, match="1 adapters got no gradient, 2 one that is NaN or infinite"):
+        veneer.check_alive(model)
+
+
 def test_a_weight_that_is_read_and_not_called_is_found() -> None:
     class Reader(Toy):
         def forward(self, ids: Tensor) -> Tensor:

@@ -207,6 +207,12 @@ def one_layer_cut_from_the_gradient(case: Case, monkeypatch: pytest.MonkeyPatch)
 
 
 @breaks("P2")
+def a_gradient_that_overflows(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = list(sites(case.model).values())[-1]
+    layer.register_full_backward_hook(lambda module, given, out: tuple(g * torch.inf for g in given))
+
+
+@breaks("P2")
 def a_nan_in_the_adapter(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     adapter_of(case.site).delta.A.data[0, 0] = float("nan")
 
@@ -417,5 +423,7 @@ def test_a_failed_proof_names_what_is_wrong(case: Case, monkeypatch: pytest.Monk
     assert "lora_dropout (flag)" in proof["P0"].statement
     assert "rows.jsonl:4" in proof["P1"].statement
     assert "get no gradient: model.layers.0.self_attn.q_proj" in proof["P2"].statement
+    a_gradient_that_overflows(case, monkeypatch)
+    assert "get a gradient that is NaN or infinite: model.layers.0.self_attn.k" in case.prove()["P2"].statement
     assert "dW of model.layers.0." in proof["P3"].statement
     assert "is not W + dW in model.layers.0.self_attn.v_proj" in proof["P5"].statement

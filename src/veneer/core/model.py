@@ -887,20 +887,23 @@ def _is_one_change(acting: Mapping[str, list[tuple[Any, float]]], owners: list[s
 # --- looking and checking -------------------------------------------------------------------------------------------
 
 
-def check_alive(model: nn.Module) -> tuple[str, ...]:
-    """After a backward: every active adapter got a gradient in every layer. Raises naming those without.
+def check_alive(model: nn.Module, finite: bool = True) -> tuple[str, ...]:
+    """After a backward: every active adapter got a gradient in every layer, of numbers. Raises naming those without.
 
     This is what finds a layer whose forward was replaced, whose weight is read without being called, or whose adapter
     a fused loss passed by. An expert to which the router sent no token is no such case; returned is a sentence for each
-    of them.
+    of them. finite: False where somebody else sees to gradients that overflow (the scaler of fp16).
     """
     state = state_of(model)
     silent: dict[tuple[str, str], str] = {}
+    broken: list[str] = []
     alive: dict[str, set[str]] = {name: set() for name in state.active.names}
     for name in state.active.names:
         for site in (*state.placed[name].sites, *state.placed[name].saved):
             module = state.hosts[site].slots[name]  # type: ignore[index, union-attr]
             trained = [p for p in module.parameters() if p.requires_grad]
+            if finite and not all(bool(p.grad.isfinite().all()) for p in trained if p.grad is not None):
+                broken.append(f"{site} ({name})")
             if any(p.grad is not None and bool(p.grad.any()) for p in trained):
                 alive[name].add(site)
             elif trained:
@@ -912,16 +915,31 @@ def check_alive(model: nn.Module) -> tuple[str, ...]:
         for name, site in silent
         if site not in reached and _is_idle_expert(unwrapped(model), site, alive[name])
     ]
-    problems = [said for place, said in silent.items() if place not in idle]
-    if problems:
-        raise StateError(
-            f"{len(problems)} adapters got no gradient",
-            problems=problems,
-            fix="their layers' forward never ran or does not reach the loss. Something reads the weight directly, "
-            "replaced forward after attach (attach last), or skips these layers",
-        )
+    if problems := [said for place, said in silent.items() if place not in idle]:
+        told, fix = f"{len(problems)} adapters got no gradient", SILENT
+        if broken:
+            told, fix = f"{told}, {len(broken)} one that is NaN or infinite", f"{fix}. {_overflow(broken)}"
+        raise StateError(told, problems=[*problems, *(f"{each}: NaN or infinite" for each in broken)], fix=fix)
+    if broken:
+        told = f"{len(broken)} adapters got a gradient that is NaN or infinite"
+        raise StateError(told, problems=broken, fix=_overflow(broken))
     sites = dict.fromkeys(site for _, site in idle)
     return tuple(f"{site} got no gradient: its expert was sent no token of this batch" for site in sites)
+
+
+SILENT = (
+    "their layers' forward never ran or does not reach the loss. Something reads the weight directly, replaced forward "
+    "after attach (attach last), or skips these layers"
+)
+
+
+def _overflow(broken: Sequence[str]) -> str:
+    """A backward pass spoils all that lies before the place where it fails, so the last layer is the one to look at."""
+    return (
+        f"{broken[-1]} is the last of them: at it or right behind it the backward pass leaves the numbers. In fp16 it "
+        "overflows: train in bf16 or fp32, or with a scaler of gradients. Else: weights or rows that hold NaN, or a "
+        "division by zero (a row without a trained token, a norm of zeros)"
+    )
 
 
 def _is_idle_expert(model: nn.Module, site: str, alive: Collection[str]) -> bool:

@@ -8,7 +8,7 @@ the base's answers before the training; `frozen_and_learning` compares.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -75,19 +75,21 @@ def frozen_and_learning(model: nn.Module, name: str, inputs: Sequence[Inputs], b
     parts = learning(model, name)
     now = fingerprints(dict(frozen(model, name)))
     changed = now.differing(before.frozen) if before else []
-    broken = [site for site, part in parts.items() if not all(bool(torch.isfinite(t).all()) for t in part.values())]
+    broken = [site for site, part in parts.items() if not _finite(part.values())]
     still = _still(model, name, parts, before)
     if name not in adapters(model):  # trained whole: parts that a task never uses (a pooler) may rest
-        mute, still = [], still if len(still) == len(parts) else []
+        mute, wild, still = [], [], still if len(still) == len(parts) else []
     else:
         mute = silent(model, name, inputs)
+        wild = [site for site, part in parts.items() if site not in mute and not _finite(t.grad for t in part.values())]
     problems = {
         "frozen tensors changed": changed,
         "hold NaN or infinity": broken,
         "did not move": still,
         "get no gradient": mute,
+        "get a gradient that is NaN or infinite": wild,
     }
-    applied = len(parts) - len({*still, *mute, *broken})
+    applied = len(parts) - len({*still, *mute, *wild, *broken})
     return Check(
         "P2", TITLE, bool(parts) and not any(problems.values()), _statement(problems, parts, before, now),
         {"layers": len(parts), "applied": applied, "frozen_tensors": len(now.values), "frozen_bytes": now.total_bytes,
@@ -95,6 +97,10 @@ def frozen_and_learning(model: nn.Module, name: str, inputs: Sequence[Inputs], b
          **{key.replace(" ", "_"): found for key, found in problems.items() if found}},
         f"{applied}/{len(parts)} modules applied",
     )  # fmt: skip
+
+
+def _finite(tensors: Iterable[Tensor | None]) -> bool:
+    return all(bool(torch.isfinite(t).all()) for t in tensors if t is not None)
 
 
 def _statement(

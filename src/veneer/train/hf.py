@@ -85,7 +85,7 @@ class CheckAlive(transformers.TrainerCallback):
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if not self.done:
             self.done = True
-            check_alive(kwargs["model"])
+            check_alive(kwargs["model"], finite=not args.fp16)
 
 
 class Trainer(transformers.Trainer):
