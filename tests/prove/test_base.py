@@ -175,6 +175,7 @@ def test_experts_that_the_files_hold_apart(tmp_path: Path, kind: str | None) -> 
 def test_a_head_that_no_file_holds(folder: Path, tmp_path: Path) -> None:
     model = read(folder, None, AutoModelForSequenceClassification, num_labels=3)
     assert "score.weight is in none of the files" in checked(model).statement
+    assert checked(model).figures["new"] == ["score"] and checked(model, complete=False).passed
     found = checked(model, fresh=["score"])
     assert found.passed and found.figures["unused"] == ["lm_head.weight"] and "lm_head.weight" in found.statement
 

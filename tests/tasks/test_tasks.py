@@ -16,7 +16,7 @@ from veneer.ckpt.peft import load
 from veneer.data.batch import batches, collate
 from veneer.data.labels import LabelSet
 from veneer.data.types import IGNORE, Encoded, Labelled, Pair, Tagged
-from veneer.errors import ConfigError, StateError
+from veneer.errors import ConfigError, ProofFailed, StateError
 from veneer.tasks.base import TASKS, new_heads
 from veneer.tasks.causal_lm import greedy
 from veneer.tasks.seq2seq import Seq2Seq, shifted
@@ -73,7 +73,8 @@ def test_a_new_head_is_made_from_a_folder_and_comes_back_with_the_adapter(
 ) -> None:
     """The base has no such head: it is made anew at each load, and the adapter's file brings the trained one."""
     folder = tmp_path / "base"
-    make_model(kind, "causal" if kind == "llama" else "token", tie_word_embeddings=False).save_pretrained(folder)
+    body = make_model(kind, "causal" if kind == "llama" else "sequence", tie_word_embeddings=False)
+    (body.bert if kind == "bert" else body).save_pretrained(folder)  # type: ignore[union-attr]
     tiny_tokenizer.save_pretrained(folder)
     run, events = trained(str(folder), LABELLED, task="sequence_classification")
     assert run.proof["passed"] and "2 classes: down, up" in [event.get("text") for event in events]
@@ -84,6 +85,21 @@ def test_a_new_head_is_made_from_a_folder_and_comes_back_with_the_adapter(
     held_out = [row for row in rows if row.id in run.data["split"]["validation_ids"]]
     found = task.evaluate(again, batches(held_out, 8, tiny_tokenizer.pad_token_id))
     assert len(held_out) >= 4 and found["val_loss"] == pytest.approx(run.result["val_after"], rel=1e-4)
+
+
+def test_a_part_that_no_file_holds_is_not_trained_upon_in_silence(
+    trained: Callable[..., Any], make_model: Callable[..., nn.Module], tiny_tokenizer: Any, tmp_path: Path
+) -> None:
+    """A BERT that was saved without its pooler: each load would draw another one under the same adapter."""
+    make_model("bert", "token").save_pretrained(tmp_path)
+    tiny_tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(ProofFailed, match=r"pooler\.dense\.weight is in none of the files") as error:
+        trained(str(tmp_path), LABELLED, task="sequence_classification")
+    assert error.value.fix is not None and error.value.fix.endswith("modules_to_save: [bert.pooler.dense]")
+    run, _ = trained(
+        str(tmp_path), LABELLED, task="sequence_classification", modules_to_save=["bert.pooler.dense"], steps=2
+    )
+    assert run.proof["passed"]
 
 
 def test_numbers_and_several_labels(trained: Callable[..., Any], make_model: Callable[..., nn.Module]) -> None:

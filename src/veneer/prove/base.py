@@ -46,19 +46,21 @@ def is_as_filed(
     *,
     fresh: Collection[str] = (),
     inputs: Mapping[str, Inputs] | None = None,
+    complete: bool = True,
 ) -> Outcome:
     """Hold every tensor of the base against the files it was loaded from; adapters on it are left aside.
 
     where: the folder or hub id, the model's own when None; nothing is downloaded. fresh: modules that no file can hold,
     by their names' endings, since they are new and will be trained. inputs: what was known of the inputs of layers that
-    were packed with regard to them, where the model does not say it itself.
+    were packed with regard to them, where the model does not say it itself. complete: whether a parameter that no file
+    holds is a fault; not where the whole model is trained and saved.
     """
     started = time.perf_counter()
     try:
         shards = Shards(_folder(model, str(where or getattr(model, "name_or_path", ""))))
     except CheckpointError as error:
         return LeftOut(ID, TITLE, f"Its files could not be read anew: {error.what}")
-    look = Look(model, shards, fresh, _known_inputs(model) if inputs is None else inputs)
+    look = Look(model, shards, fresh, _known_inputs(model) if inputs is None else inputs, complete)
     look.at_everything()
     return look.verdict(time.perf_counter() - started)
 
@@ -66,11 +68,15 @@ def is_as_filed(
 def refuse_unless_as_filed(found: Outcome, where: str) -> None:
     """For whoever has just loaded a base: hours of training on a wrong one are spared."""
     if isinstance(found, Check) and not found.passed:
+        new = found.figures["new"]
         raise ProofFailed(
             "the base that was loaded is not what its files hold",
             where=where,
-            fix="layers that the files lack are trained whole if modules_to_save names them. Files that were changed "
-            "meanwhile: load again. Anything else is a fault of what loaded it: try another quant, and report it",
+            fix=f"have what is new trained and saved whole: modules_to_save: [{', '.join(new)}]"
+            if new
+            else "load it "
+            "again, in case its files were changed meanwhile. Else what loaded it is at fault: try another quant, and "
+            "report it",
             problems=[f"{ID} {TITLE}: {problem}" for problem in found.figures["problems"]],
         )
 
@@ -112,8 +118,16 @@ def empty_in(model: nn.Module) -> list[str]:
 class Look:
     """A model beside its files: what was seen, and what is wrong."""
 
-    def __init__(self, model: nn.Module, shards: Shards, fresh: Collection[str], inputs: Mapping[str, Inputs]) -> None:
-        self.model, self.fresh, self.inputs = model, fresh, inputs
+    def __init__(
+        self,
+        model: nn.Module,
+        shards: Shards,
+        fresh: Collection[str],
+        inputs: Mapping[str, Inputs],
+        complete: bool,
+    ) -> None:
+        self.model, self.fresh, self.inputs, self.complete = model, fresh, inputs, complete
+        self.new: dict[str, None] = {}  # modules with parameters that no file holds
         self.held = dict(held_by(model))
         self.filed = filed(model, self.held.keys(), shards)
         self.problems: list[str] = []
@@ -133,12 +147,14 @@ class Look:
             elif name in self.filed.remade:
                 self.unread.append(name)
             elif id(raw(held)) not in found and self._belongs_in_files(name, held):
-                self.problems.append(f"{name} is in none of the files, so its values are those of a new layer")
+                self.new[name.rpartition(".")[0]] = None
+                self.problems.append(f"{name} is in none of the files, so it is as chance made it, at each load anew")
 
     def _belongs_in_files(self, name: str, held: Held) -> bool:
         """A buffer may have been computed, and transformers knows of some parameters that are."""
         known = getattr(self.model, "_keys_to_ignore_on_load_missing", None) or ()
-        return isinstance(held, nn.Parameter | Packed) and not any(re.search(each, name) for each in known)
+        wanted = self.complete and isinstance(held, nn.Parameter | Packed)
+        return wanted and not any(re.search(each, name) for each in known)
 
     def at(self, name: str, held: Held, origin: Origin) -> None:
         if isinstance(held, Packed) and origin.dtypes == {raw(held).dtype}:
@@ -167,7 +183,7 @@ class Look:
             ID, TITLE, not self.problems, self._statement(worst),
             {"tensors": len(seen), "exact": len(self.exact), "packed": len(self.packed), "worst": worst,
              "rows": sum(each.rows for each in seen), "bytes": sum(each.bytes for each in seen),
-             "not_compared": self.unread, "unused": self.filed.unused, "problems": self.problems,
+             "not_compared": self.unread, "unused": self.filed.unused, "problems": self.problems, "new": list(self.new),
              "seconds": round(seconds, 3)},
             f"base is as in its files ({len(seen)} tensors)",
         )  # fmt: skip

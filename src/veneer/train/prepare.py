@@ -270,7 +270,8 @@ def hold_to_files(run: Run, model: nn.Module, source: str, settings: Reads, task
     """What was read, beside its files: every later proof compares the adapter with this base, right or wrong."""
     path, (part, where) = run.folder / ENERGIES, task.filed(model, source)
     inputs, fresh = load_inputs(path) if path.exists() else {}, (*task.heads(model), *task.drawn)
-    found = is_as_filed(part, where, fresh=(*fresh, *settings.modules_to_save), inputs=inputs)
+    fresh = (*fresh, *settings.modules_to_save)
+    found = is_as_filed(part, where, fresh=fresh, inputs=inputs, complete=settings.method == "lora")
     refuse_unless_as_filed(found, where)
     took = f" ({found.figures['seconds']:.2g} s)" if isinstance(found, Check) else ""
     tell("note", text=f"base: {found.statement if isinstance(found, Check) else found.reason}{took}")
