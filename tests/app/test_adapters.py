@@ -91,6 +91,12 @@ def test_two_adapters_are_compared(make: Callable[..., Path], veneer: Callable[.
     assert "only in a" in text and "shared inputs" in text
 
 
+def test_inspect_of_a_file_says_what_makes_a_folder_of_it(veneer: Callable[..., Any], own_folder: Path) -> None:
+    (own_folder / "style.safetensors").write_bytes(b"")
+    said = veneer("inspect", "style.safetensors")
+    assert said.code == 2 and "veneer convert style.safetensors --to peft" in said.err
+
+
 @pytest.mark.parametrize("words", [["nowhere"], ["."]])
 def test_inspect_of_nothing(words: list[str], veneer: Callable[..., Any]) -> None:
     said = veneer("inspect", *words)
@@ -104,7 +110,7 @@ def test_one_adapter_goes_into_its_base(
     make: Callable[..., Path], veneer: Callable[..., Any], tiny_folder: Path
 ) -> None:
     a = make("a")
-    said = veneer("merge", a, "--out", "merged", "--prove", "--json").json
+    said = veneer("merge", a / "adapter_model.safetensors", "--out", "merged", "--prove", "--json").json
     assert said["tensors"] == 14 and said["kept_share"] > 0.99 and said["logits_error"] < 1e-3
     assert torch.allclose(logits(Path("merged")), logits(tiny_folder, a), atol=1e-4)
     assert veneer("chat", "merged", "-p", "hi", "--max-tokens", 3).code == 0  # the tokenizer went along
@@ -151,6 +157,8 @@ def test_adapters_of_bases_that_were_packed_apart(
         (["a", "b", "--out", "x", "--method", "tise"], "'tise' is not one of"),
         (["a"], "the following arguments are required: --out"),
         (["tiny-llama", "--out", "x"], "no adapter: tiny-llama"),
+        (["painter", "--out", "x"], "only models in one folder are merged on disk: painter"),
+        (["d.txt", "--out", "x"], "no adapter: d.txt"),
         (["a", "b", "--density", "2", "--method", "ties", "--out", "x"], "density=2.0 must be above 0"),
     ],
 )
@@ -159,6 +167,8 @@ def test_what_cannot_be_merged(
 ) -> None:
     make("a")
     make("b", seed=1)
+    (make("painter") / "task.json").write_text('{"task": "diffusion"}')
+    Path("d.txt").write_text("no folder")
     said = veneer("merge", *words)
     assert said.code == 2 and says in said.err
     assert not Path("x").exists()

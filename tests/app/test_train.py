@@ -211,6 +211,9 @@ def test_eval_on_other_rows_with_patterns_and_choices(run: Run, veneer: Callable
     assert said["metrics"]["after"]["matches"] in (0, 0.5, 1)
     assert "wanted answers are not among the choices: 'no'" in veneer("eval", "a", "t.jsonl", "--choices", "yes").err
     assert "not a regular expression" in veneer("eval", "a", "t.jsonl", "--regex", "(").err
+    (own_folder / "rows").mkdir()
+    (own_folder / "t.jsonl").rename(own_folder / "rows" / "t.jsonl")
+    assert veneer("eval", "a", "rows", "--answer", 0, "--json").json["samples"] == 6  # no part is named: all of it
 
 
 def test_eval_notices_that_the_held_out_rows_are_gone(run: Run, veneer: Callable[..., Any], data: Path) -> None:

@@ -32,6 +32,10 @@ def find(where: str | os.PathLike[str], name: str = "default", revision: str | N
     recover(folder)
     if folder.is_dir():
         return _checked(_choose(folder, name))
+    if folder.is_file():
+        shared = f"veneer convert {folder.name} --to peft --out FOLDER makes one of what image models share"
+        fix = shared if folder.suffix == ".safetensors" else "name the folder"
+        raise CheckpointError("This is a file, and an adapter is a folder.", str(where), fix)
     if is_hub_id(str(where)):
         return _checked(_download(str(where), name, revision))
     raise CheckpointError("There is no such folder.", str(where), _nearby(folder))

@@ -128,7 +128,7 @@ def place_trigger(caption: str, trigger: str | None) -> str:
     'a photo of sks dog'
     """
     if TRIGGER in caption and trigger is None:
-        raise DataError(f"{caption!r} has a place for a trigger word, and none is set", fix="set trigger")
+        raise DataError(f"{caption!r} has a place for a trigger word, and none is set (trigger: WORD, --trigger WORD)")
     return caption.replace(TRIGGER, trigger or "")
 
 

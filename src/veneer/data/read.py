@@ -92,14 +92,24 @@ def suffix_of(path: Path) -> str:
 
 def files_in(folder: Path, split: str) -> list[Path]:
     """The files of one split: those named after it (train.jsonl, validation/a.csv), or all if none is named so."""
+    named = _named(folder)
+    if not any(named.values()):
+        return list(named) if split == "train" else []
+    return [path for path, part in named.items() if part == split]
+
+
+def parts_in(folder: Path) -> set[str]:
+    """The splits that files of a folder are named after."""
+    return {part for part in _named(folder).values() if part}
+
+
+def _named(folder: Path) -> dict[Path, str | None]:
+    """The files with rows, and the split that each is named after."""
     files = sorted(path for path in folder.rglob("*") if path.is_file() and suffix_of(path) in READERS)
     files = [path for path in files if not path.name.startswith((".", "README", "LICENSE", "dataset_info", "state."))]
     files = _without_captions(files)
     files = [path for path in files if suffix_of(path) not in PICTURES] or files  # a table beside pictures names them
-    named = {path: _split_of(path.relative_to(folder)) for path in files}
-    if not any(named.values()):
-        return files if split == "train" else []
-    return [path for path in files if named[path] == split]
+    return {path: _split_of(path.relative_to(folder)) for path in files}
 
 
 def _without_captions(files: list[Path]) -> list[Path]:

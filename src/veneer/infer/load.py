@@ -98,6 +98,8 @@ def adapter_name(label: str) -> str:
 def source_of_folder(where: str, base: str | None = None) -> Source:
     """An adapter's folder, a model's folder, or a model's id. `base` overrides what the adapter says of itself."""
     folder = Path(where).expanduser()
+    if folder.name in (CONFIG, peft.WEIGHTS):
+        folder = folder.parent
     if not (folder / CONFIG).is_file():
         return Source(label=where, base=where, **told_by(folder))
     config = read_config(folder / CONFIG)
@@ -115,7 +117,7 @@ def told_by(folder: Path) -> dict[str, Any]:
     path = folder / "task.json"
     try:
         told = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return {}
     except ValueError as error:
         raise CheckpointError(f"task.json is damaged: {error}", str(path), "copy it again") from None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from veneer.app.flags import add_sampling, sampling_of
@@ -90,11 +91,19 @@ def rows_of(run: Run | None, data: str | None, task: str) -> tuple[Sequence[Exam
 
     kinds = TASKS[task].kinds
     if data is not None:
-        dataset = load(data, kinds=kinds, columns=run.config().settings.columns if run else None, split="validation")
-        return dataset.examples, data
+        columns = run.config().settings.columns if run else None
+        return load(data, kinds=kinds, columns=columns, split=_part_of(data)).examples, data
     if run is None:
         raise ConfigError("no data was named, and this is no run that held some out", "command line", "add DATA")
     return held_out(run)
+
+
+def _part_of(data: str) -> str:
+    """Of a folder or a data set the held-out part is meant; of a folder without parts all of it."""
+    from veneer.data.read import parts_in
+
+    folder = Path(data).expanduser()
+    return "train" if folder.is_dir() and not parts_in(folder) else "validation"
 
 
 def held_out(run: Run) -> tuple[Sequence[Example], str]:

@@ -190,10 +190,11 @@ def _layers_table(layers: Sequence[Layer], signs: Signs) -> Any:
 
 
 def gathered(rows: Iterable[Any]) -> list[tuple[str, list[Any]]]:
-    """Rows that have a `site`, by the last word of it, in order of appearance."""
+    """Rows that have a `site`, by the last word of it (diffusers' `to_out.0`: the last two), in order of appearance."""
     found: dict[str, list[Any]] = {}
     for row in rows:
-        found.setdefault(row.site.rpartition(".")[2], []).append(row)
+        first, dot, last = row.site.rpartition(".")
+        found.setdefault(f"{first.rpartition('.')[2]}{dot}{last}" if last.isdecimal() else last, []).append(row)
     return list(found.items())
 
 

@@ -77,6 +77,13 @@ def _check(sources: list[Source], args: argparse.Namespace) -> None:
     bare = [source.label for source in sources if source.adapter is None]
     if bare:
         raise ConfigError(f"no adapter: {', '.join(bare)}", "command line", "name a run or an adapter's folder")
+    painting = [source.label for source in sources if source.task == "diffusion"]
+    if painting:
+        fix = (
+            "in Python: veneer.load_shared(pipeline, ADAPTER), veneer.merge(pipeline.unet, keep_base=False), or of "
+            "whichever of its models has it, and pipeline.save_pretrained(...)"
+        )
+        raise ConfigError(f"only models in one folder are merged on disk: {', '.join(painting)}", "command line", fix)
     bases = {source.base for source in sources}
     if len(bases) > 1:
         fix = "adapters can only be added on one base; --base names it if these are copies"
