@@ -35,11 +35,11 @@ VARIANTS: dict[
     "nf4, LoftQ": {"quant": "nf4", "init": "loftq"},
     "nf4, inputs not looked at": {"quant": "nf4", "quant_rows": 0},
     "int8": {"quant": "int8"},
-    "int8, not rotated": {"quant": "int8", "pack": {"rotate": False}},
+    "int8, not rotated": {"quant": "int8", "quant_rotate": "off"},
     "fp8": {"quant": "fp8"},
     "fp8, inputs not rounded": {"quant": "fp8", "pack": {"dynamic": False}},
     "fp8, inputs not looked at": {"quant": "fp8", "quant_rows": 0},
-    "fp8, rotated": {"quant": "fp8", "pack": {"rotate": True}},
+    "fp8, rotated": {"quant": "fp8", "quant_rotate": "on"},
     "fp8, head too": {"quant": "fp8", "pack": {"head": True}},
 }
 BEGIN, END = "<!-- table: python benchmarks/quantisation.py --write -->", "<!-- end of table -->"
@@ -52,8 +52,7 @@ def measure(variant: str, seed: int, steps: int) -> dict[str, Any]:
     from veneer.app.demo import SETTINGS
     from veneer.assets import data_file, model_folder
 
-    started = time.perf_counter()
-    cuda = torch.cuda.is_available()
+    started, cuda = time.perf_counter(), torch.cuda.is_available()
     settings = {**SETTINGS, **VARIANTS[variant], "steps": steps, "eval_every": steps, "seed": seed,
                 "precision": "bf16" if cuda else "fp32", "model": str(model_folder("smollm2")),
                 "data": str(data_file("shell", "train")), "val": str(data_file("shell", "val"))}  # fmt: skip
@@ -64,8 +63,14 @@ def measure(variant: str, seed: int, steps: int) -> dict[str, Any]:
         losses = [m["val_loss"] for m in run.metrics("val_loss")]
     return {
         "storage": variant, "seed": seed, "steps": steps, "before": losses[0], "after": losses[-1],
-        "seconds": time.perf_counter() - started, "device": torch.cuda.get_device_name() if cuda else "cpu",
+        "seconds": time.perf_counter() - started, "device": device(),
     }  # fmt: skip
+
+
+def device() -> str:
+    import torch
+
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
 
 
 def packed(settings: dict[str, Any], pack: dict[str, Any]) -> Any:
@@ -147,7 +152,7 @@ def main() -> None:
         return
     rows = json.loads(RESULTS.read_text())["rows"] if RESULTS.exists() else []
     if not args.write:
-        known = {(r["storage"], r["seed"], r["steps"]) for r in rows}
+        known = {(r["storage"], r["seed"], r["steps"]) for r in rows if r["device"] == device()}
         wanted = [(v, seed, args.steps) for seed in args.seeds for v in args.only if (v, seed, args.steps) not in known]
         command = f"python benchmarks/quantisation.py --steps {args.steps} --seeds {' '.join(map(str, args.seeds))}"
         for row in ThreadPoolExecutor(args.jobs).map(lambda each: apart(*each), wanted):

@@ -113,26 +113,30 @@ def load_model(
     quant: str = "none",
     whole: Sequence[str] = (),
     energies: str | None = None,
+    rotate: bool | None = None,
 ) -> nn.Module:
     """The base on its device. With `quant` its weights are packed one by one as they are read, so that no more than one
     is ever there in full; `whole`: modules that will be trained, and so stay as they are; `energies`: the file of what
-    was seen of their inputs."""
+    was seen of their inputs; `rotate`: as in quant/storage.py."""
     import transformers
 
     import veneer.quant.hf  # noqa: F401 - transformers then knows a folder that was saved packed
 
     kind, options = getattr(transformers, task.auto_class), task.model_options()
     if quant != "none":
-        options |= packing(quant, whole, device, energies)
+        options |= packing(quant, whole, device, energies, rotate)
     with quiet():
         return _from_pretrained(kind, where, dtype=DTYPES[precision], **options).to(device)
 
 
-def packing(kind: str, whole: Sequence[str], device: torch.device, energies: str | None = None) -> dict[str, Any]:
+def packing(
+    kind: str, whole: Sequence[str], device: torch.device, energies: str | None = None, rotate: bool | None = None
+) -> dict[str, Any]:
     """The options of `from_pretrained` that pack a base as it is read."""
     from veneer.quant.hf import VeneerConfig
 
-    config = VeneerConfig(kind, whole=tuple(whole), energies=energies)  # pyright: ignore[reportCallIssue] - the decorator hides __init__
+    # a decorator hides the class's own __init__
+    config = VeneerConfig(kind, whole=tuple(whole), energies=energies, rotate=rotate)  # pyright: ignore[reportCallIssue]
     return {"quantization_config": config, "device_map": {"": device}}
 
 

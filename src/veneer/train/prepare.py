@@ -41,7 +41,7 @@ from veneer.prove.proof import Check, Outcome
 from veneer.quant.inputs import load_inputs
 from veneer.quant.layer import Packed, unrounded
 from veneer.quant.model import choose, note_packing, quantize, save_energies
-from veneer.quant.storage import STORAGES
+from veneer.quant.storage import EIGHT, STORAGES
 from veneer.tasks.base import TASKS, Task
 from veneer.train import base
 from veneer.train.companions import ENERGIES
@@ -257,13 +257,14 @@ def load_base(
     """The base on its device. Where the storage wants to know its inputs it is read twice: to look at some rows, and
     to be packed with what was seen. A run that goes on finds that in its folder, and so the same base."""
     load = partial(base.load_model, source, task, settings.precision, device, whole=settings.modules_to_save)
+    rotate = rotation(settings)
     if not looks_before_packing(settings):
-        return load(quant=settings.quant)
+        return load(quant=settings.quant, rotate=rotate)
     path = run.folder / ENERGIES
     if not path.exists():
         rows = rows_to_look_at(settings, task, samples, device, tell)
         look_at_base(lambda kind: load(quant=kind), settings.quant, rows, path, device, tell)
-    return load(quant=settings.quant, energies=str(path))
+    return load(quant=settings.quant, energies=str(path), rotate=rotate)
 
 
 def hold_to_files(run: Run, model: nn.Module, source: str, settings: Reads, task: Task, tell: Tell) -> Outcome:
@@ -303,6 +304,13 @@ def looks_before_packing(settings: Reads) -> bool:
     return settings.quant != "none" and STORAGES[settings.quant].weighs and settings.quant_rows > 0
 
 
+def rotation(settings: Reads) -> bool | None:
+    """Whether weights and inputs are turned before they are rounded; None where the storage decides."""
+    if settings.quant not in EIGHT:
+        return None
+    return {"auto": None, "on": True, "off": False}[settings.quant_rotate]
+
+
 def rows_to_look_at(
     settings: Reads, task: Task, samples: Sequence[Encoded], device: torch.device, tell: Tell
 ) -> list[Any]:
@@ -316,8 +324,15 @@ def pack_base(run: Run, model: nn.Module, settings: Reads, task: Task, samples: 
     """A model that came loaded is packed where it stands; one that came packed stays as it is."""
     if settings.quant == "none":
         return
-    held = {m.recipe.kind for m in plain_modules(model).values() if isinstance(m, Packed)}
-    if held == {settings.quant}:
+    held, rotate = {m.recipe for m in plain_modules(model).values() if isinstance(m, Packed)}, rotation(settings)
+    if {recipe.kind for recipe in held} == {settings.quant}:
+        if rotate is not None and {recipe.rotate for recipe in held} != {rotate}:
+            raise ConfigError(
+                f"the model came packed with rotate={not rotate}, and the run asks for quant_rotate: "
+                f"{settings.quant_rotate}",
+                where="quant_rotate",
+                fix="leave quant_rotate out to train on it as it is, or hand over the model before it is packed",
+            )
         return
     whole, path, seen = settings.modules_to_save, run.folder / ENERGIES, None
     if looks_before_packing(settings):
@@ -325,7 +340,7 @@ def pack_base(run: Run, model: nn.Module, settings: Reads, task: Task, samples: 
             rows = rows_to_look_at(settings, task, samples, next(model.parameters()).device, tell)
             save_energies(model, choose(model, "all-linear", (), False, False, whole)[0], rows, path)
         seen = load_inputs(path)
-    tell("note", text=str(quantize(model, settings.quant, whole=whole, energies=seen)))
+    tell("note", text=str(quantize(model, settings.quant, whole=whole, energies=seen, rotate=rotate)))
     if seen is not None:
         note_packing(model, whole, str(path))
 

@@ -194,6 +194,11 @@ class Settings:
         "Training rows that nf4 and fp8 look at before they pack: weights are rounded so that their products are near.",
         unit="rows", group="method", only_for={"method": ("lora",), "quant": ("nf4", "fp8")},
     )  # fmt: skip
+    quant_rotate: str = choice(
+        "auto", "auto on off",
+        "Turn weights and inputs alike before they are rounded to 8 bits; auto: int8 only, for fp8 is slower so.",
+        group="method", only_for={"method": ("lora",), "quant": ("int8", "fp8")},
+    )  # fmt: skip
 
     # The data
     val: float | int | str | None = of_data(
