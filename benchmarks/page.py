@@ -514,10 +514,9 @@ def diffusion_gpu(found: dict[str, Any]) -> str:
         f"`python benchmarks/{command}`, torch {found['torch']}: {shape}; nothing is "
         "computed twice but in `fused-gate_up`. `peft` is what diffusers' training script does (fp32 adapters under "
         "autocast), `peft-bf16` PEFT with bf16 adapters, `peft-compiled` the same with compiled transformer blocks; "
-        "`plain` is `veneer.attach`, `fused` `veneer.fuse(model)`, `fused-graphs` `veneer.fuse(model, graphs=True)`, "
-        "`fused-step` the same step captured whole as one CUDA graph by the script, after three steps that its losses "
-        "do not show. Host: the time in which Python hands out a step; where "
-        "it is as long as the step, the card waits for Python. The card's own matrix product ran at "
+        "`plain` is `veneer.attach`, `fused` `veneer.fuse(model)`, `fused-graphs` `veneer.fuse(model, graphs=True)`. "
+        "Host: the time in which Python hands out a step; where it is as long as the step, the card may wait for "
+        "Python. The card's own matrix product ran at "
         f"{before:.0f} TFLOP/s before and {after:.0f} after.",
         table([*head, "loss", "step 3", "step 6", "step 9"], rows),
     ]

@@ -18,7 +18,6 @@ Nothing is computed twice: all of it fits.
     fused            veneer.attach, veneer.fuse
     fused-gate_up    the same, the unit's gate and up computed again
     fused-graphs     the same as fused, its blocks recorded as CUDA graphs (graphs=True)
-    fused-step       the same as fused, a whole step captured as one CUDA graph: what Python costs the others
 
 FLUX by itself dies of an illegal memory access on Hopper with torch up to 2.13 (kernels/even.py says why), Veneer's
 plain layers and PEFT's alike. So that there is something to compare with, all variants that run by diffusers' own
@@ -173,7 +172,6 @@ VARIANTS: dict[str, Callable[[str, str], nn.Module]] = {
     "fused": fused("none"),
     "fused-gate_up": fused("gate_up"),
     "fused-graphs": fused("none", graphs=True),
-    "fused-step": fused("none"),
 }
 USUAL = ("peft", "peft-bf16", "peft-compiled", "plain", "fused", "fused-gate_up", "fused-graphs")
 
@@ -230,25 +228,6 @@ def stepper(name: str, model: nn.Module, given: dict[str, Any]) -> Callable[[], 
     return step
 
 
-def captured(step: Callable[[], Tensor]) -> Callable[[], Tensor]:
-    """The same step as one CUDA graph: no Python and no launches between its kernels."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            step()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        loss = step()
-
-    def replay() -> Tensor:
-        graph.replay()
-        return loss.clone()
-
-    return replay
-
-
 def measure(args: argparse.Namespace, name: str) -> dict[str, Any]:
     from veneer.kernels.even import even_gradients
 
@@ -264,8 +243,6 @@ def timed(args: argparse.Namespace, name: str, model: nn.Module, started: float)
     device = "cuda" if CUDA else "cpu"
     built = time.perf_counter()
     step = stepper(name, model, inputs(args, device))
-    if name == "fused-step" and CUDA:
-        step = captured(step)
     losses = [step() for _ in range(args.warmup)]
     synchronize()
     warm = time.perf_counter()

@@ -460,8 +460,6 @@ def test_a_canvas_tells_sdxl_where_it_was_cut(pipelines: Path, photos: str) -> N
         ("sd", {}, "pictures come in 2 sizes"),
         ("sdxl", {"buckets": False, "text_encoders": True}, "recorded blocks have no gradient of the text"),
         ("sd", {"buckets": False, "convolutions": True}, None),
-        ("flux", {"buckets": False}, None),
-        ("sd3", {"buckets": False, "text_encoders": True}, "recorded blocks have no gradient of the text"),
     ],
 )
 def test_a_denoiser_is_fused_where_its_blocks_can_be_recorded(
@@ -483,6 +481,19 @@ def test_a_denoiser_is_fused_where_its_blocks_can_be_recorded(
         assert way._graphs_rule(1, lambda _: 0.0)[0] == "off"
 
 
+@pytest.mark.parametrize("family", ["flux", "sd3"])
+def test_large_blocks_are_fused_and_not_recorded(pipelines: Path, photos: str, family: str) -> None:
+    for device, fused in (("cuda", True), ("cpu", False)):
+        task = task_of(family, pipelines, buckets=False)
+        way = Way.__new__(Way)
+        way.settings, way.is_ours, way.level = task.settings, True, "none"
+        samples = task.encode(load(photos, kinds=(Captioned,)).examples).samples
+        way.job = SimpleNamespace(task=task, train=samples, device=torch.device(device))  # type: ignore[assignment]
+        wanted, why = way._best()
+        assert wanted is fused and ("keep less" if fused else "there is no GPU") in why
+        assert way._graphs_rule(1, lambda _: 0.0)[0] == "off"
+
+
 def test_what_was_chosen_is_said(run_of: Callable[..., Run]) -> None:
     heard: list[Any] = []
     run = run_of(report=lambda event: heard.append(event))
@@ -501,7 +512,9 @@ def recording(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
         monkeypatch.setattr(fast, "set_graphs", lambda *args: home.set_graphs(*args) and None)
 
 
-@pytest.mark.parametrize("family,more", [("sd", {"convolutions": True}), ("flux", {}), ("sd3", {})])
+@pytest.mark.parametrize(
+    "family,more", [("sd", {"convolutions": True}), ("flux", {"graphs": "on"}), ("sd3", {"graphs": "on"})]
+)
 def test_a_run_on_recorded_blocks_learns_what_one_on_plain_blocks_does(
     run_of: Callable[..., Run], recording: None, family: str, more: dict[str, Any]
 ) -> None:
@@ -509,7 +522,7 @@ def test_a_run_on_recorded_blocks_learns_what_one_on_plain_blocks_does(
     same = {"buckets": False, "steps": 6, "precision": "fp32", "sample_every": 3, "batch_size": 3} | more
     run = run_of(family, report=lambda event: heard.append(event.get("text", "")), **same)
     assert (run.config().settings.fuse, run.config().settings.graphs) == ("on", "on")
-    assert any("blocks are recorded as CUDA graphs" in text for text in heard), heard
+    assert any("recorded as CUDA graphs" in text for text in heard), heard
     assert not any("slower" in text for text in heard), heard
     plain = run_of(family, fuse="off", **same)
     assert losses(run) == pytest.approx(losses(plain), rel=1e-3)

@@ -183,6 +183,10 @@ class Task(ABC):
         """Why steps on these samples are not all alike, so that blocks cannot be recorded once for all of them."""
         return "rows are of different lengths"
 
+    def better_fused(self) -> str | None:
+        """Why the blocks of a denoiser are better fused without being recorded; None where they are not."""
+        return None
+
     # ---------------------------------------------------------------- loss and metrics
 
     @abstractmethod

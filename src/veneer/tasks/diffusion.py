@@ -160,6 +160,10 @@ class Diffusion(Task):
         sizes = {cast(Canvas, sample.pixels).size for sample in samples}
         return f"pictures come in {len(sizes)} sizes (buckets: no makes them one)" if len(sizes) > 1 else None
 
+    def better_fused(self) -> str | None:
+        """Transformers are few large blocks; a UNet is thousands of small kernels (benchmarks/sdxl_gpu.py)."""
+        return f"blocks of {self.pipeline.family.name} keep less" if self.pipeline.family.is_transformer else None
+
     def aim(self, model: nn.Module, spec: LoRA) -> LoRA:
         asked = spec.targets if isinstance(spec.targets, str) else tuple(spec.targets)
         found = self.pipeline.targets(model, asked, self.settings.convolutions)

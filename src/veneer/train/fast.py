@@ -120,12 +120,14 @@ class Way:
         return self.settings.fuse == "on"
 
     def _best(self) -> tuple[bool, str]:
-        """By what was measured: a denoiser's many small blocks are no faster for being fused unless they are recorded,
-        too (benchmarks/sdxl_gpu.py)."""
+        """By what was measured: a UNet's many small blocks are no faster for being fused unless they are recorded, too;
+        large ones of a transformer are, and keep less (benchmarks/sdxl_gpu.py)."""
         if self.settings.method != "lora":
             return False, "fused blocks do not train their weights"
         if not self.job.task.paints:
             return fusing(width_of(self.model), self.job.device.type)
+        if self.job.device.type in RECORDING and (why := self.job.task.better_fused()) is not None:
+            return True, why
         if (why := self._unrecordable()) is not None:
             return False, f"fused blocks of a denoiser are faster only as CUDA graphs, and {why}"
         return True, "pictures of one size: blocks are recorded as CUDA graphs"
@@ -319,6 +321,8 @@ class Way:
             return "off", "they need a GPU"
         if self.job.task.paints:
             why = "nothing is fused" if not self.is_ours else self._unrecordable() or self._draws_again()
+            if why is None and self.job.task.better_fused() is not None:
+                why = "large blocks keep a card busy by themselves"
             return ("on", "pictures of one size") if why is None else ("off", why)
         if (why := self._unfit_for_graphs()) is not None:
             return "off", why
