@@ -56,9 +56,17 @@ def skeleton(family: str, task: str) -> tuple[Any, Any]:
         return config, CLASSES[task].from_config(config)
 
 
+OLDER = {  # what transformers 5.17 calls a layer of DINOv2, and what later ones do
+    "attention.attention.query": "attention.q_proj", "attention.attention.key": "attention.k_proj",
+    "attention.attention.value": "attention.v_proj", "attention.output.dense": "attention.o_proj",
+}  # fmt: skip
+
+
 def linears(model: torch.nn.Module) -> dict[str, tuple[int, int]]:
     found = {}
     for name, module in model.named_modules():
+        if name.startswith("dinov2."):
+            name = next((name.replace(old, new) for old, new in OLDER.items() if name.endswith(old)), name)
         op = op_for(type(module))
         plain = op is not None and not op.looks_up and not hasattr(module, "kernel_size")
         if plain and isinstance(getattr(module, "weight", None), torch.nn.Parameter) and name != "lm_head":

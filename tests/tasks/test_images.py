@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,12 +12,15 @@ import numpy as np
 import pytest
 import torch
 
+from veneer.app.commands.eval import held_out
+from veneer.data import types
 from veneer.data.batch import batches, collate
-from veneer.data.dataset import load
+from veneer.data.dataset import load, split
 from veneer.data.images import encode_pictures, in_colours, open_picture
 from veneer.data.types import Pictured
 from veneer.errors import DataError
 from veneer.tasks.image_classification import ImageClassification
+from veneer.train.loop import train
 
 transformers = pytest.importorskip("transformers")
 Image = pytest.importorskip("PIL.Image")
@@ -48,6 +52,17 @@ KINDS: dict[str, Callable[[], Any]] = {
         image_size=SIZE, patch_size=2, hidden_sizes=[8, 16], depths=[1, 1], num_stages=2
     ),
 }
+
+
+def based(kind: str, tmp_path: Path) -> tuple[Path, Any]:
+    """A base in a folder, with a head for other classes, which is replaced."""
+    torch.manual_seed(0)
+    config = KINDS[kind]()
+    config.num_labels = 7
+    model = transformers.AutoModelForImageClassification.from_config(config)
+    model.save_pretrained(tmp_path / "base")
+    processor().save_pretrained(tmp_path / "base")
+    return tmp_path / "base", model
 
 
 @pytest.fixture
@@ -85,6 +100,42 @@ def test_a_folder_a_table_and_rows_say_the_same(folder: Path, tmp_path: Path) ->
     assert [s.labels for s in sets[0]] == [[order[e.label]] for e in one.examples]  # type: ignore[union-attr, index]
     assert pixels[0].shape == (36, 3, SIZE, SIZE)
     assert all(torch.equal(pixels[0], each) for each in pixels[1:])
+
+
+def test_the_split_stays_when_the_folder_moves(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Named wholly, in part or after a move: the same are held out. A picture of that name elsewhere is another."""
+
+    def held(data: Any) -> list[str]:
+        return [Path(example.image).name for example in split(load(data), 3).validation]  # type: ignore[union-attr]
+
+    first, ids = held(folder), {example.id for example in load(folder)}
+    monkeypatch.chdir(folder.parent)
+    assert held(folder.name) == first and held(f"./{folder.name}/") == first
+    monkeypatch.chdir(folder)
+    assert held(".") == first
+    moved = shutil.copytree(folder, tmp_path / "elsewhere" / "deep" / folder.name)
+    assert held(moved) == first and {example.id for example in load(moved)} == ids
+    other = shutil.copytree(folder, tmp_path / "others")
+    assert not ids & {example.id for example in load(other)}
+    assert load([folder, other]).duplicates == 0 and split(load(folder), other).repeated == 0
+
+
+def test_a_run_that_knew_whole_paths_goes_on_with_its_split(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hash_of = types._hash_of
+    monkeypatch.setattr(types, "_hash_of", lambda said, image, under="": hash_of(said, image))
+    told = {"task": "image", "val": 3, "steps": 4, "out": str(tmp_path / "run")}
+    run = train(
+        str(based("vit", tmp_path)[0]), str(folder), **told, report=lambda e: "stop" if e.get("step") == 2 else None
+    )
+    assert run.status == "stopped"
+    begun = run.data["split"]["validation_ids"]
+    monkeypatch.setattr(types, "_hash_of", hash_of)
+    assert set(begun).isdisjoint(example.id for example in load(folder))
+    run = train(resume=str(run.folder))
+    assert run.status == "done" and run.data["split"]["validation_ids"] == begun
+    assert [example.id for example in held_out(run)[0]] == begun
 
 
 @pytest.mark.parametrize("mode", ["L", "LA", "P", "RGB", "RGBA", "CMYK", "I;16", "F"])
@@ -135,13 +186,7 @@ def test_numbers_between_classes_and_a_missing_file_are_refused(folder: Path) ->
 def test_a_classifier_learns_is_proved_and_left_as_it_was(kind: str, folder: Path, tmp_path: Path) -> None:
     import veneer
 
-    torch.manual_seed(0)
-    base = tmp_path / "base"
-    config = KINDS[kind]()
-    config.num_labels = 7  # a head for other classes, which is replaced
-    model = transformers.AutoModelForImageClassification.from_config(config)
-    model.save_pretrained(base)
-    processor().save_pretrained(base)
+    base, model = based(kind, tmp_path)
     run = veneer.train(
         str(base),
         str(folder),

@@ -133,6 +133,7 @@ def joined(examples: Iterable[Boxed]) -> list[Boxed]:
             tuple(box for each in some for box in each.boxes),
             tuple(label for each in some for label in each.labels),
             where=some[0].where,
+            under=some[0].under,
         )
         for some in held.values()
     ]

@@ -8,7 +8,7 @@ other row, and two equal rows never stand on both sides (where the loss on one w
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import chain, islice
@@ -23,7 +23,7 @@ from veneer.data.turns import kind_of
 from veneer.data.types import Boxed, Example, Labelled, Pictured, Row, Tagged
 from veneer.errors import DataError
 
-__all__ = ["Data", "Dataset", "Split", "load", "split"]
+__all__ = ["Data", "Dataset", "Split", "as_recorded", "load", "split"]
 
 Data: TypeAlias = str | Path | Iterable[Any]
 VALIDATION_SHARE, VALIDATION_CAP = 0.05, 200
@@ -146,6 +146,14 @@ def split(dataset: Dataset, val: float | Data | Dataset | None = None, seed: int
     return Split(dataset, held, seed, repeated=sum(example.id in known for example in held))
 
 
+def as_recorded(dataset: Dataset, ids: Collection[str]) -> Dataset:
+    """The rows under the ids that a run wrote down. A picture's id was once made of its whole path, and a run that was
+    begun so goes on with the split that it has."""
+    whole = replace(dataset, examples=tuple(replace(each, under="") for each in dataset))
+    now, then = (sum(example.id in ids for example in rows) for rows in (dataset, whole))
+    return whole if then > now else dataset
+
+
 # Where rows come from
 
 
@@ -153,10 +161,10 @@ def _source(data: Data, split: str) -> tuple[str, Iterator[Found]]:
     if isinstance(data, str | Path):
         path = Path(data).expanduser()
         if path.is_dir():
-            return str(data), _folder(path, split)
+            return str(data), _lying_under(path, _folder(path, split))
         if not path.exists() and hub.is_hub_id(str(data)):
             return str(data), iter(hub.rows_of(hub.table(str(data), split), str(data)))
-        return str(data), read(path)
+        return str(data), _lying_under(path.parent, read(path))
     if hasattr(data, "features") and hasattr(data, "column_names"):
         return "the given dataset", iter(hub.rows_of(data, "dataset"))
     items = list(data)
@@ -164,6 +172,10 @@ def _source(data: Data, split: str) -> tuple[str, Iterator[Found]]:
         sources = [_source(item, split) for item in items]
         return ", ".join(name for name, _ in sources), chain.from_iterable(found for _, found in sources)
     return "the given rows", (_in_memory(item, number) for number, item in enumerate(items, 1))
+
+
+def _lying_under(folder: Path, found: Iterable[Found]) -> Iterator[Found]:
+    return (replace(item, under=str(folder)) if isinstance(item, Row) else item for item in found)
 
 
 def _in_memory(item: Any, number: int) -> Found:

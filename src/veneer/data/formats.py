@@ -189,7 +189,9 @@ def _missing(form: Format, present: list[str]) -> str:
 def example_of(row: Row, form: Format, columns: Mapping[str, str]) -> Example:
     """The example of one row, or a RowError."""
     standard = {names[0]: names[0] for names in form.needs} | dict(columns)
-    return replace(form.parse(Fields(row.fields, standard | form.names_in(row.fields, columns))), where=row.where)
+    return replace(
+        form.parse(Fields(row.fields, standard | form.names_in(row.fields, columns))), where=row.where, under=row.under
+    )
 
 
 # Refused, with a reason

@@ -24,9 +24,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any, Literal, Protocol, Required, TypeAlias, TypedDict, runtime_checkable
 
 __all__ = [
@@ -82,20 +84,23 @@ class Message(TypedDict, total=False):
 
 @dataclass(frozen=True)
 class Row:
-    """One row as it stands in a file, before anything is known about its meaning. `where` is "file:line"."""
+    """One row as it stands in a file, before anything is known about its meaning. `where` is "file:line", `under` the
+    folder of the data, which may move with all that lies in it."""
 
     fields: Mapping[str, Any]
     where: str
+    under: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Example:
     where: str = ""
+    under: str = ""
 
     @cached_property
     def id(self) -> str:
         """A hash of the content: equal for equal rows, whatever file and line they stand in."""
-        content = {name: value for name, value in vars(self).items() if name not in ("where", "id")}
+        content = {name: value for name, value in vars(self).items() if name not in ("where", "under", "id")}
         content["kind"] = type(self).__name__
         return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
@@ -163,8 +168,8 @@ class Pictured(_Example):
 
     @cached_property
     def id(self) -> str:
-        """A hash of the label and of the path, or of the bytes where there is no file."""
-        return _hash_of(f"{self.label}\0", self.image)
+        """A hash of the label and of the path in the folder of the data, or of the bytes where there is no file."""
+        return _hash_of(f"{self.label}\0", self.image, self.under)
 
 
 @dataclass(frozen=True)
@@ -177,7 +182,7 @@ class Boxed(_Example):
 
     @cached_property
     def id(self) -> str:
-        return _hash_of(f"{self.boxes}{self.labels}\0", self.image)
+        return _hash_of(f"{self.boxes}{self.labels}\0", self.image, self.under)
 
 
 @dataclass(frozen=True)
@@ -191,12 +196,18 @@ class Illustrated(_Example):
     def id(self) -> str:
         told = f"{self.chat.messages}\0"
         for image in self.images:
-            told += _hash_of("", image)
+            told += _hash_of("", image, self.under)
         return _hash_of(told, "")
 
 
-def _hash_of(said: str, image: Any) -> str:
-    data = image.encode() if isinstance(image, str) else image if isinstance(image, bytes) else image.tobytes()
+def _hash_of(said: str, image: Any, under: str = "") -> str:
+    """Of a file what the folder of the data is called, and its place in there: it is the same picture wherever that
+    folder is moved, and not the one of this name in another."""
+    if isinstance(image, str):
+        inside = under and Path(image).is_relative_to(under)
+        place = f"{Path(os.path.abspath(under)).name}/{Path(image).relative_to(under).as_posix()}" if inside else image
+        image = place.encode()
+    data = image if isinstance(image, bytes) else image.tobytes()
     return hashlib.sha256(said.encode() + data).hexdigest()[:16]
 
 
@@ -210,7 +221,7 @@ class Captioned(_Example):
 
     @cached_property
     def id(self) -> str:
-        return _hash_of(f"{self.caption}\0", self.image)
+        return _hash_of(f"{self.caption}\0", self.image, self.under)
 
 
 Example: TypeAlias = (

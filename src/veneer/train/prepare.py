@@ -27,7 +27,7 @@ from veneer.ckpt.plan import originals
 from veneer.core.host import plain_modules
 from veneer.core.init import CHANGES_BASE, NEEDS
 from veneer.core.model import elements
-from veneer.data.dataset import Dataset, Split, load, split
+from veneer.data.dataset import Dataset, Split, as_recorded, load, split
 from veneer.data.encode import Encodings
 from veneer.data.isolation import check as check_isolation
 from veneer.data.pack import obstacle, pack, packed_times
@@ -91,7 +91,7 @@ def prepare(run: Run, settings: Reads, model: Any, data: Any, tokenizer: Any, te
     named = settings.model or ""
     source = model if base.is_loaded(model) else named
 
-    parts = read_data(settings, data, tell)
+    parts = read_data(settings, data, tell, run)
     task = make_task(settings, source, tokenizer, parts, tell)
     settle_length(settings, source)
     refuse_packed_twice(settings, source)
@@ -133,8 +133,8 @@ def prepare(run: Run, settings: Reads, model: Any, data: Any, tokenizer: Any, te
 # ------------------------------------------------------------------ data and tokens
 
 
-def read_data(settings: Reads, data: Any, tell: Tell) -> Split:
-    """All rows, checked, and the part of them that is held out."""
+def read_data(settings: Reads, data: Any, tell: Tell, run: Run | None = None) -> Split:
+    """All rows, checked, and the part of them that is held out; of a run that was begun, the part that it held out."""
     found = settings.data if settings.data is not None else data
     if found is None:
         raise ConfigError("no data was named", fix="give a file, a folder or a hub id: veneer train MODEL DATA")
@@ -146,6 +146,9 @@ def read_data(settings: Reads, data: Any, tell: Tell) -> Split:
         refuse_kind(settings.task, load(found, **options))  # readable, but for another task? Else it raises as before
         raise
     refuse_kind(settings.task, dataset)
+    if run is not None and run.path("data.json").exists():
+        held = run.data["split"]
+        dataset = as_recorded(dataset, {*held["train_ids"], *held["validation_ids"]})
     tell("data", text=str(dataset), rows=len(dataset))
     val = settings.val
     if isinstance(val, str):

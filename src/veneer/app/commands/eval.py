@@ -111,7 +111,7 @@ def held_out(run: Run) -> tuple[Sequence[Example], str]:
     from veneer.train.prepare import read_data
     from veneer.train.settings import Reads
 
-    parts = read_data(Reads(run.config()), None, lambda event, **fields: None)
+    parts = read_data(Reads(run.config()), None, lambda event, **fields: None, run)
     wanted = run.data.get("split", {}).get("validation_ids", [])
     rows = (
         [example for example in parts.validation if example.id in set(wanted)] if wanted else parts.validation.examples
