@@ -45,7 +45,7 @@ from veneer.errors import ConfigError, StateError
 from veneer.kernels import fuse as fuse_module
 from veneer.kernels import fuse as home
 from veneer.kernels.block import LEVELS
-from veneer.kernels.fuse import FusedModule, fuse, is_fused, set_recompute, unfuse
+from veneer.kernels.fuse import FusedBlock, FusedModule, fuse, is_fused, set_recompute, unfuse
 from veneer.quant import eight
 from veneer.quant.layer import unrounded
 from veneer.tasks.cross_entropy import chunked_cross_entropy
@@ -613,6 +613,41 @@ def test_a_block_that_only_looks_the_part_is_left_alone_and_named() -> None:
     assert "gives something else" in report.skipped["model.layers.1"]
     assert "plain: model.layers.1: its own forward gives something else" in str(report)
     agree(outcome(model), wanted)
+
+
+@pytest.mark.parametrize("build", ["llama", "gpt2", "phi", "gemma3"])
+@pytest.mark.parametrize("level", ["none", "input"])
+def test_one_row_of_one_token_is_learned_from_and_a_batch_of_nothing_is_named(build: str, level: str) -> None:
+    model, ids = model_of(build), torch.tensor([[5]])
+
+    def gradients(ids: Tensor) -> dict[str, Tensor]:
+        model.zero_grad()
+        with Exactly():
+            back(model.base_model(input_ids=ids, use_cache=False)[0].square().sum())
+        return {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+
+    wanted = gradients(ids)
+    fuse(model, level, verbose=False)
+    got = gradients(ids)
+    size = max(float(w.norm()) for w in wanted.values())  # q and k of a single token learn nothing
+    assert all(float((got[n] - w).norm()) <= NEAR * size for n, w in wanted.items()) and not said()
+    with pytest.raises(StateError, match=r"a batch of nothing: its input is of shape \(0, 3, 32\)") as told:
+        next(m for m in model.modules() if isinstance(m, FusedBlock))(torch.zeros(0, 3, 32, dtype=torch.float64))
+    assert "leave such a batch out" in str(told.value) and "layers.0" in str(told.value).replace("h.0", "layers.0")
+
+
+@pytest.mark.parametrize("spec", [{}, {"dropout": 0.3}, {"combine": "dora"}], ids=str)
+@pytest.mark.parametrize("shape", [(0, 32), (2, 0, 32)])
+def test_units_and_norms_that_nothing_reaches_give_nothing(shape: tuple[int, ...], spec: dict[str, Any]) -> None:
+    """An expert to which no token is sent."""
+    layer = model_of("llama", torch.float32, **spec).model.layers[0]  # type: ignore[union-attr]
+    net = nn.Sequential(layer.input_layernorm, layer.mlp).train()
+    assert fuse(net, verbose=False).replaced == {"gated units": 1, "norms": 1}
+    x = torch.zeros(shape, requires_grad=True)
+    y = net(x)
+    y.sum().backward()
+    learned = [p.grad for p in net.parameters() if p.grad is not None]
+    assert y.shape == x.grad.shape == shape and learned and not any(bool(g.any()) for g in learned) and not said()  # type: ignore[union-attr]
 
 
 def test_a_model_of_no_known_build_is_said_to_run_plainly(capsys: pytest.CaptureFixture[str]) -> None:

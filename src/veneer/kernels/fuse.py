@@ -136,6 +136,10 @@ class FusedBlock(FusedModule):
         runs_plainly = rests and not self._is_tiled_anyway(hidden_states, kwargs)
         if runs_plainly or kwargs.get("encoder_hidden_states") is not None:
             return super().forward(hidden_states, **kwargs)
+        if not hidden_states.numel():
+            where = self.fused.name or type(self).__name__
+            fix = "leave such a batch out; one row of one token is the least there is to learn from"
+            raise StateError(f"a batch of nothing: its input is of shape {tuple(hidden_states.shape)}", where, fix)
         if (cache := kwargs.get("past_key_values")) is not None and (why := self._against(cache)) is not None:
             return self.plain(why, hidden_states, **kwargs)
         if not rests and (y := _by_replay(self, hidden_states, kwargs)) is not None:
