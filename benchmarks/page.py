@@ -150,10 +150,10 @@ AdamW, median of 8 steps that follow each other. `fused` is `veneer.fuse(model, 
 CUDA graphs; fp8, nf4 and int8 are the stored base (of nf4 the embedding too), otherwise bf16. gate_up, middle and input
 say what is computed again instead of kept, `away` that what blocks keep waits in the host's memory, `turned` that the
 transposes of an 8-bit base are kept as well (`fuse(..., turned=True)`), and `fp8-head` that besides the head is in fp8
-(`quantize(..., head=True)`). The chunked loss is ours in all rows but `peft`
-and Unsloth's. Rows of one run, on one card, have one
-letter; each run says what the card's own product of two 8192 x 8192 matrices gave before and after. Memory is what is
-allocated at the highest point, all that graphs hold included.
+(`quantize(..., head=True)`), `rotated` that inputs and weights are turned (`rotate=True`). The chunked loss is ours in
+all rows but `peft` and Unsloth's. Rows of one run, on one card, have one letter; each run says what the card's own
+product of two 8192 x 8192 matrices gave before and after. Memory is what is allocated at the highest point, all that
+graphs hold included.
 """
 
 
@@ -395,9 +395,8 @@ def peers(found: dict[str, Any]) -> str:
             "with "
             'everything kept, `unsloth-recompute` and `unsloth-nf4` with its own checkpointing ("unsloth"); ours '
             "beside "
-            "them keep no more. Of the run with `unsloth` at 2 x 2048 there are the lines that it printed: it was "
-            "stopped "
-            f"before it wrote its JSON. It was on the card of run {letter}, in the same minutes.",
+            f"them keep no more. Of one run, on an H100, there are the lines that it printed: it was stopped before it "
+            f"wrote its JSON. What it has of 2 x 2048 is beside run {letter}, of the same card and minutes.",
             table(head, rows),
         ]
     )
@@ -529,45 +528,43 @@ def diffusion_gpu(found: dict[str, Any]) -> str:
     return "\n\n".join([*lines, *([found["note"]] if "note" in found else [])])
 
 
-def train_graphs(found: dict[str, Any]) -> str:
+def train_graphs(runs: list[dict[str, Any]]) -> str:
     """Of whole steps after warming up: tokens over seconds."""
-    warm, firsts, body = 10, dict[tuple[str, str], float](), []
-    for r in found["rows"]:
-        speed = sum(r["tokens"][warm:]) / sum(r["seconds"][warm:])
-        first = firsts.setdefault((r.get("shape", "0.5b"), r["way"]), speed)
-        filled = next(
-            (m.group(1) for note in r["notes"] if (m := re.search(r"up to one shape \(([\d.]+%)\)", note))), ""
-        )
-        graphs = r["graphs"] + (f": {r['taken']}" if r["graphs"] == "auto" else "")
-        shape = {"0.5b": "0.5B", "8b-4": "4 layers of 8B"}[r.get("shape", "0.5b")]
-        cells = f"{speed:,.0f}", f"{speed / first:.2f}", filled, f"{r['peak_gib']:.2f}", f"{r['losses'][-1]:.4f}"
-        body.append((f"{shape}, {r['way']}", graphs, *cells))
-    head = [
-        "",
-        "graphs",
-        "tokens/s",
-        "ratio",
-        "filled up by",
-        "peak GiB",
-        f"loss, step {len(found['rows'][0]['losses'])}",
-    ]
+    body = [row for found in runs for row in _graph_rows(found)]
+    head = ["", "card", "graphs", "tokens/s", "ratio", "fillers", "losses apart, at most"]
+    commands = ", ".join(dict.fromkeys(_commands(found) for found in runs))
     return "\n\n".join(
         [
-            f"## A run of `veneer.train` with its blocks as CUDA graphs: {found['device'].removeprefix('NVIDIA ')}",
-            f"{_commands(found)}, torch {found['torch']}: whole steps of the loop, random weights of Qwen2.5-0.5B's "
-            f"shape "
-            "in bf16, r = 16 on all linears, rows of the lengths of conversations. `packed`: two rows of 2,048 tokens "
-            "at a "
-            "time; `by samples`: eight samples end to end, and with graphs filled up to one shape. Only real tokens "
-            "are "
-            "counted. Where the card waits for Python, as here, fillers cost nothing and a replay is all gain; where "
-            "it is "
-            "busy they cost what tokens cost, so `graphs: auto` times two passes before the first step and fills "
-            "nothing "
-            "up that would take more than 5 % longer.",
+            "## A run of `veneer.train` with its blocks as CUDA graphs",
+            f"{commands}, torch {runs[-1]['torch']}: whole steps of the loop, random weights of Qwen2.5-0.5B's shape "
+            f"or "
+            "four layers of Llama-3.1-8B's in bf16, r = 16 on all linears, rows of the lengths of conversations. "
+            "`packed`: two rows of 2,048 tokens at a time; `by samples`: eight samples end to end, with graphs filled "
+            "up "
+            "to one shape. Only real tokens are counted. At 0.5B the card waits for Python: fillers cost nothing, and "
+            "a "
+            "replay is all gain. At the width of 8B it is busy with tokens, and fillers cost what tokens cost. "
+            "`graphs: auto` times two passes before the first step to tell which it is, and fills up what thereby "
+            "takes "
+            "at most 5 % longer. The host did other work beside, so ratios are rough: where auto came to off, the row "
+            "beside the one with off is the same once more.",
             table(head, body),
         ]
     )
+
+
+def _graph_rows(found: dict[str, Any], warm: int = 10) -> Iterable[tuple[str, ...]]:
+    firsts: dict[tuple[str, str], tuple[float, list[float]]] = {}
+    for r in found["rows"]:
+        shape, speed = r.get("shape", "0.5b"), sum(r["tokens"][warm:]) / sum(r["seconds"][warm:])
+        first, losses = firsts.setdefault((shape, r["way"]), (speed, r["losses"]))
+        shapes = (re.search(r"filled up to one shape \(([\d.]+%)\)", note) for note in r["notes"])
+        filled = next((match.group(1) for match in shapes if match and r.get("taken", r["graphs"]) == "on"), "")
+        graphs = r["graphs"] + (f": {r['taken']}" if r["graphs"] == "auto" else "")
+        what = {"0.5b": "0.5B", "8b-4": "4 layers of 8B"}[shape]
+        apart = max(abs(a - b) / a for a, b in zip(losses, r["losses"], strict=True))
+        card, times = found["device"].split()[1], f"{speed / first:.2f}"
+        yield f"{what}, {r['way']}", card, graphs, f"{speed:,.0f}", times, filled, f"{apart:.0e}" if apart else ""
 
 
 def first_steps(found: dict[str, Any]) -> str:
@@ -822,7 +819,7 @@ SECTIONS: dict[str, Callable[[Any], str]] = {
     "memory_printed": memory_printed,
     "merge_stream": merge_stream,
     "train_gpu_*": train_gpu,
-    "train_graphs": train_graphs,
+    "train_graphs*": train_graphs,
     "peers_printed": peers,
     "longest*": longest,
     "sdxl_gpu": diffusion_gpu,

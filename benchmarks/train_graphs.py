@@ -17,6 +17,7 @@ that all of it runs.
 from __future__ import annotations
 
 import argparse
+import gc
 import itertools
 import json
 import random
@@ -99,6 +100,7 @@ def trained(way: str, graphs: str, steps: int, shape: str, rows: list[Any]) -> d
         at = time.perf_counter()
 
     cuda = torch.cuda.is_available()
+    gc.collect()  # the last run's model
     if cuda:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
