@@ -7,7 +7,9 @@ it gives where a graph would, so that everything but the card is tested: what is
 from __future__ import annotations
 
 import copy
+import gc
 import pickle
+import weakref
 from typing import Any
 
 import pytest
@@ -224,6 +226,23 @@ def test_a_weight_that_moved_is_seen(device: str) -> None:
         weight.data = weight.data * 2
     same(moved(graphed, 8), moved(ever, 8))
     assert records(graphed) == 3
+
+
+def test_what_was_recorded_is_given_back_at_once(device: str) -> None:
+    model = llama(device)
+    fuse(model, graphs=True, verbose=False)
+    moved(model, 4)
+    recorder = next(m.fused.recorder for m in model.modules() if isinstance(m, FusedBlock))
+    kept = [weakref.ref(record) for record in recorder.records.values()]
+    kept += [weakref.ref(record().y) for record in kept]
+    assert len(kept) == 6 and all(each() is not None for each in kept)
+    del recorder
+    gc.disable()
+    try:
+        unfuse(model)
+        assert all(each() is None for each in kept)
+    finally:
+        gc.enable()
 
 
 CHANGES = {

@@ -363,9 +363,11 @@ def set_graphs(model: nn.Module, tell: Callable[[str], Any] | None = None) -> st
 
 
 def drop_graphs(model: nn.Module) -> None:
-    """Blocks run as ever from now on, and what was recorded is given back."""
+    """Blocks run as ever from now on, and the memory of what was recorded is given back now, not when garbage is
+    collected: records and their recorder know each other."""
     for module in model.modules():
-        if isinstance(module, FusedModule):
+        if isinstance(module, FusedModule) and (recorder := module.fused.recorder) is not None:
+            recorder.release()
             module.fused.recorder = None
 
 
@@ -419,6 +421,7 @@ def _restore(module: nn.Module) -> None:
 def unfuse(model: nn.Module) -> nn.Module:
     """Give every fused module its own class back."""
     keep_layouts(model, keep=False)
+    drop_graphs(model)
     for module in model.modules():
         if isinstance(module, FusedModule):
             _restore(module)
