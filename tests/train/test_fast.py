@@ -14,6 +14,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, OPTConfig, OPTForCausalLM
 
 import veneer.kernels.fuse as fuse_module
 from veneer.advise.keep import fusing
+from veneer.data.batch import Batch
 from veneer.kernels import graphs
 from veneer.kernels.fuse import FusedBlock, is_fused, set_graphs
 from veneer.kernels.tiled import Tiled
@@ -55,6 +56,21 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Any]]:
 
     monkeypatch.setattr(fuse_module, "run_block", run_block)
     return seen
+
+
+@pytest.mark.parametrize("length,is_masked,usual", [(192, True, False), (192, False, True), (200, True, True)])
+def test_masks_of_some_lengths_go_without_the_kernel_whose_gradient_may_be_nan(
+    length: int, is_masked: bool, usual: bool
+) -> None:
+    """On Hopper it is torch's first choice for blocks that run by their own forward."""
+    ids = torch.zeros(2, length, dtype=torch.long)
+    inputs = {"input_ids": ids} | ({"attention_mask": ids + 1} if is_masked else {})
+    way = fast.Way.__new__(fast.Way)
+    way.level = "none"
+    assert torch.backends.cuda.cudnn_sdp_enabled()
+    with way.around(Batch(inputs, ids, 2, ((length,), (length,)))):
+        assert torch.backends.cuda.cudnn_sdp_enabled() is usual
+    assert torch.backends.cuda.cudnn_sdp_enabled()
 
 
 # ------------------------------------------------------------------ what is decided

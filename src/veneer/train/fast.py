@@ -18,19 +18,19 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from veneer.advise.device import free_memory
 from veneer.advise.keep import choose, fusing, levels_of, recorded, stays
 from veneer.advise.memory import gib
 from veneer.advise.plan import CHOICES, Plan
 from veneer.advise.shapes import shapes_of
-from veneer.data.batch import Mould, mould_of
+from veneer.data.batch import Batch, Mould, mould_of
 from veneer.data.types import Encoded
 from veneer.errors import UserError
 from veneer.kernels.even import even_gradients
@@ -49,7 +49,7 @@ from veneer.kernels.fuse import (
     turnable,
     unfuse,
 )
-from veneer.kernels.parts import AttentionParts, BlockParts, LayerNormParts, MlpParts, NormParts
+from veneer.kernels.parts import AttentionParts, BlockParts, LayerNormParts, MlpParts, NormParts, is_unsafe
 from veneer.train.base import dtype_of, recomputing
 from veneer.train.memory import is_out_of_memory
 from veneer.train.moulds import COST, FREE, Fit, Micro, fits, micro_batches, timing_of, tokens_of
@@ -296,11 +296,15 @@ class Way:
         self._apply(after)
         return True
 
-    def around(self) -> AbstractContextManager[None]:
+    @contextmanager
+    def around(self, batch: Batch) -> Iterator[None]:
         """For one forward and backward pass."""
-        if self.level not in AWAY:
-            return nullcontext()
-        return offloaded(self.job.device, room=self.room, fetches_ahead=self.level == "offload")
+        with ExitStack() as stack:
+            stack.enter_context(safe_attention(batch))
+            if self.level in AWAY:
+                away = offloaded(self.job.device, room=self.room, fetches_ahead=self.level == "offload")
+                stack.enter_context(away)
+            yield
 
     # ---------------------------------------------------------------- graphs
 
@@ -442,6 +446,21 @@ def recorders(model: nn.Module) -> list[Any]:
     """What fused modules are recorded by; they share it."""
     held = [m.fused.recorder for m in model.modules() if isinstance(m, FusedModule)]
     return list({id(each): each for each in held if each is not None}.values())
+
+
+@contextmanager
+def safe_attention(batch: Batch) -> Iterator[None]:
+    """Blocks that run by their own forward take torch's first choice of a kernel; not the one whose gradient may be NaN
+    for masks of this length (fused blocks see to it themselves)."""
+    tensors = (*batch.inputs.values(), batch.labels)
+    lengths = {t.shape[1] for t in tensors if isinstance(t, Tensor) and t.ndim == 2}
+    is_masked = "attention_mask" in batch.inputs or batch.is_packed
+    was = torch.backends.cuda.cudnn_sdp_enabled()
+    torch.backends.cuda.enable_cudnn_sdp(was and not (is_masked and any(map(is_unsafe, lengths))))
+    try:
+        yield
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(was)
 
 
 def draws(model: nn.Module) -> bool:

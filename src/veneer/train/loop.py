@@ -234,7 +234,7 @@ class Loop:
         """Add the gradient of the mean loss over all trained tokens of `samples`, `rows` of them at a time."""
         mean, trained_tokens = 0.0, sum(sample.trained_tokens for sample in samples)
         for batch in self.batches(samples, rows, self.way.mould(rows)):
-            with self.way.around():
+            with self.way.around(batch):
                 loss = self.job.task.loss(self.job.model, batch) / trained_tokens
                 loss.backward()
             if collect:
