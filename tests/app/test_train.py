@@ -150,8 +150,9 @@ def test_a_failed_run_has_its_report_and_its_traceback(
 def test_check_shows_the_mask_memory_and_plan_and_writes_nothing(
     veneer: Callable[..., Any], tiny_folder: Path, data: Path
 ) -> None:
-    said = veneer("check", tiny_folder, data)
+    said = veneer("check", tiny_folder, data, "--r", 4)
     assert said.code == 0, said.err
+    assert f"next:  veneer train {tiny_folder} {data} --r 4" in said.out
     told = ("lengths", "memory   needs", "a single row could have", "lr ", "ready")
     for words in ("<|im_start|>assistant", "[it is ", "<|im_end|>]", *told):
         assert words in said.out, words

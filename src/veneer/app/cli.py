@@ -189,7 +189,7 @@ def version() -> str:
 def _run(name: str, words: list[str], out: Output) -> int:
     module = cast(Command, importlib.import_module(f"veneer.app.commands.{name}"))
     args = parse(name, module, words)
-    out.quiet = args.quiet
+    out.quiet, out.words = args.quiet, tuple(words)
     with out.guarded(), _terminate_like_interrupt():
         return module.run(args, out)
 

@@ -32,9 +32,9 @@ SETTINGS: dict[str, Any] = {
 def prepare(flags: dict[str, Any], out: Output) -> Resolved:
     """The demo's settings with whatever was said on the command line on top; obtains model and data first."""
     from veneer.assets import data_file, model_folder
-    from veneer.infer.load import quiet_transformers
+    from veneer.extras import quiet
 
-    with quiet_transformers(), out.progress("looking for the demo's model") as say:
+    with quiet(), out.progress("looking for the demo's model") as say:
         given = {
             **SETTINGS,
             "model": str(model_folder("smollm2", say)),

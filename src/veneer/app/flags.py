@@ -19,7 +19,7 @@ from veneer.infer.sampling import Sampling
 from veneer.train.aliases import ALIASES, DEFERRED, NOT_NEEDED
 from veneer.train.settings import KEYS, Key, Resolved, resolve
 
-__all__ = ["Said", "add_help", "add_sampling", "from_said", "sampling_of", "split"]
+__all__ = ["Said", "add_help", "add_sampling", "add_settings", "from_said", "sampling_of", "split"]
 
 GROUPS = {
     "subject": "what to adapt, and to what",
@@ -141,6 +141,16 @@ def from_said(positional: Sequence[str], said: dict[str, Any], sets: Iterable[st
 
 def _is_assignment(word: str) -> bool:
     return "=" in word and _known(word.partition("=")[0].replace("-", "_"))
+
+
+def add_settings(parser: argparse.ArgumentParser) -> None:
+    """What `from_said` takes, for a command of settings."""
+    parser.set_defaults(takes_settings=True)
+    parser.add_argument("positional", nargs="*", metavar="MODEL DATA", help="or one YAML file of settings")
+    parser.add_argument("--config", "-c", metavar="FILE", help="settings as YAML; flags win over it")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="a setting, by any of its names"
+    )
 
 
 def add_help(parser: argparse.ArgumentParser) -> None:

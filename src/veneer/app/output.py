@@ -79,6 +79,7 @@ class Output:
         self.command, self.json, self.quiet = command, json, quiet
         self.stdout, self.stderr = stdout or sys.stdout, stderr or sys.stderr
         self.signs = Signs.of(self.stdout)
+        self.words: tuple[str, ...] = ()  # what was typed behind the command
         self.log: Path | None = None  # where the traceback of an error already lies
         self.warned: Callable[[str], object] = self.warn  # what is done with a library's warning
 

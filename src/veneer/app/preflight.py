@@ -32,8 +32,9 @@ from veneer.app.text import bytes_, count, number, share
 from veneer.data.encode import Encodings
 from veneer.data.preview import runs
 from veneer.errors import ConfigError, DoesNotFit
+from veneer.extras import quiet
 from veneer.tasks.base import Task
-from veneer.train.base import DTYPES, config_of, precision_of, quiet, recomputing
+from veneer.train.base import DTYPES, config_of, precision_of, recomputing
 from veneer.train.fast import heaviest
 from veneer.train.method import place, to_train
 from veneer.train.prepare import encode_rows, make_task, read_data, refuse_packed_twice, settle_length

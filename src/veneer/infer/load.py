@@ -34,23 +34,14 @@ from veneer.data.labels import LabelSet
 from veneer.data.template import Renderer
 from veneer.data.types import Message
 from veneer.errors import CheckpointError, ConfigError, ProofFailed, UserError
-from veneer.extras import pip_line
+from veneer.extras import pip_line, quiet
 from veneer.infer.engine import Engine
 from veneer.prove.answers import call, first_tensor
 from veneer.prove.canary import replay
 from veneer.prove.proof import Proof
 from veneer.tasks.base import TASKS, Task
 
-__all__ = [
-    "Ready",
-    "Source",
-    "adapter_name",
-    "load",
-    "quiet_transformers",
-    "same_storage",
-    "source_of_folder",
-    "told_by",
-]
+__all__ = ["Ready", "Source", "adapter_name", "load", "same_storage", "source_of_folder", "told_by"]
 
 Say = Callable[[str], object]
 PEFT_TASKS = {"CAUSAL_LM": "causal_lm", "SEQ_2_SEQ_LM": "seq2seq", "SEQ_CLS": "sequence_classification"}
@@ -249,7 +240,7 @@ def _dtype(name: str | None, device: torch.device) -> torch.dtype:
 def _tokenizer(where: str, reader: str) -> Any:
     import transformers
 
-    with _plain_errors(where, "image processor" if "Image" in reader else "tokenizer"), quiet_transformers():
+    with _plain_errors(where, "image processor" if "Image" in reader else "tokenizer"), quiet():
         return getattr(transformers, reader).from_pretrained(where)
 
 
@@ -259,7 +250,7 @@ def _base(source: Source, task: Task, device: torch.device, dtype: torch.dtype) 
     from veneer.quant.hf import VeneerConfig  # transformers then also knows a folder that was saved packed
 
     options = task.model_options() if source.labels is not None else {}
-    with _plain_errors(source.base, "model"), quiet_transformers():
+    with _plain_errors(source.base, "model"), quiet():
         config = transformers.AutoConfig.from_pretrained(source.base)
         if source.quant is not None and not hasattr(config, "quantization_config"):  # else it was packed when saved
             options |= {"quantization_config": VeneerConfig(**source.quant), "device_map": {"": device}}
@@ -287,22 +278,6 @@ def _plain_errors(where: str, what: str) -> Any:
         text = f"the {what} cannot be read: {short}" if here else f"there is no such model: {where}"
         fix = "name the folder of a model in transformers' format" if here else "check the path or the hub id"
         raise CheckpointError(text, where, fix) from error
-
-
-@contextmanager
-def quiet_transformers() -> Any:
-    """Without transformers' bar over shards and its advice; our own lines say what is going on."""
-    from transformers.utils import logging
-
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
-        if bars:
-            logging.enable_progress_bar()
 
 
 @contextmanager

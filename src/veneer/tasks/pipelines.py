@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from veneer.ckpt.tensorfile import TensorFile
 from veneer.core.select import block_index, ends_with, places
 from veneer.errors import ConfigError, UserError
-from veneer.extras import need
+from veneer.extras import need, quiet
 
 __all__ = ["FAMILIES", "Family", "Pipeline", "WithText"]
 
@@ -187,7 +187,7 @@ class Pipeline:
         diffusers = need("diffusers", extra="diffusion", use="train image models")
         self.source = source
         self.pipe: Any = None if isinstance(source, str) else source
-        with _quiet(diffusers):
+        with _quiet():
             kinds, configs = _of_files(diffusers, source) if self.pipe is None else _of_models(source)
         self.part = next((part for part in DENOISERS if kinds.get(part)), "")
         if kinds.get(self.part) not in FAMILIES:
@@ -219,7 +219,7 @@ class Pipeline:
     def load(self, dtype: torch.dtype, device: torch.device) -> None:
         """Read the weights, or take the models as they are, and freeze all of them."""
         diffusers = need("diffusers", extra="diffusion", use="train image models")
-        with _quiet(diffusers):
+        with _quiet():
             if self.pipe is None:
                 self.pipe = _from_pretrained(diffusers, str(self.source), dtype)
             self.pipe.to(device=device, dtype=dtype)
@@ -230,7 +230,7 @@ class Pipeline:
     def pretend(self, dtype: torch.dtype) -> nn.Module:
         """The denoiser without weights, on the meta device, in a pipeline that holds nothing else."""
         diffusers = need("diffusers", extra="diffusion", use="train image models")
-        with torch.device("meta"), _quiet(diffusers):
+        with torch.device("meta"), _quiet():
             model = getattr(diffusers, self.kind).from_config(self.config).to(dtype)
         self.pipe = SimpleNamespace(components={self.part: model.requires_grad_(False).eval()})
         return model
@@ -300,14 +300,14 @@ class Pipeline:
         return torch.cat([(mean - shift) * scale, spread * scale]).float()
 
     def words(self, prompts: Sequence[str]) -> Words:
-        with _quiet(need("diffusers", extra="diffusion", use="train image models")):
+        with _quiet():
             return self.family.words(self.pipe, prompts)
 
     @torch.no_grad()
     def paint(self, prompts: Sequence[str], seeds: Sequence[int], size: tuple[int, int], **more: Any) -> list[Any]:
         """A picture for each prompt as (height, width, channels) in 0 ... 255, the same for the same seed."""
         found = []
-        with self.awake(), _quiet(need("diffusers", extra="diffusion", use="train image models")):
+        with self.awake(), _quiet():
             for prompt, seed in zip(prompts, seeds, strict=True):
                 generator = torch.Generator("cpu").manual_seed(seed)
                 made = self.pipe(prompt, width=size[0], height=size[1], generator=generator, output_type="np", **more)
@@ -426,25 +426,13 @@ def _unreadable(where: str, error: Exception) -> ConfigError:
 
 
 @contextlib.contextmanager
-def _quiet(diffusers: Any) -> Iterator[None]:
-    """Without bars, and without advice on prompts that are too long; transformers, which reads the texts, as well."""
-    from transformers.utils import logging
-
-    both = [(each, each.get_verbosity(), each.is_progress_bar_enabled()) for each in (diffusers.utils.logging, logging)]
-    for each, _, _ in both:
-        each.set_verbosity_error()
-        each.disable_progress_bar()
-    try:
-        with warnings.catch_warnings():
-            for kind in (FutureWarning, DeprecationWarning):  # of their own code, for its authors
-                warnings.simplefilter("ignore", kind)
-            warnings.filterwarnings("ignore", message=".*local_dir_use_symlinks")
-            yield
-    finally:
-        for each, level, bars in both:
-            each.set_verbosity(level)
-            if bars:
-                each.enable_progress_bar()
+def _quiet() -> Iterator[None]:
+    """Without bars, and without advice on prompts that are too long."""
+    with quiet("diffusers"), warnings.catch_warnings():
+        for kind in (FutureWarning, DeprecationWarning):  # of their own code, for its authors
+            warnings.simplefilter("ignore", kind)
+        warnings.filterwarnings("ignore", message=".*local_dir_use_symlinks")
+        yield
 
 
 def _device_of(model: nn.Module) -> torch.device:

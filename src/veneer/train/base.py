@@ -12,7 +12,7 @@ from torch import nn
 
 from veneer.data.batch import pad_id_of
 from veneer.errors import ConfigError, UserError
-from veneer.extras import need, pip_line
+from veneer.extras import need, pip_line, quiet
 from veneer.tasks.base import Task
 
 __all__ = [
@@ -26,7 +26,6 @@ __all__ = [
     "packing",
     "pipeline_of",
     "precision_of",
-    "quiet",
     "recomputing",
     "tokenizer_of",
     "usual_device",
@@ -145,22 +144,6 @@ def release(device: torch.device) -> None:
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Without transformers' bars over shards and its advice about new heads; our own lines say what is going on."""
-    from transformers.utils import logging
-
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
-        if bars:
-            logging.enable_progress_bar()
 
 
 def _from_pretrained(kind: Any, where: str, **options: Any) -> Any:

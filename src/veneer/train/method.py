@@ -26,7 +26,7 @@ from veneer.core.model import attach, parameters
 from veneer.core.select import block_index
 from veneer.core.spec import LoRA
 from veneer.errors import ConfigError
-from veneer.train.base import quiet
+from veneer.extras import quiet
 from veneer.train.optim import Masters, adamw
 
 __all__ = ["ADAPTER", "allocator_of", "lora_of", "optimizer_of", "place", "to_train", "write_model"]

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 from typing import Any
 
-from veneer.app.flags import from_said
+from veneer.app.flags import add_settings, from_said
 from veneer.app.output import Output
 from veneer.app.progress import display
 from veneer.errors import ConfigError
@@ -17,12 +18,7 @@ EXAMPLES = """  veneer check Qwen/Qwen3-1.7B support.jsonl
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    parser.set_defaults(takes_settings=True)
-    parser.add_argument("positional", nargs="*", metavar="MODEL DATA", help="or one YAML file of settings")
-    parser.add_argument("--config", "-c", metavar="FILE", help="settings as YAML; flags win over it")
-    parser.add_argument(
-        "--set", action="append", default=[], metavar="KEY=VALUE", help="a setting, by any of its names"
-    )
+    add_settings(parser)
 
 
 def run(args: argparse.Namespace, out: Output) -> int:
@@ -42,11 +38,12 @@ def check(resolved: Resolved, out: Output) -> int:
 
         tell("start")
         from veneer.app.preflight import preflight
-        from veneer.infer.load import quiet_transformers
+        from veneer.extras import quiet
 
-        with quiet_transformers():
+        with quiet():
             found = preflight(resolved, tell)
     found.raise_if_too_big()
-    words = f"veneer train {resolved.settings.model} {resolved.settings.data} ..."
+    same = [word for word in out.words if word not in ("--dry-run", "--quiet", "-q")]
+    words = shlex.join(["veneer", "train", *same])
     out.result(found.to_json(), lambda console: console.print(f"ready   next:  {words}", markup=False, soft_wrap=True))
     return 0

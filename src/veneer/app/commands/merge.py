@@ -102,11 +102,11 @@ def into_base(sources: list[Source], weights: list[float], args: argparse.Namesp
     import torch
 
     from veneer.ckpt.stream import merge_to_disk
-    from veneer.infer.load import quiet_transformers
+    from veneer.extras import quiet
 
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}.get(args.dtype)
     paths = {source.adapter: weight for source, weight in zip(sources, weights, strict=True)}
-    with out.wait(f"merging into {sources[0].base}"), quiet_transformers(), warnings.catch_warnings():
+    with out.wait(f"merging into {sources[0].base}"), quiet(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the notes are printed below
         done = merge_to_disk(sources[0].base, paths, args.out, dtype=dtype, untie=args.untie, prove_logits=args.prove)
     value = {

@@ -7,7 +7,7 @@ import contextlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from veneer.app.flags import from_said
+from veneer.app.flags import add_settings, from_said
 from veneer.app.output import Output
 from veneer.app.progress import display, print_samples
 from veneer.app.text import number
@@ -26,12 +26,7 @@ STOPPED = 130
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    parser.set_defaults(takes_settings=True)
-    parser.add_argument("positional", nargs="*", metavar="MODEL DATA", help="or one YAML file of settings")
-    parser.add_argument("--config", "-c", metavar="FILE", help="settings as YAML; flags win over it")
-    parser.add_argument(
-        "--set", action="append", default=[], metavar="KEY=VALUE", help="a setting, by any of its names"
-    )
+    add_settings(parser)
     parser.add_argument("--dry-run", action="store_true", help="check data, mask, memory and plan, then stop")
     parser.add_argument("--explain", metavar="KEY", help="what a setting means, its default and its other names")
 
@@ -99,10 +94,10 @@ def train(resolved: Resolved, out: Output) -> Run:
         watcher = Watcher(show, out)
         if not out.json:
             show({"event": "doing", "text": "starting"})  # loading torch takes seconds
-        from veneer.infer.load import quiet_transformers
+        from veneer.extras import quiet
         from veneer.train.loop import train as loop
 
-        with quiet_transformers(), _reported(watcher, out):
+        with quiet(), _reported(watcher, out):
             done = loop(report=watcher, resolved=resolved)
     if not out.json and not out.quiet:
         print_samples(out.console, watcher.samples, out.signs)
