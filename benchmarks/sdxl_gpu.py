@@ -19,8 +19,8 @@ Nothing is computed twice: all of it fits.
     fused-gate_up    the same, the unit's gate and up computed again
     fused-graphs     the same as fused, its blocks recorded as CUDA graphs (graphs=True)
 
-FLUX by itself dies of an illegal memory access on Hopper with torch up to 2.13 (kernels/even.py says why), Veneer's
-plain layers and PEFT's alike. So that there is something to compare with, all variants that run by diffusers' own
+FLUX by itself dies of an illegal memory access on Hopper with torch 2.11 (kernels/even.py says why), Veneer's plain
+layers and PEFT's alike. So that there is something to compare with, all variants that run by diffusers' own
 forward are given even gradients; --as-it-is leaves that out. What dies all the same is run once more without cuDNN's
 attention. Each row says which attention ran.
 

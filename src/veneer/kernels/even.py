@@ -1,9 +1,10 @@
 """Gradients of attention that all lie in memory alike, which cuDNN's attention needs.
 
 torch keeps a plan for each backward pass of cuDNN's attention and finds it again by the shapes and strides of q, k and
-v. The plan holds the strides of the output's gradient, too, but up to torch 2.13 nobody looks whether they are the same
-(github.com/pytorch/pytorch/pull/191576). Two attentions alike whose outputs are used differently then share one plan,
-and the gradient of the second is read as that of the first lies: other numbers, or an illegal memory access.
+v. The plan holds the strides of the output's gradient, too, but nobody looks whether they are the same: seen with torch
+2.11, and to be mended after 2.13 (github.com/pytorch/pytorch/pull/191576). Two attentions alike whose outputs are used
+differently then share one plan, and the gradient of the second is read as that of the first lies: other numbers, or an
+illegal memory access.
 
 FLUX is such a model. In its blocks of one stream the attention's output goes on beside the unit's activation, so that
 its gradient is a slice of wider rows; in its blocks of two streams it has rows of its own. Fused blocks hand on rows of
