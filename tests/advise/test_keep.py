@@ -10,7 +10,7 @@ import torch
 import transformers
 
 from veneer.advise.activations import Pass, kept_fused
-from veneer.advise.keep import MARGIN, choose, levels_of, longest_row, stays
+from veneer.advise.keep import MARGIN, choose, levels_of, longest_row, recorded, stays
 from veneer.advise.memory import estimate_memory
 from veneer.advise.plan import Plan
 from veneer.advise.shapes import shapes_of
@@ -61,6 +61,14 @@ def test_the_first_level_that_fits_is_taken(fused: bool, device: str) -> None:
             assert set(choice.needs) == set(levels) and min(choice.needs.values()) > gib * GIB
     assert before == len(levels) - 1
     assert choose(SHAPES, plan, 400 * GIB).level == "none"
+
+
+def test_records_count_beside_what_else_is_computed() -> None:
+    alone = recorded(SHAPES, BIG, 1.0, is_alone=True)
+    halves = [recorded(SHAPES, BIG, share, is_alone=False) for share in (0.0, 0.5, 1.0)]
+    assert needed("none") < alone == halves[0] < halves[1] < halves[2]
+    found = estimate_memory(SHAPES, **{name: getattr(BIG, name) for name in BIG.__dataclass_fields__})
+    assert halves[2] - alone == pytest.approx(found.parts["activations"] + found.parts["workspace"], rel=1e-6)
 
 
 def test_none_is_preferred_and_nothing_is_suggested_then() -> None:
