@@ -37,9 +37,10 @@ VARIANTS: dict[
     "int8": {"quant": "int8"},
     "int8, not rotated": {"quant": "int8", "quant_rotate": "off"},
     "fp8": {"quant": "fp8"},
-    "fp8, inputs not rounded": {"quant": "fp8", "pack": {"dynamic": False}},
     "fp8, inputs not looked at": {"quant": "fp8", "quant_rows": 0},
-    "fp8, rotated": {"quant": "fp8", "quant_rotate": "on"},
+    "fp8, not rotated": {"quant": "fp8", "quant_rotate": "off"},
+    "fp8, neither looked at nor rotated": {"quant": "fp8", "quant_rotate": "off", "quant_rows": 0},
+    "fp8, not rotated, inputs not rounded": {"quant": "fp8", "pack": {"rotate": False, "dynamic": False}},
     "fp8, head too": {"quant": "fp8", "pack": {"head": True}},
 }
 BEGIN, END = "<!-- table: python benchmarks/quantisation.py --write -->", "<!-- end of table -->"

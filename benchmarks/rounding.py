@@ -61,19 +61,23 @@ def answers(model: nn.Module, task: Any, rows: list[Any]) -> tuple[torch.Tensor,
     return torch.cat([f[0] for f in found]), torch.cat([f[1] for f in found])
 
 
+def prepared() -> tuple[Any, list[Any], list[Any], nn.Module]:
+    """The task, the rows for training and those held out, and the whole base."""
+    data = {"data": str(data_file("shell", "train")), "val": str(data_file("shell", "val"))}
+    settings = Reads(resolve(mapping={**SETTINGS, **data, "model": str(model_folder("smollm2")), "precision": "fp32"}))
+    parts = read_data(settings, None, quiet)
+    task = make_task(settings, settings.model, None, parts, quiet)
+    rows, val = (part.samples for part in encode_rows(task, settings, parts, quiet))
+    return task, rows, by_length(val), AutoModelForCausalLM.from_pretrained(settings.model, dtype=torch.float32)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--trained", action="store_true")
     args = parser.parse_args()
-    data = {"data": str(data_file("shell", "train")), "val": str(data_file("shell", "val"))}
-    settings = Reads(resolve(mapping={**SETTINGS, **data, "model": str(model_folder("smollm2")), "precision": "fp32"}))
-    parts = read_data(settings, None, quiet)
-    task = make_task(settings, settings.model, None, parts, quiet)
-    rows, val = (part.samples for part in encode_rows(task, settings, parts, quiet))
-    val = by_length(val)
-    whole = AutoModelForCausalLM.from_pretrained(settings.model, dtype=torch.float32)
+    task, rows, val, whole = prepared()
     looked = [task.asked(batch) for batch in task.batches(rows[:32], 1)]
     bases = {"fp32": whole, "nf4, plain": copy.deepcopy(whole), "nf4": copy.deepcopy(whole)}
     veneer.quantize(bases["nf4, plain"], "nf4")

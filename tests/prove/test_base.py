@@ -83,7 +83,7 @@ def checked(model: nn.Module, **options: Any) -> Check:
     "packing",
     [
         {}, {"kind": "nf4"}, {"kind": "nf4", "double": False, "block": 32}, {"kind": "int8"}, {"kind": "fp8"},
-        {"kind": "int8", "rotate": False}, {"kind": "fp8", "rotate": True}, {"kind": "int8", "outliers": 3.0},
+        {"kind": "int8", "rotate": False}, {"kind": "fp8", "rotate": False}, {"kind": "int8", "outliers": 3.0},
         {"kind": "nf4", "embedding": True, "head": True}, {"kind": "fp8", "embedding": True, "head": True},
     ],
     ids=str,

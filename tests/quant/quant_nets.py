@@ -34,6 +34,7 @@ STORAGES: dict[str, dict[str, Any]] = {
     "int8-as-it-is": {"kind": "int8", "rotate": False},
     "int8-outliers": {"kind": "int8", "outliers": 2.0},
     "fp8": {"kind": "fp8"},
+    "fp8-as-it-is": {"kind": "fp8", "rotate": False},
     "fp8-outliers": {"kind": "fp8", "outliers": 2.0},
 }
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}

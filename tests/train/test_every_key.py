@@ -54,7 +54,7 @@ CASES: dict[str, tuple[Any, dict[str, Any], list[dict[str, Any]]]] = {
     "bias": ("lora_only", {}, ROWS),
     "quant": ("nf4", {}, ROWS),
     "quant_rows": (0, {"quant": "nf4"}, ROWS),
-    "quant_rotate": ("on", {"quant": "fp8"}, ROWS),
+    "quant_rotate": ("off", {"quant": "fp8"}, ROWS),
     "val": (3, {}, ROWS),
     "columns": ({"messages": "talk"}, {}, RENAMED),
     "skip_bad": (True, {}, WITH_A_BAD_ROW),

@@ -2,8 +2,9 @@
 
 e4m3 keeps three bits after the leading one at every size, where INT8 keeps a fixed step; a row with a few large values
 suffers less. But every number is off by up to 6 %, on average by 2.6 %, where INT8 with turned inputs is off by less
-than 1 % of a typical one; squared, that is some nine times as much, and turning does not lessen it. So W is rounded
-with regard to its inputs wherever they are known; x is rounded as it comes.
+than 1 % of a typical one: squared, some nine times as much. In training most of what that costs is lost in W
+(benchmarks/fp8_parts.py). So W is turned with its inputs, which spreads what a few columns weigh, and rounded with
+regard to them wherever they are known. Gradients in e4m3 cost nothing that can be seen; e5m2 has one bit less.
 
 The instruction wants its right matrix by columns. W^T is, by nature; W itself is turned for each backward pass, which
 costs about a fiftieth of a step and saves a second copy of the codes.
@@ -27,6 +28,7 @@ __all__ = ["Fp8"]
 
 class Fp8(RowScaled):
     kind, code, held = "fp8", torch.float8_e4m3fn, torch.uint8
+    rotates = True
     weighs = True
 
     def step(self, q: Tensor, scale: Tensor) -> Tensor:
