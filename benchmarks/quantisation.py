@@ -119,6 +119,8 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 def one_table(rows: list[dict[str, Any]], device: str, steps: int) -> str:
     found = {variant: [r for r in rows if r["storage"] == variant] for variant in VARIANTS}
+    paired = {r["seed"] for r in rows if r["storage"] != "none"} or {r["seed"] for r in rows}
+    found["none"] = [r for r in found["none"] if r["seed"] in paired]  # means are over what others are held against
     full = {r["seed"]: r for r in found["none"]}
     dense = "bf16" if device != "cpu" else "fp32"
     lines = [

@@ -1,11 +1,12 @@
 """What rounding the base to NF4 does to a model, apart from what training then makes of it.
 
-    python benchmarks/rounding.py [--steps 30] [--seed 0] [--trained]
+    python benchmarks/rounding.py [--steps 30] [--seed 0] [--trained] [--more]
 
 SmolLM2-135M-Instruct and the demo's data, fp32, on a CPU. An adapter is trained on the whole base and then asked on
 the base in each rounding: the held-out loss, and how far the answers' distributions are from the whole base's (KL, in
 nats a token). Inputs are seen through the whole base. --trained: also an adapter trained on each base, in the same
-order from the same start: the demo's loop without its evaluations and proofs.
+order from the same start: the demo's loop without its evaluations and proofs. --more: also with blocks half as long,
+and with the layers whole that lose most.
 """
 
 from __future__ import annotations
@@ -76,12 +77,18 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--trained", action="store_true")
+    parser.add_argument("--more", action="store_true")
     args = parser.parse_args()
     task, rows, val, whole = prepared()
     looked = [task.asked(batch) for batch in task.batches(rows[:32], 1)]
-    bases = {"fp32": whole, "nf4, plain": copy.deepcopy(whole), "nf4": copy.deepcopy(whole)}
+    bases = {"fp32": whole, "nf4, plain": copy.deepcopy(whole)}
     veneer.quantize(bases["nf4, plain"], "nf4")
-    veneer.quantize(bases["nf4"], "nf4", data=looked)
+    own: dict[str, dict[str, Any]] = {"nf4": {}}
+    if args.more:
+        own |= {"nf4, blocks of 32": {"block": 32}, "nf4 but for down_proj": {"exclude": ["down_proj"]}}
+    for name, options in own.items():
+        bases[name] = copy.deepcopy(whole)
+        veneer.quantize(bases[name], "nf4", data=looked, **options)
 
     whole = copy.deepcopy(whole)
     train(whole, task, rows, args.steps, args.seed)
