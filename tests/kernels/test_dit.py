@@ -14,11 +14,11 @@ from typing import Any
 
 import pytest
 import torch
+from denoisers import adapted, agree, distance, gone_through, shifted, spread
 from torch import Tensor, nn
 
 import veneer
 from veneer import LoRA
-from veneer.core.model import parameters
 from veneer.kernels import fuse as home
 from veneer.kernels.even import even_gradients
 from veneer.kernels.fuse import fuse, is_fused, set_recompute, unfuse
@@ -70,24 +70,11 @@ TAKEN: dict[str, dict[str, int]] = {
 
 def transformer(build: str, dtype: torch.dtype = torch.float64) -> nn.Module:
     torch.manual_seed(0)
-    model = BUILDS[build]().to(dtype)
-    for p in model.parameters():
-        if p.ndim == 1:  # biases start at zero and gains at one; what is forgotten must show
-            nn.init.normal_(p, 0.5, 0.3)
-    return model
+    return shifted(BUILDS[build]().to(dtype))
 
 
 def model_of(build: str, dtype: torch.dtype = torch.float64, targets: Any = ATTENTION, **spec: Any) -> nn.Module:
-    model = transformer(build, dtype)
-    veneer.attach(model, LoRA(rank=3, alpha=6, targets=targets, **spec))
-    return spread(model)
-
-
-def spread(model: nn.Module) -> nn.Module:
-    torch.manual_seed(1)
-    for p in parameters(model).values():
-        nn.init.normal_(p, std=0.2)
-    return model.train()
+    return adapted(transformer(build, dtype), targets, **spec)
 
 
 def inputs(model: Any) -> dict[str, Any]:
@@ -107,29 +94,7 @@ def inputs(model: Any) -> dict[str, Any]:
 
 
 def outcome(model: Any, **more: Any) -> dict[str, Tensor]:
-    """The output and all gradients, from a fixed place in the random numbers."""
-    for p in model.parameters():
-        p.grad = None
-    torch.manual_seed(3)
-    y = model(**inputs(model) | more).sample
-    (y.double() * torch.cos(y.detach().double())).sum().backward()
-    return {"y": y.detach(), **{n: p.grad for n, p in model.named_parameters() if p.grad is not None}}
-
-
-def distance(got: dict[str, Tensor], wanted: dict[str, Tensor]) -> float:
-    assert got.keys() == wanted.keys()
-    off = sum(float((got[n].double() - w.double()).square().sum()) for n, w in wanted.items())
-    return (off / sum(float(w.double().square().sum()) for w in wanted.values())) ** 0.5
-
-
-def agree(got: dict[str, Tensor], wanted: dict[str, Tensor], near: float = 1e-5) -> None:
-    """Each by itself; the library turns heads, and embeds the time, in fp32."""
-    assert got.keys() == wanted.keys()
-    assert len(wanted) > 1
-    largest = max(float(value.double().norm()) for value in wanted.values())
-    for name, value in wanted.items():
-        off = (got[name].double() - value.double()).norm() / max(float(value.double().norm()), 1e-6 * largest)
-        assert off <= near, f"{name} is off by {off:.2g}"
+    return gone_through(model, inputs(model) | more)
 
 
 @pytest.fixture(autouse=True)

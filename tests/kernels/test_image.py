@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from denoisers import adapted, agree, distance, gone_through, shifted, spread
 from torch import Tensor, nn
 
 import veneer
@@ -50,29 +51,15 @@ TARGETS: dict[str, Any] = {
     "convolutions": ["conv1", "conv2", "conv_shortcut", "downsamplers.0.conv"],
     "one block": r".*mid_block.*attn2\.to_v",
 }
-NEAR = 1e-5  # diffusers computes its time embedding in fp32
 
 
 def unet(build: str, dtype: torch.dtype = torch.float64) -> nn.Module:
     torch.manual_seed(0)
-    model = diffusers.UNet2DConditionModel(**SIZES | BUILDS[build]).to(dtype)
-    for p in model.parameters():
-        if p.ndim == 1:  # biases start at zero and gains at one; what is forgotten must show
-            nn.init.normal_(p, 0.5, 0.3)
-    return model
+    return shifted(diffusers.UNet2DConditionModel(**SIZES | BUILDS[build]).to(dtype))
 
 
 def model_of(build: str, dtype: torch.dtype = torch.float64, targets: Any = ATTENTION, **spec: Any) -> nn.Module:
-    model = unet(build, dtype)
-    veneer.attach(model, LoRA(rank=3, alpha=6, targets=targets, **spec))
-    return spread(model)
-
-
-def spread(model: nn.Module) -> nn.Module:
-    torch.manual_seed(1)
-    for p in parameters(model).values():
-        nn.init.normal_(p, std=0.2)
-    return model.train()
+    return adapted(unet(build, dtype), targets, **spec)
 
 
 def inputs(model: Any, side: int = 8) -> dict[str, Any]:
@@ -92,32 +79,11 @@ def inputs(model: Any, side: int = 8) -> dict[str, Any]:
 
 
 def outcome(model: Any, text: bool = False, **more: Any) -> dict[str, Tensor]:
-    """The output and all gradients, from a fixed place in the random numbers; `text`: of the text, too."""
-    for p in model.parameters():
-        p.grad = None
+    """`text`: with the gradient of the text."""
     given = inputs(model) | more
     if text:
         given["encoder_hidden_states"].requires_grad_()
-    torch.manual_seed(3)
-    y = model(**given).sample
-    (y.double() * torch.cos(y.detach().double())).sum().backward()
-    found = {"y": y.detach(), **{n: p.grad for n, p in model.named_parameters() if p.grad is not None}}
-    return found | ({"text": given["encoder_hidden_states"].grad} if text else {})
-
-
-def agree(got: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
-    assert got.keys() == wanted.keys()
-    assert len(wanted) > 1
-    largest = max(float(value.double().norm()) for value in wanted.values())
-    for name, value in wanted.items():
-        off = (got[name].double() - value.double()).norm() / max(float(value.double().norm()), 1e-6 * largest)
-        assert off <= NEAR, f"{name} is off by {off:.2g}"
-
-
-def distance(got: dict[str, Tensor], wanted: dict[str, Tensor]) -> float:
-    assert got.keys() == wanted.keys()
-    off = sum(float((got[n].double() - w).square().sum()) for n, w in wanted.items())
-    return (off / sum(float(w.double().square().sum()) for w in wanted.values())) ** 0.5
+    return gone_through(model, given)
 
 
 @pytest.fixture(autouse=True)
