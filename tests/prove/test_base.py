@@ -119,16 +119,17 @@ def test_packed_later_and_saved_packed(folder: Path, tmp_path: Path, kind: str) 
     )
 
 
-def test_rounded_with_regard_to_inputs(folder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["nf4", "fp8"])
+def test_rounded_with_regard_to_inputs(folder: Path, tmp_path: Path, kind: str) -> None:
     whole, path = read(folder, None), tmp_path / "energies.safetensors"
     layers = {n: m for n, m in whole.named_modules() if isinstance(m, nn.Linear) and "layers" in n}
     save_energies(whole, layers, [IDS, IDS.flip(1) + 40], path)
-    model = read(folder, packing={"energies": str(path)})
-    plainly = read(folder)
+    model = read(folder, kind, packing={"energies": str(path)})
+    plainly = read(folder, kind)
     assert not torch.equal(model.get_submodule(Q).weight, plainly.get_submodule(Q).weight)
     assert checked(model).passed and checked(model, inputs={}).passed
     for broken in (another_layer, rows_turned_round, halves_exchanged, scales_of_the_next_block, scales_a_fifth_larger):
-        model = read(folder, packing={"energies": str(path)})
+        model = read(folder, kind, packing={"energies": str(path)})
         name = broken(model)
         for known in (None, {}):
             assert name in checked(model, inputs=known).statement, (broken, known)

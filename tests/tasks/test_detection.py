@@ -200,6 +200,7 @@ KINDS: dict[str, Any] = {
 }  # fmt: skip
 
 
+@pytest.mark.usefixtures("image_processors")
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_detector_learns_is_proved_and_left_as_it_was(
     kind: str, made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -272,6 +273,7 @@ def test_a_loss_that_is_counted_at_once_is_the_library_s_own(kind: str, rows: ra
         torch.testing.assert_close(mine, wanted, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.usefixtures("image_processors")
 def test_bf16_is_refused_with_the_reason(made: Made, tmp_path: Path) -> None:
     import veneer
 

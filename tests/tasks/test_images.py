@@ -120,6 +120,7 @@ def test_the_split_stays_when_the_folder_moves(folder: Path, tmp_path: Path, mon
     assert load([folder, other]).duplicates == 0 and split(load(folder), other).repeated == 0
 
 
+@pytest.mark.usefixtures("image_processors")
 def test_a_run_that_knew_whole_paths_goes_on_with_its_split(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -182,6 +183,7 @@ def test_numbers_between_classes_and_a_missing_file_are_refused(folder: Path) ->
 # ---------------------------------------------------------------- runs
 
 
+@pytest.mark.usefixtures("image_processors")
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_classifier_learns_is_proved_and_left_as_it_was(kind: str, folder: Path, tmp_path: Path) -> None:
     import veneer
