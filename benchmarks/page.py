@@ -607,14 +607,17 @@ def loss_curves(found: dict[str, Any]) -> str:
     plain, rows = found["losses"]["plain"], []
     for name, own in found["losses"].items():
         apart = [abs(a - b) / b for a, b in zip(own, plain, strict=True)]
-        rows.append((name, f"{own[0]:.4f}", f"{own[-1]:.4f}", f"{sum(apart) / len(apart):.2%}", f"{max(apart):.2%}"))
+        shares = sum(apart) / len(apart), max(apart)
+        told = [f"{share:.2%}" if share >= 1e-4 else f"{share:.0e}" if share else "" for share in shares]
+        rows.append((name, f"{own[0]:.4f}", f"{own[-1]:.4f}", *told))
     return "\n\n".join(
         [
             "## Loss curves, fused and plain, packed and in full",
             f"`python benchmarks/loss_curves.py --steps {found['steps']}`: SmolLM2-135M-Instruct on the demo's data, "
             f"`veneer.train` on {found['device']}, torch {found['torch']}; the loss of each step, before it is taken, "
             f"on "
-            "the same batches. In fp32 fused and plain are one but for the last places. Bases of 8 and 4 bits are "
+            "the same batches of four rows. In fp32 fused and plain are one but for the last places. Bases of 8 and 4 "
+            "bits are "
             "other "
             "bases, so their curves run beside, not on, the others (docs/quantisation.md has held-out losses).",
             table(["", "loss, step 1", "the last", "off plain, mean", "at most"], rows),
