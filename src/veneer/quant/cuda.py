@@ -75,6 +75,14 @@ def unpack_with(parts: list[Tensor], block: int, n: int, dtype: torch.dtype, wei
 
 
 @triton.jit
+def _rounded(scaled, codes, largest, WHOLE: tl.constexpr):
+    """The nearest of the numbers that codes may be, as a code."""
+    if WHOLE:
+        scaled = libdevice.rint(scaled)
+    return tl.minimum(tl.maximum(scaled, -largest), largest).to(codes.dtype.element_ty)
+
+
+@triton.jit
 def _quantize(
     x, columns, codes, scale, row, n, largest, tiny, FOLD: tl.constexpr, WHOLE: tl.constexpr, BLOCK: tl.constexpr
 ):
@@ -86,11 +94,7 @@ def _quantize(
         wide = wide * tl.load(columns + at, mask=inside, other=0.0)
     s = tl.maximum(tl.max(tl.abs(wide), 0) / largest, tiny)
     tl.store(scale + r, s)
-    scaled = wide * (1.0 / s)
-    if WHOLE:
-        scaled = libdevice.rint(scaled)
-    scaled = tl.minimum(tl.maximum(scaled, -largest), largest)
-    tl.store(codes + r * n + at, scaled.to(codes.dtype.element_ty), mask=inside)
+    tl.store(codes + r * n + at, _rounded(wide * (1.0 / s), codes, largest, WHOLE), mask=inside)
 
 
 def quantize_rows_kernel(x: Tensor, dtype: torch.dtype, columns: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -120,11 +124,7 @@ def _row(x, columns, n: tl.constexpr, BLOCK: tl.constexpr):
 @triton.jit
 def _write(wide, codes, factor, largest, n: tl.constexpr, WHOLE: tl.constexpr, BLOCK: tl.constexpr):
     at = tl.arange(0, BLOCK)
-    scaled = wide * factor
-    if WHOLE:
-        scaled = libdevice.rint(scaled)
-    scaled = tl.minimum(tl.maximum(scaled, -largest), largest)
-    tl.store(codes + at, scaled.to(codes.dtype.element_ty), mask=at < n)
+    tl.store(codes + at, _rounded(wide * factor, codes, largest, WHOLE), mask=at < n)
 
 
 @triton.jit
@@ -165,10 +165,7 @@ def _write_parts(x, columns, codes, row, factor, largest, n: tl.constexpr, WHOLE
         at = start + tl.arange(0, BLOCK)
         wide = tl.load(x + row + at, mask=at < n, other=0.0).to(tl.float32)
         scaled = wide * tl.load(columns + at, mask=at < n, other=0.0) * factor
-        if WHOLE:
-            scaled = libdevice.rint(scaled)
-        scaled = tl.minimum(tl.maximum(scaled, -largest), largest)
-        tl.store(codes + at, scaled.to(codes.dtype.element_ty), mask=at < n)
+        tl.store(codes + at, _rounded(scaled, codes, largest, WHOLE), mask=at < n)
 
 
 @triton.jit
