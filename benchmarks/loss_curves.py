@@ -21,6 +21,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "plain": {"fuse": "off"},
     "fused": {"fuse": "on"},
     "fused, fp8": {"fuse": "on", "quant": "fp8"},
+    "fused, fp8 not rotated": {"fuse": "on", "quant": "fp8", "quant_rotate": "off"},
     "fused, nf4": {"fuse": "on", "quant": "nf4"},
 }
 
