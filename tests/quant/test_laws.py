@@ -26,7 +26,7 @@ from veneer.core.init import INITS, NEEDS
 from veneer.core.model import check_alive, disabled, elements, parameters
 from veneer.core.observe import Sketch
 from veneer.core.weight import is_packed, read_weight
-from veneer.errors import ConfigError, StateError
+from veneer.errors import ConfigError, StateError, UserError
 from veneer.quant import eight
 from veneer.quant.inputs import Inputs, summed_up
 from veneer.quant.layer import Packed, pack_layer
@@ -115,19 +115,40 @@ STARTS = [
 ]
 
 
-@pytest.mark.parametrize("delta,init", STARTS, ids=["-".join(p) for p in STARTS])
-@pytest.mark.parametrize("kind", ["linear", "hf-conv1d", "embedding-in-blocks"])
-@pytest.mark.parametrize("storage", ["nf4", "int8-unpacked"])
-def test_every_delta_and_init(storage: str, kind: str, delta: str, init: str) -> None:
+EVERY = [
+    (storage, kind, delta, init, tuple(COMBINES)[(one + two + three) % len(COMBINES)])
+    for one, storage in enumerate(["nf4", "fp8"])
+    for two, kind in enumerate(LAYERS)
+    for three, (delta, init) in enumerate(STARTS)
+]
+
+
+@pytest.mark.parametrize("storage,kind,delta,init,combine", EVERY, ids=["-".join(p) for p in EVERY])
+def test_every_delta_and_init(storage: str, kind: str, delta: str, init: str, combine: str) -> None:
+    """Rules of combining come in turn, each on one of the storages. What a plain layer of the kind refuses, a packed one refuses alike."""
     net, x = make(kind, torch.float32)
     original = copy.deepcopy(net.layer)
+    options = DELTA_OPTIONS.get(delta, {})
+    spec = LoRA(rank=4, alpha=8, targets=["layer"], delta=delta, init=init, combine=combine, options=options)
+    try:
+        veneer.attach(copy.deepcopy(net), spec)
+    except UserError as refused:
+        pack(net, storage)
+        with pytest.raises(type(refused)):
+            veneer.attach(net, spec)
+        return
     pack(net, storage)
     y0 = net(x)
-    spec = LoRA(rank=4, alpha=8, targets=["layer"], delta=delta, init=init, options=DELTA_OPTIONS.get(delta, {}))
     veneer.attach(net, spec)
     assert error(net(x), y0) < 2e-5
     spread(net)
-    assert error(net(x), run_twin(dense_twin(net, original), x)) < 2e-5
+    y = net(x)
+    assert error(y, run_twin(dense_twin(net, original), x)) < 2e-5
+    y.square().sum().backward()
+    check_alive(net)
+    veneer.dequantize(net, torch.float32)
+    veneer.merge(net)
+    assert error(net(x), y) < 1e-4
 
 
 @pytest.mark.parametrize("storage", STORAGES)
