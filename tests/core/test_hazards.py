@@ -506,3 +506,40 @@ def test_a_start_travels_with_the_values_that_count_from_it() -> None:
     with pytest.raises(CheckpointError, match=r"'A0' is \(2, 6\) here and \(1, 6\) in the values"):
         put(model, "third", broken)
     assert not adapter_of(model[0], "third").delta.shifted
+
+
+class InPlace(nn.Module):
+    """Adds to what its layer gives, in its own memory, as many models do (`out += residual`, ReLU(inplace=True))."""
+
+    def __init__(self, layer: nn.Module, in_place: bool) -> None:
+        super().__init__()
+        self.layer, self.in_place = layer, in_place
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.layer(x)
+        if self.in_place:
+            y += 1
+            return torch.relu_(y)
+        return torch.relu(y + 1)
+
+
+@pytest.mark.parametrize("rows", [(3, 7), (21,)])
+@pytest.mark.parametrize("out", [16, 4096])  # the second is large enough for a function of our own
+@pytest.mark.parametrize("combine", ["add", "dora"])
+@pytest.mark.parametrize("storage", [None, "nf4", "int8", "fp8"])
+@pytest.mark.filterwarnings("ignore:.*weights are unpacked for each product")
+def test_what_a_layer_gives_may_be_written_into(
+    rows: tuple[int, ...], out: int, combine: str, storage: str | None
+) -> None:
+    found = []
+    for in_place in (True, False):
+        torch.manual_seed(0)
+        net, x = InPlace(nn.Linear(64, out), in_place), torch.randn(*rows, 64, requires_grad=True)
+        if storage is not None:
+            veneer.quantize(net, storage, targets=["layer"])
+        attach(net, LoRA(rank=4, targets=["layer"], combine=combine))
+        for p in parameters(net).values():
+            p.data.add_(torch.randn_like(p) / 5)
+        net(x).square().sum().backward()
+        found.append([x.grad, *(p.grad for p in parameters(net).values())])
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))

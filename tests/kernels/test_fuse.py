@@ -509,6 +509,26 @@ def test_a_cache_that_training_fills_unasked_is_filled_by_fused_blocks_too(level
     assert any("cannot be filled twice" in str(each.message) for each in said)
 
 
+@pytest.mark.parametrize("level", LEVELS)
+def test_what_a_block_or_a_norm_gives_may_be_written_into(level: str) -> None:
+    """Models add to the output of a block in its own memory (features of pictures at early layers)."""
+    found = []
+    model = model_of("llama")
+    fuse(model, level, verbose=False)
+    for in_place in (True, False):
+        model.zero_grad()
+        torch.manual_seed(0)
+        x = torch.randn(2, 7, 32, dtype=torch.float64, requires_grad=True)
+        with Exactly():
+            y = model.model.layers[0](x, position_embeddings=model.model.rotary_emb(x, torch.arange(7)[None]))
+            y = y.add_(1) if in_place else y + 1
+            y = model.model.norm(y)
+            y = y.mul_(2) if in_place else y * 2
+            back(y.square().sum())
+        found.append([x.grad, *(p.grad for p in parameters(model).values() if p.grad is not None)])
+    assert len(found[0]) == 15 and all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+
+
 def test_unfuse_gives_every_class_back() -> None:
     model = model_of("qwen3")
     before = {name: (type(m), set(vars(m))) for name, m in model.named_modules()}

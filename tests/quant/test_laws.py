@@ -125,7 +125,7 @@ EVERY = [
 
 @pytest.mark.parametrize("storage,kind,delta,init,combine", EVERY, ids=["-".join(p) for p in EVERY])
 def test_every_delta_and_init(storage: str, kind: str, delta: str, init: str, combine: str) -> None:
-    """Rules of combining come in turn, each on one of the storages. What a plain layer of the kind refuses, a packed one refuses alike."""
+    """Rules of combining come in turn, each on one storage. What a plain layer refuses, a packed one does, too."""
     net, x = make(kind, torch.float32)
     original = copy.deepcopy(net.layer)
     options = DELTA_OPTIONS.get(delta, {})

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import FalconConfig, FalconForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import veneer
 from veneer import LoRA
@@ -118,3 +118,25 @@ def test_a_checkpoint_that_needs_a_package_that_is_not_here(tmp_path: Path, monk
     monkeypatch.setattr("transformers.quantizers.quantizer_bnb_4bit.is_bitsandbytes_available", lambda: False)
     with pytest.raises(VeneerError, match=r"needs a package that is not here.*bitsandbytes"):
         _from_pretrained(LlamaForCausalLM, str(tmp_path / "theirs"))
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_a_linear_layer_that_is_written_out_is_packed_and_one_that_does_more_is_named(kind: str) -> None:
+    """Falcon's writes x @ W.T + b; what a layer's own forward does besides would be lost."""
+    config = FalconConfig(vocab_size=32, hidden_size=64, num_hidden_layers=1, num_attention_heads=2)
+    model = FalconForCausalLM(config).eval()
+    ids = torch.arange(12)[None]
+    wanted = model(ids).logits
+    assert len(veneer.quantize(model, kind).layers) == 4
+    assert (model(ids).logits - wanted).norm() < 0.1 * wanted.norm()
+    veneer.attach(model, LoRA(rank=2))
+    model(ids, labels=ids).loss.backward()
+    veneer.check_alive(model)
+
+    class Twice(nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return 2 * super().forward(x)
+
+    with pytest.raises(TargetError, match="no layer is left to pack") as told:
+        veneer.quantize(nn.Sequential(nn.Sequential(Twice(8, 8)), nn.Sequential(Twice(8, 8))), kind)
+    assert "0.0: Twice has a forward of its own" in str(told.value)

@@ -20,7 +20,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-__all__ = ["low_rank_linear", "reference"]
+__all__ = ["add_product_", "low_rank_linear", "reference", "shaped"]
 
 SMALL = 1 << 15  # outputs below this size: Python's share of an autograd function costs more than it saves
 
@@ -56,6 +56,12 @@ def add_product_(y: Tensor, left: Tensor, right: Tensor, s: float) -> None:
         y.addmm_(left, right, alpha=s)
 
 
+def shaped(y: Tensor, *shape: int) -> Tensor:
+    """y, which nobody else holds, in another shape: what a function gives so may be written into by whoever gets it
+    (`out += residual`, an activation in place). Of a view that was made inside a function autograd refuses that."""
+    return torch.ops.aten._unsafe_view.default(y, shape)
+
+
 class LowRankLinear(torch.autograd.Function):
     """`reference` with the backward pass written above."""
 
@@ -67,7 +73,7 @@ class LowRankLinear(torch.autograd.Function):
         add_product_(y, h, b.T, s)
         ctx.save_for_backward(x if ctx.needs_input_grad[3] else None, w, a, b, h)  # a frozen A needs no x (LoRA-FA)
         ctx.s = s
-        return y.view(*x.shape[:-1], w.shape[0])
+        return shaped(y, *x.shape[:-1], w.shape[0])
 
     @staticmethod
     @once_differentiable

@@ -40,6 +40,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from veneer.core.lowrank import shaped
 from veneer.kernels.graphs import room_for
 from veneer.kernels.group import Factors, Group, Thin, drawn, dropped, factors_of, token_sum
 from veneer.kernels.pieces import Pair, activated, activated_back, kernels_for
@@ -189,7 +190,7 @@ class NormFunction(torch.autograd.Function):
         y, rstd = norm.forward(rows_of(x))
         ctx.save_for_backward(x, rstd)
         ctx.norm = norm
-        return y.view(x.shape)
+        return shaped(y, *x.shape)
 
     @staticmethod
     @once_differentiable
@@ -403,7 +404,7 @@ class Mlp(torch.autograd.Function):
         ctx.save_for_backward(x, *kept.ys, *(() if again else kept.gate_up))
         ctx.rest = unit, factors, kept._replace(gate_up=[], ys=())
         assert y is not None
-        return y.view(*x.shape[:-1], y.shape[-1])
+        return shaped(y, *x.shape[:-1], y.shape[-1])
 
     @staticmethod
     @once_differentiable
@@ -580,7 +581,7 @@ class Tail(torch.autograd.Function):
         counts = len(kept.ys), len(unit.ys)
         ctx.rest = block, kept._replace(middle=None, ys=(), unit=unit._replace(gate_up=[], ys=())), counts
         assert y is not None
-        return y.view(x.shape)
+        return shaped(y, *x.shape)
 
     @staticmethod
     @once_differentiable
@@ -608,7 +609,7 @@ class Whole(torch.autograd.Function):
         ctx.save_for_backward(x, *([kept.middle] if keeps_middle else []), *tensors)
         ctx.rest = block, cos, sin, state, keeps_middle
         assert y is not None
-        return y.view(x.shape)
+        return shaped(y, *x.shape)
 
     @staticmethod
     @once_differentiable

@@ -43,6 +43,7 @@ __all__ = [
 ]
 
 
+WRITTEN_OUT = {"FalconLinear"}  # of transformers: their own forward is that of a linear layer, term by term
 LOOKED_UP = 8192  # rows of an embedding that are unpacked at a time
 
 
@@ -192,6 +193,7 @@ def is_packable(layer: nn.Module) -> str | None:
     kind = original_class(type(layer))
     plain = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Embedding)
     own = kind.forward not in {k.forward for k in plain} and not hasattr(layer, "embed_scale")
+    own = own and not (kind.__name__ in WRITTEN_OUT and kind.__module__.startswith("transformers."))
     if isinstance(layer, nn.modules.linear.NonDynamicallyQuantizableLinear):
         return "its weight is read by other code, which would get the codes"
     if own and type(op_of(layer)) is not TransposedLinearOp:

@@ -17,7 +17,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from veneer.core.lowrank import add_product_
+from veneer.core.lowrank import add_product_, shaped
 from veneer.quant.storage import Parts, Recipe, storage_of
 
 __all__ = ["packed_linear"]
@@ -46,7 +46,7 @@ class PackedLinear(torch.autograd.Function):
             add_product_(y, h, b.T, s)
         ctx.save_for_backward(x if a is not None else None, a, b, h, *parts)
         ctx.s, ctx.shape, ctx.recipe, ctx.x_shape = s, shape, recipe, x.shape
-        return y.view(*x.shape[:-1], shape[0])
+        return shaped(y, *x.shape[:-1], shape[0])
 
     @staticmethod
     @once_differentiable

@@ -93,7 +93,7 @@ def quantize(
     if is_merged(model):
         raise StateError("the model is merged, so W + dW would be packed", fix="unmerge(model) first")
     chosen, left = choose(model, targets, exclude, embedding, head, whole)
-    _check(chosen, kind)
+    _check(chosen, kind, left)
     if data is not None and not storage_of(recipe).weighs:
         raise ConfigError(
             f"{recipe.kind} makes no use of data; it is for {' and '.join(k for k in STORAGES if STORAGES[k].weighs)}",
@@ -278,7 +278,7 @@ def _sharing(model: nn.Module, chosen: Mapping[str, nn.Module]) -> dict[str, nn.
     }
 
 
-def _check(chosen: Mapping[str, nn.Module], kind: str) -> None:
+def _check(chosen: Mapping[str, nn.Module], kind: str, left: Mapping[str, str]) -> None:
     """Every weight is a plain finite one that is not packed already; all that is wrong in one error."""
     problems = []
     for name, layer in chosen.items():
@@ -296,7 +296,10 @@ def _check(chosen: Mapping[str, nn.Module], kind: str) -> None:
     if problems:
         raise TargetError(f"the base cannot be stored as {kind}; nothing was changed", problems=problems)
     if not chosen:
-        raise TargetError("no layer is left to pack", fix="name layers that can be packed with targets=[...]")
+        why = [f"{name}: {reason}" for name, reason in left.items()]
+        raise TargetError(
+            "no layer is left to pack", fix="name layers that can be packed with targets=[...]", problems=why
+        )
 
 
 def _packed_by_others(layer: nn.Module) -> str | None:
