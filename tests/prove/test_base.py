@@ -198,6 +198,13 @@ def test_names_of_old(tmp_path: Path) -> None:
     assert "layer.1.output.LayerNorm.bias differs" in checked(model, fresh=["classifier", "pooler"]).statement
 
 
+def test_a_table_of_names_that_cannot_be_read_is_no_verdict(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = read(folder, None)
+    monkeypatch.delattr("transformers.core_model_loading.rename_source_key")
+    found = is_as_filed(model)
+    assert isinstance(found, LeftOut) and "could not be told: cannot import name" in found.reason
+
+
 # ---------------------------------------------------------------- the breaks: the name that must be in the finding
 
 BREAKS: list[Callable[[Any], str]] = []

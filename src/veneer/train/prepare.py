@@ -277,8 +277,9 @@ def hold_to_files(run: Run, model: nn.Module, source: str, settings: Reads, task
     fresh = (*fresh, *settings.modules_to_save)
     found = is_as_filed(part, where, fresh=fresh, inputs=inputs, complete=settings.method == "lora")
     refuse_unless_as_filed(found, where)
+    told = found.statement if isinstance(found, Check) else found.reason
     took = f" ({found.figures['seconds']:.2g} s)" if isinstance(found, Check) else ""
-    tell("note", text=f"base: {found.statement if isinstance(found, Check) else found.reason}{took}")
+    tell("note", text=f"base: {told.removesuffix('.')}{took}")
     return found
 
 
