@@ -171,6 +171,7 @@ def make_pipeline(full: bool) -> Any:
     scheduler = diffusers.DDIMScheduler(
         beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, prediction_type="v_prediction",
         rescale_betas_zero_snr=True, timestep_spacing="trailing", clip_sample=False, set_alpha_to_one=True,
+        steps_offset=1,
     )  # fmt: skip
     pipe = diffusers.StableDiffusionPipeline(
         vae=vae, text_encoder=CLIPTextModel(text), tokenizer=make_tokenizer(), unet=unet, scheduler=scheduler,
