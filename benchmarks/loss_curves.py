@@ -20,9 +20,9 @@ RESULTS = Path(__file__).parent / "results" / "loss_curves.json"
 VARIANTS: dict[str, dict[str, Any]] = {
     "plain": {"fuse": "off"},
     "fused": {"fuse": "on"},
-    "fused, fp8": {"fuse": "on", "quant": "fp8"},
-    "fused, fp8 not rotated": {"fuse": "on", "quant": "fp8", "quant_rotate": "off"},
-    "fused, nf4": {"fuse": "on", "quant": "nf4"},
+    "fp8": {"fuse": "on", "quant": "fp8"},
+    "fp8 not rotated": {"fuse": "on", "quant": "fp8", "quant_rotate": "off"},
+    "nf4": {"fuse": "on", "quant": "nf4"},
 }
 
 
@@ -56,7 +56,7 @@ def main() -> None:
     found: dict[str, Any] = {"steps": args.steps, "device": device, "torch": torch.__version__, "losses": {}}
     for variant in args.only:
         own = found["losses"][variant] = losses(variant, args.steps)
-        print(f"{variant:12} {own[0]:.4f} -> {own[-1]:.4f}", flush=True)
+        print(f"{variant:16} {own[0]:.4f} -> {own[-1]:.4f}", flush=True)
         args.json.write_text(json.dumps(found, indent=1) + "\n")
 
 
