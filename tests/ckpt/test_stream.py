@@ -302,7 +302,7 @@ def test_a_quantised_base_is_refused(tmp_path):
     tensors["model.layers.0.self_attn.q_proj.weight"] = torch.zeros(32, 32, dtype=torch.uint8)
     save_file(tensors, base / "model.safetensors")
     adapted("llama", PLAIN, tmp_path / "a")
-    with pytest.raises(CheckpointError, match=r"q_proj.weight: stored as torch.uint8: quantised"):
+    with pytest.raises(CheckpointError, match=r"q_proj.weight: packed, as torch.uint8"):
         merge_to_disk(base, tmp_path / "a", tmp_path / "out")
 
 
