@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -26,7 +27,7 @@ def data(own_folder: Path) -> Path:
 @pytest.fixture
 def packed_folder(tiny_folder: Path, tiny_tokenizer: Any) -> Path:
     model = AutoModelForCausalLM.from_pretrained(tiny_folder)
-    library.quantize(model, "nf4")
+    library.quantize(model, "nf4", data=[{"input_ids": torch.arange(3, 27).view(2, 12)}])
     model.save_pretrained(tiny_folder.parent / "packed")
     tiny_tokenizer.save_pretrained(tiny_folder.parent / "packed")
     return tiny_folder.parent / "packed"
@@ -68,3 +69,15 @@ def test_a_packed_folder_is_trained_on_and_asked_and_not_merged_into(
     assert said.code == 2 and "up_proj.weight: packed, as torch.uint8" in said.err
     assert "--base on the command line" in said.err and not Path("merged").exists()
     assert veneer("merge", "run", "--base", tiny_folder, "--out", "merged").code == 0
+
+
+def test_runs_on_a_folder_that_was_packed_once_share_their_base(
+    veneer: Callable[..., Any], packed_folder: Path, data: Path
+) -> None:
+    """Its codes went by the inputs that were looked at then, not by the data of each run."""
+    other = data.with_name("other.jsonl")
+    other.write_text(data.read_text().replace("say", "name"))
+    for rows, run in ((data, "a"), (other, "b")):
+        assert veneer("train", packed_folder, rows, "--out", run, *FEW).code == 0
+    said = veneer("chat", "a", "--vs", "b", "-p", "hi", "--max-tokens", 2)
+    assert said.code == 0 and "packed apart" not in said.err
