@@ -46,6 +46,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from veneer.core.leaf import Leaf, own_parameters
+from veneer.core.observe import damped
 from veneer.core.op import Op
 from veneer.core.registry import Registry
 from veneer.core.weight import read_weight
@@ -174,7 +175,6 @@ def olora(site: Site) -> Start:
 
 
 WIDE = 8  # times the rank
-UNSEEN = 0.1  # of the inputs' mean energy is added to every column: training moves inputs
 LOFTQ_STEPS = 5  # after which the paper's own errors hardly fall any more; the best step is taken
 CHANGES_BASE = ("loftq",)
 
@@ -225,9 +225,7 @@ def _root(site: Site, known: tuple[Tensor, Tensor | None] | None) -> Tensor | No
     energy, v = (None if t is None else t.to(site.device, torch.float32) for t in known)
     assert energy is not None
     v = energy.new_zeros(0, len(energy)) if v is None else v
-    mean = energy.mean().clamp_min(1e-30)
-    rest = (energy - v.square().sum(0)).clamp_min(0) + UNSEEN * mean
-    return torch.cat([torch.diag(rest.sqrt()), v.T], dim=1) / mean.sqrt()
+    return torch.cat([torch.diag(damped(energy, v).sqrt()), v.T], dim=1) / (float(energy.mean()) or 1.0) ** 0.5
 
 
 # --- inits that look at data ----------------------------------------------------------------------------------------

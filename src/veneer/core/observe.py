@@ -26,10 +26,11 @@ from torch import Tensor, nn
 from veneer.core.op import LinearOp, op_of
 from veneer.errors import ConfigError, TargetError
 
-__all__ = ["Sketch", "Spectrum", "observe"]
+__all__ = ["Sketch", "Spectrum", "damped", "observe"]
 
 Loss = Callable[[nn.Module, Any], Tensor]
 SPARE = 16  # singular vectors kept beyond the ones needed, so that cutting after each batch costs no accuracy
+DAMPED = 0.1  # of the mean energy, in every column
 DIRECTIONS, PROBES = 64, 128  # of a sketch: what is kept, and random vectors that find it
 
 
@@ -58,6 +59,11 @@ class Spectrum:
         """Share of the inputs' energy along each direction."""
         assert self.basis is not None
         return self.basis.square().sum(1) / max(self.total, 1e-30)
+
+
+def damped(energy: Float[Tensor, " in"], directions: Float[Tensor, "k in"]) -> Float[Tensor, " in"]:
+    """D of X^T X / n ~ D + V^T V, with a share of the mean on top: fine-tuning moves inputs, and no column is free."""
+    return (energy - directions.square().sum(0)).clamp_min(0) + DAMPED * (float(energy.mean()) or 1.0)
 
 
 @cache

@@ -5,7 +5,7 @@ nearest code makes E small and E H E^T not at all as small as it can be, for inp
 rounded in turn, those with large inputs first, and each is rounded not from w but from where it would best be, given
 the errors of the columns before it (optimal brain surgery, row by row: GPTQ, arXiv:2210.17323, eqs. 2 and 3).
 
-H is D + V^T V here (inputs.py; D includes a share of the mean, see DAMPED). All that the errors E of finished columns
+H is D + V^T V here (inputs.py; D includes a share of the mean, see `damped`). All that the errors E of finished columns
 do to the rest then goes through the sum c = E V^T, k numbers for each row of W. The rest at its best costs c P c^T
 with P = (I + V_r D_r^-1 V_r^T)^-1, V_r and D_r being those of the columns still to come. So for a block b of columns,
 with P of those behind it:
@@ -27,12 +27,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from veneer.core.observe import damped
 from veneer.quant.inputs import Inputs
 
 __all__ = ["Plan", "off_in_turn", "plan_rounding", "round_in_turn"]
 
 WIDTH = 64  # columns to a block
-DAMPED = 0.1  # of the mean energy is added to every column: fine-tuning moves inputs, and no direction is free
 LOST = 0.5  # the share of a row's sum of squares that may be lost; 0.05 is the most seen of 135M weights in NF4
 ROWS = {"cpu": 1 << 20, "cuda": 1 << 26}  # weights at a time, in whole rows
 
@@ -50,11 +50,8 @@ class Plan:
 
 def plan_rounding(inputs: Inputs) -> Plan:
     """In fp64 on the CPU, so that it is the same wherever the weights are."""
-    energy = inputs.energy.to("cpu", torch.float64)
-    n, mean = len(energy), float(energy.mean()) or 1.0
-    v = energy.new_zeros(0, n) if inputs.directions is None else inputs.directions.to("cpu", torch.float64)
-    d = (energy - v.square().sum(0)).clamp_min(0) + DAMPED * mean
-    order = (d + v.square().sum(0)).argsort(descending=True, stable=True)
+    d, v = _damped(inputs, torch.empty(0, dtype=torch.float64, device="cpu"))
+    n, order = len(d), (d + v.square().sum(0)).argsort(descending=True, stable=True)
     d, v = d[order], v[:, order]
     p = torch.eye(len(v), dtype=torch.float64, device="cpu")
     cost, pull, within = torch.empty_like(d), torch.empty_like(v), d.new_zeros(n, WIDTH)
@@ -69,6 +66,13 @@ def plan_rounding(inputs: Inputs) -> Plan:
         p = p - pull[:, b] @ pv.T
     by_column = torch.empty_like(cost).index_copy_(0, order, cost)
     return Plan(order, by_column.float(), v.float(), pull.float(), within.float())
+
+
+def _damped(inputs: Inputs, like: Tensor) -> tuple[Float[Tensor, " cols"], Float[Tensor, "k cols"]]:
+    """D and V, in the type and the place of `like`."""
+    energy = inputs.energy.to(like)
+    v = energy.new_zeros(0, len(energy)) if inputs.directions is None else inputs.directions.to(like)
+    return damped(energy, v), v
 
 
 def round_in_turn(
@@ -117,10 +121,7 @@ def off_in_turn(w: Tensor, q: Tensor, step: Tensor, inputs: Inputs | None) -> Fl
     off = error.square().sum(1) / (LOST * w.square().sum(1)).clamp_min(1e-30)
     if inputs is None:
         return off
-    energy = inputs.energy.to(w.device, torch.float32)
-    v = energy.new_zeros(0, len(energy)) if inputs.directions is None else inputs.directions.to(energy)
-    together = v.square().sum(0)
-    apart = (energy - together).clamp_min(0) + DAMPED * energy.mean()
-    cost = (error.square() * apart).sum(1) + (error @ v.T).square().sum(1)
-    most = (step.square() * (apart + together)).sum(1)
+    d, v = _damped(inputs, torch.empty(0, dtype=torch.float32, device=w.device))
+    cost = (error.square() * d).sum(1) + (error @ v.T).square().sum(1)
+    most = (step.square() * (d + v.square().sum(0))).sum(1)
     return torch.maximum(off, cost / most.clamp_min(1e-30))
