@@ -18,6 +18,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 
 from veneer.advise.device import free_memory, usual_device
@@ -35,7 +36,7 @@ from veneer.errors import ConfigError, DoesNotFit
 from veneer.extras import quiet
 from veneer.tasks.base import Task
 from veneer.train.base import DTYPES, config_of, precision_of, recomputing
-from veneer.train.fast import heaviest
+from veneer.train.fast import heaviest, host_memory
 from veneer.train.method import place, to_train
 from veneer.train.prepare import encode_rows, make_task, read_data, refuse_packed_twice, settle_length
 from veneer.train.settings import Reads, Resolved
@@ -155,7 +156,7 @@ def _memory(settings: Reads, train: Encodings, labels: int) -> tuple[Estimate, i
         **{name: getattr(settings, name) for name in SHARED},
     }  # fmt: skip
     level, plan = settings.recompute, Plan(**known)
-    host = int(0.9 * free_memory("cpu")) if device == "cuda" else None
+    host = host_memory(torch.device(device))
     if level == "auto":
         level = choose(shapes, plan, free, host).level
     elif level not in levels_of(fused, device):

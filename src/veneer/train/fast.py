@@ -29,7 +29,7 @@ from veneer.advise.device import free_memory
 from veneer.advise.keep import choose, fusing, levels_of, recorded, stays
 from veneer.advise.memory import gib
 from veneer.advise.plan import CHOICES, Plan
-from veneer.advise.shapes import shapes_of
+from veneer.advise.shapes import Shapes, shapes_of
 from veneer.data.batch import Batch, Mould, mould_of
 from veneer.data.types import Encoded
 from veneer.errors import UserError
@@ -194,15 +194,14 @@ class Way:
 
     def _keep_both(self) -> None:
         """Of a base in 8 bits also the layout that the backward pass multiplies by, where it fits beside all else."""
-        size = sum(codes.numel() for codes in turnable(self.model))
+        size = self._other_layout()
         if not size or not self.is_ours or self.level != "none" or self.job.device.type not in TURNING:
             return
         device = self.job.device
         try:
             plan = self.plan()
             more = replace(plan, weights=(plan.weights or 0) + size)
-            shapes = shapes_of(getattr(self.model, "config", None), self.settings.task, self._labels())
-            fits = choose(shapes, more, available(self.model, device), host_memory(device)).level == "none"
+            fits = choose(self._shapes(), more, available(self.model, device), host_memory(device)).level == "none"
         except (UserError, *FAILURES) as error:
             self.tell("note", text=f"one layout of the 8-bit base is kept: memory cannot be estimated ({_line(error)})")
             return
@@ -215,8 +214,7 @@ class Way:
         if self.settings.task not in CHOICES["task"]:
             return "none", "what this task's models keep is known to no formula; the longest batch will tell"
         try:
-            shapes = shapes_of(getattr(self.model, "config", None), self.settings.task, self._labels())
-            choice = choose(shapes, self.plan(), available(self.model, device), host_memory(device))
+            choice = choose(self._shapes(), self.plan(), available(self.model, device), host_memory(device))
         except (UserError, *FAILURES) as error:
             return "none", f"its memory cannot be estimated ({_line(error)}); the longest batch will tell"
         if choice.instead:
@@ -238,9 +236,16 @@ class Way:
             accumulate=settings.global_batch > settings.batch_size,
             attention="eager" if attention == "eager" else "sdpa",
             fused=self.is_whole,
-            weights=weights_of(self.model, self.job.trained.values()),
+            weights=weights_of(self.model, self.job.trained.values()) + self.has_both * self._other_layout(),
             device=self.job.device.type if self.job.device.type == "cuda" else "cpu",
         )
+
+    def _other_layout(self) -> int:
+        """Bytes of the transposes of a base in 8 bits."""
+        return sum(codes.numel() for codes in turnable(self.model))
+
+    def _shapes(self) -> Shapes:
+        return shapes_of(getattr(self.model, "config", None), self.settings.task, self._labels())
 
     def _labels(self) -> int:
         labels = self.job.task.labels
@@ -266,8 +271,7 @@ class Way:
         if level not in AWAY or self.job.device.type != "cuda":
             return 0
         try:
-            shapes = shapes_of(getattr(self.model, "config", None), self.settings.task, self._labels())
-            return stays(shapes, replace(self.plan(), recompute=level), host_memory(self.job.device))
+            return stays(self._shapes(), replace(self.plan(), recompute=level), host_memory(self.job.device))
         except (UserError, *FAILURES):  # what is not estimated goes to the host, all of it
             return 0
 
@@ -382,10 +386,7 @@ class Way:
         heavy = sum(map(len, heaviest(self.job.train, self.settings.batch_size)))
         try:
             plan = replace(self.plan(), recompute=self.level)
-            size = self.has_both * sum(codes.numel() for codes in turnable(self.model))
-            plan = replace(plan, weights=(plan.weights or 0) + size)
-            shapes = shapes_of(getattr(self.model, "config", None), self.settings.task, self._labels())
-            needed = recorded(shapes, plan, fit.tokens / heavy, not self.job.val and fit.share == 1)
+            needed = recorded(self._shapes(), plan, fit.tokens / heavy, not self.job.val and fit.share == 1)
         except (UserError, *FAILURES) as error:
             return f"their memory cannot be estimated ({_line(error)})"
         there = available(self.model, device)
