@@ -163,10 +163,7 @@ class Block:
     attend: Attend
     random: bool  # whether anything draws random numbers
     factors: tuple[Factors, Factors, Factors, Factors]  # of qkv, out, and the unit's two
-    posts: tuple[Any, Any] = (
-        None,
-        None,
-    )  # norm or dropout of what the attention and the unit give, before it is added
+    posts: tuple[Any, Any] = (None, None)  # norm or dropout of what attention and unit give, before it is added
     parallel: bool = False  # the unit reads the block's input, as the attention does
 
     @property

@@ -36,10 +36,8 @@ NESTED_BLOCK = 256
 PIECE = {"cpu": 1 << 19, "cuda": 1 << 22}  # weights packed at a time: about 20 bytes of scratch for each
 SHARES = (0.76, 0.86, 0.96, 1.04)  # of the largest size that are tried as scales
 LAST_PLACE = 1e-5  # of a scale: it is rounded twice on its way
-MISFIT, SPREAD = (
-    0.11,
-    0.15,
-)  # by which scales may miss their codes' best, and more where few stand for a row; seen: 0.05
+MISFIT = 0.11  # by which scales may miss their codes' best; seen: 0.05
+SPREAD = 0.15  # and by how much more where few stand for a row
 ALIKE = 0.1  # by which they all may miss it alike; seen: 0.005
 CACHED = 1 << 17  # bytes unpacked at a time on a CPU
 PAIR = {2: torch.int32, 4: torch.int64}  # an integer that holds two weights
