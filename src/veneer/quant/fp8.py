@@ -4,7 +4,7 @@ e4m3 keeps three bits after the leading one at every size, where INT8 keeps a fi
 suffers less. But every number is off by up to 6 %, on average by 2.6 %, where INT8 with turned inputs is off by less
 than 1 % of a typical one: squared, some nine times as much. In training most of what that costs is lost in W
 (benchmarks/fp8_parts.py). So W is turned with its inputs, which spreads what a few columns weigh, and rounded with
-regard to them wherever they are known. Gradients in e4m3 cost nothing that can be seen; e5m2 has one bit less.
+regard to them wherever they are known. Gradients in e4m3 cost least; e5m2 has one bit less.
 
 The instruction wants its right matrix by columns. W^T is, by nature; W itself is turned for each backward pass, which
 costs about a fiftieth of a step and saves a second copy of the codes.
